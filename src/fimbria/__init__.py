@@ -1,0 +1,1 @@
+"""Fimbria: eBPF networking for Kubernetes."""
