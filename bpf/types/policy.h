@@ -1,0 +1,42 @@
+/* SPDX-License-Identifier: (BSD-2-Clause OR GPL-2.0-only) */
+#pragma once
+#include "base.h"
+
+enum policy_verdict {
+	POLICY_VERDICT_ALLOW = 1,
+	POLICY_VERDICT_DENY = 2,
+};
+
+enum policy_entry_flag {
+	/* A CIDR entry that holds for addresses of pods and nodes too (NetworkPolicy ipBlock), not only for the world
+	 * (CiliumNetworkPolicy fromCIDR, toCIDR). */
+	POLICY_ENTRY_CIDR_ANY_PEER = 1 << 0,
+};
+
+/* policy_sets: __u32 -> inner map (LPM): struct policy_key -> struct policy_entry.
+ *
+ * A decision takes up to three look-ups with the packet's protocol and port: the peer's identity, the CIDR identity of
+ * its address (if the endpoint has the CIDR flag), and peer 0 (any). Any deny wins over any allow; none at all is
+ * denied by default. Within one peer the longest prefix decides, so the compiler leaves out an allow that a shorter
+ * deny covers. */
+struct policy_key {
+	__u32 prefixlen;     /* POLICY_PREFIX_ANY_PROTO, _ANY_PORT or up to _FULL; a port range is a set of prefixes */
+	identity_t peer;     /* 0: any */
+	__u8 direction;      /* enum direction */
+	__u8 proto;          /* IPPROTO_*; for ICMP and ICMPv6 the "port" is the type, in the high byte */
+	port_be_t port;
+};
+_Static_assert(sizeof(struct policy_key) == 12, "struct policy_key");
+
+enum policy_prefix {
+	POLICY_PREFIX_ANY_PROTO = 40,
+	POLICY_PREFIX_ANY_PORT = 48,
+	POLICY_PREFIX_FULL = 64,
+};
+
+struct policy_entry {
+	__u8 verdict;        /* enum policy_verdict */
+	__u8 flags;          /* enum policy_entry_flag */
+	__u16 pad;
+	rule_id_t rule;
+};

@@ -1,0 +1,53 @@
+/* SPDX-License-Identifier: (BSD-2-Clause OR GPL-2.0-only) */
+#pragma once
+#include "base.h"
+
+/* frontends: struct frontend_key -> struct frontend */
+struct frontend_key {
+	addr_t addr;
+	port_be_t port;
+	__u8 proto;
+	__u8 scope;          /* 0; reserved for internal/external scope */
+};
+_Static_assert(sizeof(struct frontend_key) == 20, "struct frontend_key");
+
+enum frontend_flag {
+	FRONTEND_CLUSTER_IP = 1 << 0,
+};
+
+struct frontend {
+	__u32 service;       /* id of one port of one Service and family */
+	__u32 count;         /* number of slots; 0: refuse */
+	__u32 flags;
+	__u32 pad;
+};
+
+/* service_slots: struct slot_key -> __u32 backend id */
+struct slot_key {
+	__u32 service;
+	__u32 slot;          /* 0..count-1 */
+};
+
+/* backends: __u32 -> struct backend */
+struct backend {
+	addr_t addr;
+	port_be_t port;
+	__u8 proto;
+	__u8 flags;
+};
+
+/* sock_revnat: LRU. What a socket believes it talks to. */
+struct sock_revnat_key {
+	__u64 cookie;        /* bpf_get_socket_cookie() */
+	addr_t addr;         /* backend */
+	port_be_t port;
+	__u16 pad;
+	__u32 pad2;
+};
+
+struct sock_revnat {
+	addr_t addr;         /* frontend */
+	port_be_t port;
+	__u16 pad;
+	__u32 service;
+};
