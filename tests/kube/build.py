@@ -1,0 +1,147 @@
+"""Builds kube-apiserver and kubectl out of the Go module k8s.io/kubernetes, once per version, into a cache folder.
+
+The version is the one that go.mod next to this file requires. Binaries land in
+``${FIMBRIA_CACHE:-~/.cache/fimbria}/kube/<version>/bin``; a second caller waits for the first one's lock.
+Run ``python tests/kube/build.py`` to build and print that folder. About ten minutes on two cores the first time.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import os
+import re
+import shutil
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+HERE = Path(__file__).resolve().parent
+TOOLS = {"kube-apiserver": "k8s.io/kubernetes/cmd/kube-apiserver", "kubectl": "k8s.io/kubernetes/cmd/kubectl"}
+# Go 1.27's json v2 makes a 1.36 API server serve an OpenAPI document that kubectl can't apply against.
+GO_SERIES = (1, 26)
+
+
+class BuildError(RuntimeError):
+    """The real Kubernetes can't be built here; the message says why and what to do."""
+
+
+def version() -> str:
+    """The Kubernetes version that go.mod requires, such as ``v1.36.3``."""
+    found = re.search(r"^\s*k8s\.io/kubernetes (v\S+)$", (HERE / "go.mod").read_text(), re.MULTILINE)
+    if not found:
+        raise BuildError(f"{HERE / 'go.mod'}: no requirement on k8s.io/kubernetes")
+    return found[1]
+
+
+def cache_root() -> Path:
+    return Path(os.environ.get("FIMBRIA_CACHE") or Path.home() / ".cache" / "fimbria") / "kube"
+
+
+def bin_dir() -> Path:
+    return cache_root() / version() / "bin"
+
+
+def is_built() -> bool:
+    return all(os.access(bin_dir() / tool, os.X_OK) for tool in TOOLS)
+
+
+def ensure() -> Path:
+    """Builds what is missing and returns the folder of the binaries. Raises BuildError."""
+    if is_built():
+        return bin_dir()
+    cache_root().mkdir(parents=True, exist_ok=True)
+    with _locked(cache_root() / f"{version()}.lock"):
+        if not is_built():
+            _build()
+    return bin_dir()
+
+
+@contextmanager
+def _locked(path: Path) -> Iterator[None]:
+    with path.open("w") as handle:
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            _say(f"another process is building Kubernetes {version()}; waiting for it")
+            fcntl.flock(handle, fcntl.LOCK_EX)
+        yield
+
+
+def _build() -> None:
+    go = _find_go()
+    target = cache_root() / version()
+    scratch = cache_root() / f".{version()}.{os.getpid()}"
+    shutil.rmtree(scratch, ignore_errors=True)
+    (scratch / "bin").mkdir(parents=True)
+    try:
+        _compile(go, scratch / "bin")
+        shutil.rmtree(target, ignore_errors=True)
+        scratch.rename(target)
+    finally:
+        shutil.rmtree(scratch, ignore_errors=True)
+
+
+def _compile(go: str, out: Path) -> None:
+    env = os.environ | {"CGO_ENABLED": "0", "GOWORK": "off", "GOFLAGS": "-mod=readonly"}
+    total = len(_capture([go, "list", "-deps", *TOOLS.values()], env).split())
+    _say(f"building {', '.join(TOOLS)} {version()}: {total} packages, about ten minutes on two cores")
+    command = [go, "build", "-v", "-trimpath", "-ldflags", _ldflags(), "-o", f"{out}/", *TOOLS.values()]
+    nice = [tool, "-n", "10"] if (tool := shutil.which("nice")) else []
+    started, seen, tail = time.monotonic(), 0, [""]
+    with subprocess.Popen([*nice, *command], cwd=HERE, env=env, text=True, stderr=subprocess.PIPE) as process:
+        assert process.stderr is not None
+        for line in process.stderr:
+            seen += 1
+            tail = [*tail[-30:], line.rstrip()]
+            if seen % 100 == 0:
+                _say(f"{seen} of at most {total} packages, {time.monotonic() - started:.0f} s")
+    if process.returncode != 0:
+        raise BuildError(f"go build of Kubernetes {version()} failed:\n" + "\n".join(tail))
+    _say(f"built in {time.monotonic() - started:.0f} s")
+
+
+def _ldflags() -> str:
+    major, minor, _ = version().lstrip("v").split(".", 2)
+    values = {"gitVersion": version(), "gitMajor": major, "gitMinor": minor, "gitTreeState": "clean"}
+    names = ("k8s.io/component-base/version", "k8s.io/client-go/pkg/version")
+    return " ".join(["-s", "-w", *(f"-X {name}.{key}={value}" for name in names for key, value in values.items())])
+
+
+def _find_go() -> str:
+    go = shutil.which("go") or shutil.which("go", path="/usr/local/go/bin")
+    wanted = ".".join(map(str, GO_SERIES))
+    if not go:
+        raise BuildError(f"building the real Kubernetes needs Go {wanted} and there is no 'go' in PATH")
+    # asked in this folder, so that GOTOOLCHAIN=auto has already switched to what go.mod needs
+    found = _capture([go, "env", "GOVERSION"], dict(os.environ)).strip()
+    numbers = re.match(r"go(\d+)\.(\d+)", found)
+    if not numbers or (int(numbers[1]), int(numbers[2])) != GO_SERIES:
+        raise BuildError(f"building Kubernetes {version()} needs Go {wanted}, found {found or 'none'} at {go}")
+    return go
+
+
+def _capture(command: list[str], env: dict[str, str]) -> str:
+    done = subprocess.run(command, cwd=HERE, env=env, text=True, capture_output=True, check=False)
+    if done.returncode != 0:
+        raise BuildError(f"{' '.join(command[:3])} failed:\n{done.stderr.strip()[-2000:]}")
+    return done.stdout
+
+
+def _say(message: str) -> None:
+    print(f"kube: {message}", file=sys.stderr, flush=True)
+
+
+def main() -> int:
+    try:
+        print(ensure())
+    except BuildError as error:
+        _say(str(error))
+        return 1
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
