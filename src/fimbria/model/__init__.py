@@ -1,0 +1,1 @@
+"""Frozen dataclasses in the words of the field; no I/O."""

@@ -1,0 +1,207 @@
+"""Rows of the BPF maps, as the control plane sees them.
+
+Only field *names* are restated here; layout, sizes and byte order come from the BTF of `layout.bpf.o` at start
+(`fimbria.kernel.codec`), and a difference is an error there. The meaning of each field is documented in `bpf/types/`.
+Addresses are 16 bytes (IPv4-mapped for IPv4), ports are in host order, MACs are 6 bytes.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Final
+
+NO_ADDR: Final = bytes(16)
+NO_MAC: Final = bytes(6)
+
+
+@dataclass(frozen=True, slots=True)
+class Endpoint:
+    """`struct endpoint`; key is the ifindex of the veth's host side."""
+
+    id: int
+    identity: int
+    policy_set: int
+    flags: int
+    addr4: bytes = NO_ADDR
+    addr6: bytes = NO_ADDR
+    pod_mac: bytes = NO_MAC
+    host_mac: bytes = NO_MAC
+
+
+@dataclass(frozen=True, slots=True)
+class LocalAddr:
+    """`struct local_addr`; key is an address."""
+
+    ifindex: int
+
+
+@dataclass(frozen=True, slots=True)
+class PrefixKey:
+    """`struct prefix_key`, the key of `ipcache` and `cidrs`."""
+
+    prefixlen: int
+    addr: bytes
+
+
+@dataclass(frozen=True, slots=True)
+class Remote:
+    """`struct remote`."""
+
+    identity: int
+    flags: int
+    tunnel: bytes = NO_ADDR
+
+
+@dataclass(frozen=True, slots=True)
+class Cidr:
+    """`struct cidr`."""
+
+    identity: int
+
+
+@dataclass(frozen=True, slots=True)
+class PolicyKey:
+    """`struct policy_key`."""
+
+    prefixlen: int
+    peer: int
+    direction: int
+    proto: int
+    port: int
+
+
+@dataclass(frozen=True, slots=True)
+class PolicyEntry:
+    """`struct policy_entry`."""
+
+    verdict: int
+    flags: int
+    rule: int
+
+
+@dataclass(frozen=True, slots=True)
+class FrontendKey:
+    """`struct frontend_key`."""
+
+    addr: bytes
+    port: int
+    proto: int
+    scope: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class Frontend:
+    """`struct frontend`."""
+
+    service: int
+    count: int
+    flags: int
+
+
+@dataclass(frozen=True, slots=True)
+class SlotKey:
+    """`struct slot_key`; the value is a backend id."""
+
+    service: int
+    slot: int
+
+
+@dataclass(frozen=True, slots=True)
+class Backend:
+    """`struct backend`; key is a backend id."""
+
+    addr: bytes
+    port: int
+    proto: int
+    flags: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class CtKey:
+    """`struct ct_key`."""
+
+    local: bytes
+    remote: bytes
+    local_port: int
+    remote_port: int
+    proto: int
+    scope: int
+
+
+@dataclass(frozen=True, slots=True)
+class CtEntry:
+    """`struct ct_entry`; times are ktime nanoseconds."""
+
+    expires: int
+    reported: int
+    endpoint: int
+    epoch: int
+    peer: int
+    rule: int
+    service: int
+    backend: int
+    flags: int
+    tcp_flags: int
+    frontend_port: int
+    frontend: bytes
+
+
+@dataclass(frozen=True, slots=True)
+class NatKey:
+    """`struct nat_key`."""
+
+    saddr: bytes
+    daddr: bytes
+    sport: int
+    dport: int
+    proto: int
+    direction: int
+
+
+@dataclass(frozen=True, slots=True)
+class NatEntry:
+    """`struct nat_entry`."""
+
+    addr: bytes
+    port: int
+    flags: int
+    used: int
+
+
+@dataclass(frozen=True, slots=True)
+class Event:
+    """`struct event`, one record of the ring buffer."""
+
+    time: int
+    type: int
+    reason: int
+    direction: int
+    ct_state: int
+    proto: int
+    tcp_flags: int
+    packet_len: int
+    endpoint: int
+    source: int
+    destination: int
+    ifindex: int
+    rule: int
+    saddr: bytes
+    daddr: bytes
+    sport: int
+    dport: int
+    service: int
+
+
+@dataclass(frozen=True, slots=True)
+class Metric:
+    """`struct metric`, of one CPU."""
+
+    packets: int
+    bytes: int
+
+
+@dataclass(frozen=True, slots=True)
+class Runtime:
+    """`struct runtime`."""
+
+    policy_epoch: int
