@@ -1,0 +1,1 @@
+"""What we chose and must remember: restored first, then allocating. Pure."""
