@@ -27,6 +27,8 @@ KEEP_STRUCT(slot_key);
 KEEP_STRUCT(backend);
 KEEP_STRUCT(sock_revnat_key);
 KEEP_STRUCT(sock_revnat);
+KEEP_STRUCT(sock_choice_key);
+KEEP_STRUCT(sock_choice);
 KEEP_STRUCT(nat_key);
 KEEP_STRUCT(nat_entry);
 KEEP_STRUCT(fragment_key);
