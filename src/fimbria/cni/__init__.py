@@ -1,0 +1,1 @@
+"""The CNI plugin (a static C shim) and its installation on a node."""
