@@ -1,0 +1,1 @@
+"""The agent: composition root of a node."""

@@ -1,0 +1,1 @@
+"""From desired rows to the kernel: delta, plan, loop and its targets."""

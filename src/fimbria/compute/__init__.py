@@ -1,0 +1,1 @@
+"""Tables in, desired rows out. Synchronous and pure."""

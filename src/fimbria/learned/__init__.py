@@ -1,0 +1,1 @@
+"""What the kernel learned: expired, counted and shown, never reconciled."""

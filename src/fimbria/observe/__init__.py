@@ -1,0 +1,1 @@
+"""Reading, decoding and enriching what the datapath reports."""

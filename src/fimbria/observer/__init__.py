@@ -1,0 +1,1 @@
+"""The observer: composition root of the flow reporting process."""

@@ -1,0 +1,1 @@
+"""The operator: composition root of what is decided once per cluster."""
