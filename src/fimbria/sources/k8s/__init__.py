@@ -1,0 +1,1 @@
+"""The Kubernetes API: configuration, a typed client, informers that fill tables, events and leader election."""

@@ -1,0 +1,279 @@
+"""Keeps a table equal to what the API server has of one kind: list, then watch, for ever.
+
+Rules
+1. List in pages, then watch from the list's resourceVersion. Every event and bookmark moves the version on.
+2. A stream that ends or breaks is opened again at the version reached; nothing is listed for that.
+3. 410 Gone, in an answer or in the stream: list again. The table keeps serving the old rows until the new list is
+   complete and then changes only where it differs, in one step.
+4. Every error waits, longer each time with jitter; a stream that lived `STABLE` seconds starts the count anew.
+5. An object that doesn't decode or that `transform` refuses is reported and stays out of everybody else's way. Its row
+   of before stays unless `on_bad` says otherwise; the stream goes on.
+6. An absent API server changes nothing in the table. `connected` and `error` say so.
+"""
+
+import asyncio
+import enum
+import logging
+import random as _random
+import time
+from collections.abc import Awaitable, Callable, Hashable
+from typing import Generic, Literal, TypeVar
+
+import msgspec
+
+from fimbria.sources.k8s.client import ApiClient
+from fimbria.sources.k8s.errors import ApiError, BadAnswer, Gone, from_status
+from fimbria.sources.k8s.pacing import Backoff
+from fimbria.sources.k8s.resources import Resource
+from fimbria.sources.k8s.types.meta import ApiObject, ObjectMeta
+from fimbria.sources.k8s.watch import Bad, Event, EventDecoder, Failed, PageDecoder, StreamError
+from fimbria.tables.table import Table
+
+T = TypeVar("T", bound=ApiObject)
+K = TypeVar("K", bound=Hashable)
+V = TypeVar("V")
+
+STABLE = 5.0  # seconds a watch must live for the back-off to start anew
+_log = logging.getLogger("fimbria.k8s")
+
+
+class Keep(enum.Enum):
+    PREVIOUS = enum.auto()
+
+
+KEEP = Keep.PREVIOUS
+"""What `on_bad` returns to leave the row of before (or its absence) as it is."""
+
+
+def object_key(meta: ObjectMeta) -> str:
+    """`namespace/name`, or the name alone of a cluster-scoped object."""
+    return f"{meta.namespace}/{meta.name}" if meta.namespace else meta.name
+
+
+class Informer(Generic[T, K, V]):
+    """Fills `table` with `key(metadata): transform(object)`; `None` from `transform` means: no row for this object.
+
+    `transform` shrinks an object to what is worth keeping, so that raw objects are garbage at once; whatever it
+    raises counts as a bad object. `on_bad(key, error, json)` is asked for the row of a bad object: KEEP, None for no
+    row, or a row that says "broken" (policies need one to fail closed). Run it with `run()`, which returns only by
+    cancellation. Counters are plain attributes, for the metrics and the status page to read.
+    """
+
+    def __init__(
+        self,
+        client: ApiClient,
+        resource: Resource[T],
+        table: Table[K, V],
+        transform: Callable[[T], V | None],
+        *,
+        key: Callable[[ObjectMeta], K],
+        namespace: str = "",
+        labels: str = "",
+        fields: str = "",
+        on_bad: Callable[[K, str, bytes], V | Literal[Keep.PREVIOUS] | None] = lambda _key, _error, _json: KEEP,
+        page_size: int = 500,
+        watch_seconds: int = 300,
+        clock: Callable[[], float] = time.monotonic,
+        sleep: Callable[[float], Awaitable[None]] = asyncio.sleep,
+        random: Callable[[], float] = _random.random,
+    ) -> None:
+        self._client = client
+        self._resource = resource
+        self._table = table
+        self._transform = transform
+        self._key = key
+        self._scope = namespace
+        self._labels = labels
+        self._fields = fields
+        self._on_bad = on_bad
+        self._page_size = page_size
+        self._watch_seconds = watch_seconds
+        self._clock = clock
+        self._sleep = sleep
+        self._random = random
+        self._backoff = Backoff(0.2, 30.0, random)
+        self._pages = PageDecoder(resource.type)
+        self._version = ""
+        self.connected = False
+        """A watch is open, or has just ended as agreed and is being opened again."""
+        self.error = ""
+        """Why it isn't connected; empty when it is."""
+        self.last_contact: float | None = None
+        """Clock time at which the server last sent anything on this kind."""
+        self.bad: dict[K, str] = {}
+        """Objects that are there but unusable, with the reason."""
+        self.lists = 0
+        self.watches = 0
+        self.events = 0
+        self.errors = 0
+        self.bad_total = 0
+
+    @property
+    def resource(self) -> Resource[T]:
+        return self._resource
+
+    @property
+    def relists(self) -> int:
+        """Lists after the first one."""
+        return max(0, self.lists - 1)
+
+    def lag(self) -> float:
+        """Upper bound, in seconds, of how old the table's view is: 0 while connected, infinite before any contact."""
+        if self.connected:
+            return 0.0
+        return float("inf") if self.last_contact is None else self._clock() - self.last_contact
+
+    async def run(self) -> None:
+        while True:
+            try:
+                if not self._version:
+                    await self._list()
+                await self._watch()
+            except Gone as error:
+                self._version = ""
+                await self._pause(error)
+            except (ApiError, StreamError) as error:
+                await self._pause(error)
+
+    async def _pause(self, error: Exception) -> None:
+        delay = self._backoff.next()
+        self.connected = False
+        self.error = str(error)
+        self.errors += 1
+        level = logging.WARNING if self._backoff.attempts == 1 else logging.DEBUG
+        _log.log(level, "%s; trying again in %.1f s", error, delay)
+        await self._sleep(delay)
+
+    # --- list --------------------------------------------------------------------------------------------------
+
+    async def _list(self) -> None:
+        try:
+            rows, version = await self._collect(self._page_size)
+        except Gone:
+            # The list expired between two pages: a cluster that changes this fast is listed in one piece.
+            rows, version = await self._collect(0)
+        self._table.replace(rows)
+        self._version = version
+        self.lists += 1
+        self._table.mark_synced()
+
+    async def _collect(self, limit: int) -> tuple[dict[K, V], str]:
+        rows: dict[K, V] = {}
+        bad: dict[K, str] = {}
+        token = ""
+        while True:
+            data = await self._client.list_page(
+                self._resource, self._scope, labels=self._labels, fields=self._fields, limit=limit, token=token
+            )
+            page = self._pages.decode(data)
+            self.last_contact = self._clock()
+            for item in page.items:
+                self._file(item, rows, bad)
+            token = page.meta.continue_
+            if not token:
+                break
+        if not page.meta.resource_version:
+            what = f"list {self._resource.describe(self._scope)}"
+            raise BadAnswer(what, 200, text="the answer has no resourceVersion to watch from")
+        self.bad = bad
+        return rows, page.meta.resource_version
+
+    def _file(self, item: T | Bad, rows: dict[K, V], bad: dict[K, str]) -> None:
+        if not item_meta(item).name:
+            self._nameless(item)
+            return
+        key = self._key(item_meta(item))
+        row = self._row(key, item, bad)
+        old = self._table.get(key)
+        if row is KEEP:
+            row = old
+        if row is not None:
+            rows[key] = old if old is not None and old == row else row  # an equal old row saves memory
+
+    # --- watch -------------------------------------------------------------------------------------------------
+
+    async def _watch(self) -> None:
+        # Spread over half of the time again, so that a thousand agents don't come back at the same moment.
+        seconds = int(self._watch_seconds * (1.0 + 0.5 * self._random()))
+        opened = self._clock()
+        try:
+            async with self._client.watch(
+                self._resource,
+                self._scope,
+                resource_version=self._version,
+                labels=self._labels,
+                fields=self._fields,
+                seconds=seconds,
+            ) as chunks:
+                opened = self.last_contact = self._clock()
+                self.connected, self.error = True, ""
+                self.watches += 1
+                decoder = EventDecoder(self._resource.type)
+                async for chunk in chunks:
+                    self.last_contact = self._clock()
+                    for event in decoder.feed(chunk):
+                        self._apply(event)
+        finally:
+            lived = self._clock() - opened
+            if lived >= STABLE:
+                self._backoff.reset()
+        if lived < STABLE:
+            raise StreamError(f"watch {self._resource.describe(self._scope)}: the server ended it after {lived:.1f} s")
+
+    def _apply(self, event: Event[T] | Bad | Failed) -> None:
+        if isinstance(event, Failed):
+            raise from_status(f"watch {self._resource.describe(self._scope)}", event.status)
+        item = event if isinstance(event, Bad) else event.object
+        meta = item_meta(item)
+        if event.type == "BOOKMARK":
+            self._version = meta.resource_version or self._version
+            return
+        self.events += 1
+        if not meta.name:
+            self._nameless(item)
+            return
+        key = self._key(meta)
+        if event.type == "DELETED":
+            self.bad.pop(key, None)
+            self._table.delete(key)
+        elif event.type in ("ADDED", "MODIFIED"):
+            self._set(key, item)
+        else:
+            raise StreamError(f"watch {self._resource.label}: unknown event type {event.type!r}")
+        # Only now: should a step above raise, the event is asked for again.
+        self._version = meta.resource_version or self._version
+
+    def _set(self, key: K, item: T | Bad) -> None:
+        if self.bad:
+            self.bad.pop(key, None)
+        row = self._row(key, item, self.bad)
+        if row is None:
+            self._table.delete(key)
+        elif row is not KEEP:
+            self._table.upsert(key, row)
+
+    # --- objects -----------------------------------------------------------------------------------------------
+
+    def _row(self, key: K, item: T | Bad, bad: dict[K, str]) -> V | Literal[Keep.PREVIOUS] | None:
+        if isinstance(item, Bad):
+            return self._report(key, item.error, item.raw, bad)
+        try:
+            return self._transform(item)
+        except Exception as error:
+            # Whatever one object provokes in there must not stop the stream for all the others.
+            return self._report(key, f"{type(error).__name__}: {error}", msgspec.json.encode(item), bad)
+
+    def _report(self, key: K, error: str, raw: bytes, bad: dict[K, str]) -> V | Literal[Keep.PREVIOUS] | None:
+        bad[key] = error
+        self.bad_total += 1
+        _log.warning('%s "%s" is unusable: %s', self._resource.kind, key, error)
+        return self._on_bad(key, error, raw)
+
+    def _nameless(self, item: T | Bad) -> None:
+        self.bad_total += 1
+        problem = item.error if isinstance(item, Bad) else "it has no name"
+        _log.warning("a %s without a readable name was skipped: %s", self._resource.kind, problem)
+
+
+def item_meta(item: ApiObject | Bad) -> ObjectMeta:
+    return item.meta if isinstance(item, Bad) else item.metadata
