@@ -1,0 +1,251 @@
+// SPDX-License-Identifier: (BSD-2-Clause OR GPL-2.0-only)
+/* Services by socket: the address is exchanged when a socket names its peer, so that no packet needs translation.
+ *
+ *   connect, sendmsg       frontend -> backend, remembered in sock_revnat
+ *   recvmsg, getpeername   backend -> frontend
+ *
+ * IPv6 sockets reach IPv4 frontends by IPv4-mapped addresses; as every address is stored that way, they need nothing
+ * of their own. (Their sendmsg arrives at the IPv4 hook, their recvmsg at the IPv6 one.) */
+#include <linux/bpf.h>
+#include <linux/errno.h>
+#include <linux/in.h>
+#include <bpf/bpf_helpers.h>
+
+#include "include/addr.h"
+#include "lib/service.h"
+#include "maps/socket.h"
+
+enum sock_result {
+	SOCK_PASS = 1,
+	SOCK_REFUSE = 0,
+};
+
+struct peer {
+	addr_t addr;
+	port_be_t port;
+};
+
+static __always_inline struct peer peer_read4(const struct bpf_sock_addr *ctx)
+{
+	return (struct peer){.addr = addr_from4(ctx->user_ip4), .port = (port_be_t)ctx->user_port};
+}
+
+static __always_inline struct peer peer_read6(const struct bpf_sock_addr *ctx)
+{
+	return (struct peer){
+		.addr = {.w = {ctx->user_ip6[0], ctx->user_ip6[1], ctx->user_ip6[2], ctx->user_ip6[3]}},
+		.port = (port_be_t)ctx->user_port,
+	};
+}
+
+static __always_inline void peer_write4(struct bpf_sock_addr *ctx, const addr_t *addr, port_be_t port)
+{
+	ctx->user_ip4 = addr_to4(addr);
+	ctx->user_port = port;
+}
+
+static __always_inline void peer_write6(struct bpf_sock_addr *ctx, const addr_t *addr, port_be_t port)
+{
+	ctx->user_ip6[0] = addr->w[0];
+	ctx->user_ip6[1] = addr->w[1];
+	ctx->user_ip6[2] = addr->w[2];
+	ctx->user_ip6[3] = addr->w[3];
+	ctx->user_port = port;
+}
+
+static __always_inline bool sock_has_services(const struct bpf_sock_addr *ctx)
+{
+	__u32 proto = ctx->protocol;
+
+	return proto == IPPROTO_TCP || proto == IPPROTO_UDP || proto == IPPROTO_SCTP;
+}
+
+/* A connecting socket takes any backend; one that names its peer with every datagram keeps the one it had. */
+static __always_inline const struct backend *sock_select(const struct frontend *frontend, __u64 cookie, bool connecting)
+{
+	struct sock_choice_key key = {.cookie = cookie, .service = frontend->service};
+	__u32 count = frontend->count;
+	const struct backend *backend;
+	struct sock_choice *kept;
+	struct sock_choice now;
+
+	if (count == 0)
+		return NULL;
+	now.slot = bpf_get_prandom_u32() % count;
+	if (connecting)
+		return service_slot(key.service, now.slot, &now.backend);
+	kept = bpf_map_lookup_elem(&sock_choices, &key);
+	if (kept && kept->slot < count) {
+		backend = service_slot(key.service, kept->slot, &now.backend);
+		if (backend && now.backend == kept->backend)
+			return backend;
+	}
+	backend = service_slot(key.service, now.slot, &now.backend);
+	if (backend)
+		bpf_map_update_elem(&sock_choices, &key, &now, BPF_ANY);
+	return backend;
+}
+
+static __always_inline struct sock_revnat_key revnat_key(__u64 cookie, const addr_t *addr, port_be_t port)
+{
+	return (struct sock_revnat_key){.cookie = cookie, .addr = *addr, .port = port};
+}
+
+/* Replies from `backend` shall seem to come from `to`. Steady traffic only reads. */
+static __always_inline void revnat_remember(__u64 cookie, const struct backend *backend, const struct peer *to,
+					    __u32 service)
+{
+	struct sock_revnat_key key = revnat_key(cookie, &backend->addr, backend->port);
+	struct sock_revnat now = {.addr = to->addr, .port = to->port, .service = service};
+	const struct sock_revnat *old = bpf_map_lookup_elem(&sock_revnat, &key);
+
+	if (!old || old->service != service || old->port != now.port || !addr_eq(&old->addr, &now.addr))
+		bpf_map_update_elem(&sock_revnat, &key, &now, BPF_ANY);
+}
+
+/* The socket now talks to this address itself; it may have been a backend for it before. */
+static __always_inline void revnat_forget(__u64 cookie, const struct peer *to)
+{
+	struct sock_revnat_key key = revnat_key(cookie, &to->addr, to->port);
+
+	if (bpf_map_lookup_elem(&sock_revnat, &key))
+		bpf_map_delete_elem(&sock_revnat, &key);
+}
+
+/* The backend to talk to instead of `to`; NULL with SOCK_PASS: `to` is no service's. */
+static __always_inline const struct backend *sock_forward(struct bpf_sock_addr *ctx, const struct peer *to,
+							  bool connecting, int *result)
+{
+	struct frontend_key key = {.addr = to->addr, .port = to->port, .proto = (__u8)ctx->protocol};
+	const struct frontend *frontend;
+	const struct backend *backend;
+	__u64 cookie;
+
+	*result = SOCK_PASS;
+	if (!sock_has_services(ctx))
+		return NULL;
+	cookie = bpf_get_socket_cookie(ctx);
+	frontend = service_lookup(&key);
+	if (!frontend) {
+		revnat_forget(cookie, to);
+		return NULL;
+	}
+	backend = sock_select(frontend, cookie, connecting);
+	if (!backend) {
+		bpf_set_retval(-ECONNREFUSED);
+		*result = SOCK_REFUSE;
+		return NULL;
+	}
+	revnat_remember(cookie, backend, to, frontend->service);
+	return backend;
+}
+
+static __always_inline int forward4(struct bpf_sock_addr *ctx, bool connecting)
+{
+	struct peer to = peer_read4(ctx);
+	int result;
+	const struct backend *backend = sock_forward(ctx, &to, connecting, &result);
+
+	if (backend)
+		peer_write4(ctx, &backend->addr, backend->port);
+	return result;
+}
+
+static __always_inline int forward6(struct bpf_sock_addr *ctx, bool connecting)
+{
+	struct peer to = peer_read6(ctx);
+	int result;
+	const struct backend *backend = sock_forward(ctx, &to, connecting, &result);
+
+	if (backend)
+		peer_write6(ctx, &backend->addr, backend->port);
+	return result;
+}
+
+static __always_inline const struct sock_revnat *sock_reverse(struct bpf_sock_addr *ctx, const struct peer *from)
+{
+	struct sock_revnat_key key;
+
+	if (!sock_has_services(ctx))
+		return NULL;
+	key = revnat_key(bpf_get_socket_cookie(ctx), &from->addr, from->port);
+	return bpf_map_lookup_elem(&sock_revnat, &key);
+}
+
+static __always_inline int reverse4(struct bpf_sock_addr *ctx)
+{
+	struct peer from = peer_read4(ctx);
+	const struct sock_revnat *frontend = sock_reverse(ctx, &from);
+
+	if (frontend)
+		peer_write4(ctx, &frontend->addr, frontend->port);
+	return SOCK_PASS;
+}
+
+static __always_inline int reverse6(struct bpf_sock_addr *ctx)
+{
+	struct peer from = peer_read6(ctx);
+	const struct sock_revnat *frontend = sock_reverse(ctx, &from);
+
+	if (frontend)
+		peer_write6(ctx, &frontend->addr, frontend->port);
+	return SOCK_PASS;
+}
+
+SEC("cgroup/connect4")
+int sock_connect4(struct bpf_sock_addr *ctx)
+{
+	return forward4(ctx, true);
+}
+
+SEC("cgroup/connect6")
+int sock_connect6(struct bpf_sock_addr *ctx)
+{
+	return forward6(ctx, true);
+}
+
+/* An IPv6 socket connected to an IPv4-mapped peer gets here with every send(), as if it had named its peer anew. */
+static __always_inline bool names_its_peer4(struct bpf_sock_addr *ctx)
+{
+	const struct bpf_sock *sk = ctx->sk;
+
+	return sk && sk->dst_ip4 == ctx->user_ip4 && sk->dst_port == (port_be_t)ctx->user_port;
+}
+
+SEC("cgroup/sendmsg4")
+int sock_sendmsg4(struct bpf_sock_addr *ctx)
+{
+	return names_its_peer4(ctx) ? SOCK_PASS : forward4(ctx, false);
+}
+
+SEC("cgroup/sendmsg6")
+int sock_sendmsg6(struct bpf_sock_addr *ctx)
+{
+	return forward6(ctx, false);
+}
+
+SEC("cgroup/recvmsg4")
+int sock_recvmsg4(struct bpf_sock_addr *ctx)
+{
+	return reverse4(ctx);
+}
+
+SEC("cgroup/recvmsg6")
+int sock_recvmsg6(struct bpf_sock_addr *ctx)
+{
+	return reverse6(ctx);
+}
+
+SEC("cgroup/getpeername4")
+int sock_getpeername4(struct bpf_sock_addr *ctx)
+{
+	return reverse4(ctx);
+}
+
+SEC("cgroup/getpeername6")
+int sock_getpeername6(struct bpf_sock_addr *ctx)
+{
+	return reverse6(ctx);
+}
+
+char _license[] SEC("license") = "Dual BSD/GPL";
