@@ -6,12 +6,9 @@
  *
  * IPv6 sockets reach IPv4 frontends by IPv4-mapped addresses; as every address is stored that way, they need nothing
  * of their own. (Their sendmsg arrives at the IPv4 hook, their recvmsg at the IPv6 one.) */
-#include <linux/bpf.h>
 #include <linux/errno.h>
-#include <linux/in.h>
-#include <bpf/bpf_helpers.h>
 
-#include "include/addr.h"
+#include "include/common.h"
 #include "lib/service.h"
 #include "maps/socket.h"
 
@@ -27,7 +24,10 @@ struct peer {
 
 static __always_inline struct peer peer_read4(const struct bpf_sock_addr *ctx)
 {
-	return (struct peer){.addr = addr_from4(ctx->user_ip4), .port = (port_be_t)ctx->user_port};
+	struct peer peer = {.port = (port_be_t)ctx->user_port};
+
+	addr_from_v4(&peer.addr, ctx->user_ip4);
+	return peer;
 }
 
 static __always_inline struct peer peer_read6(const struct bpf_sock_addr *ctx)
@@ -40,7 +40,7 @@ static __always_inline struct peer peer_read6(const struct bpf_sock_addr *ctx)
 
 static __always_inline void peer_write4(struct bpf_sock_addr *ctx, const addr_t *addr, port_be_t port)
 {
-	ctx->user_ip4 = addr_to4(addr);
+	ctx->user_ip4 = addr->w[3];
 	ctx->user_port = port;
 }
 
@@ -99,7 +99,7 @@ static __always_inline void revnat_remember(__u64 cookie, const struct backend *
 	struct sock_revnat now = {.addr = to->addr, .port = to->port, .service = service};
 	const struct sock_revnat *old = bpf_map_lookup_elem(&sock_revnat, &key);
 
-	if (!old || old->service != service || old->port != now.port || !addr_eq(&old->addr, &now.addr))
+	if (!old || old->service != service || old->port != now.port || !addr_equal(&old->addr, &now.addr))
 		bpf_map_update_elem(&sock_revnat, &key, &now, BPF_ANY);
 }
 

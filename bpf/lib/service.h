@@ -2,9 +2,7 @@
 /* Which backend a frontend's next connection goes to. Remembering the choice is the caller's: by conntrack for packets,
  * by the socket itself for sockets. */
 #pragma once
-#include <linux/bpf.h>
-#include <bpf/bpf_helpers.h>
-
+#include "include/common.h"
 #include "maps/service.h"
 
 /* NULL: the address and port are no service's. Every byte of the key counts, so start from a zeroed one. */

@@ -1,9 +1,7 @@
 /* SPDX-License-Identifier: (BSD-2-Clause OR GPL-2.0-only) */
 /* Apart from maps/service.h, so that packet programs don't get maps that only sockets need. */
 #pragma once
-#include <linux/bpf.h>
-#include <bpf/bpf_helpers.h>
-
+#include "include/common.h"
 #include "types/service.h"
 
 struct {
