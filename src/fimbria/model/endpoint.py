@@ -1,0 +1,84 @@
+"""Pods and their network endpoints, local and remote."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from fimbria.model.rows import NO_ADDR
+
+
+@dataclass(frozen=True, slots=True)
+class NamedPort:
+    """A container port that has a name; `proto` is an IPPROTO number, `port` in host order."""
+
+    name: str
+    proto: int
+    port: int
+
+
+@dataclass(frozen=True, slots=True)
+class Pod:
+    """What an agent keeps of a pod of its own node."""
+
+    namespace: str
+    name: str
+    uid: str
+    labels: Mapping[str, str]
+    service_account: str
+    named_ports: tuple[NamedPort, ...]
+    host_network: bool
+
+
+@dataclass(frozen=True, slots=True)
+class LocalEndpoint:
+    """A pod interface of this node, made by a CNI ADD. Addresses are 16 bytes, NO_ADDR if absent."""
+
+    id: int
+    container_id: str
+    ifname: str
+    network: str
+    netns: str
+    namespace: str
+    pod: str
+    uid: str
+    host_ifname: str
+    ifindex: int
+    pod_mac: bytes
+    host_mac: bytes
+    addr4: bytes = NO_ADDR
+    addr6: bytes = NO_ADDR
+
+    @property
+    def owner(self) -> str:
+        """The attachment's name in the CNI specification's terms."""
+        return f"{self.container_id}/{self.ifname}"
+
+    @property
+    def addrs(self) -> tuple[bytes, ...]:
+        """The addresses it has."""
+        return tuple(a for a in (self.addr4, self.addr6) if a != NO_ADDR)
+
+    @property
+    def label(self) -> str:
+        """For people: namespace/pod, or the container id of a pod unknown to Kubernetes."""
+        return f"{self.namespace}/{self.pod}" if self.pod else f"container {self.container_id[:12]}"
+
+
+@dataclass(frozen=True, slots=True)
+class EndpointIdentity:
+    """Which identity an endpoint has, and the labels that say so."""
+
+    number: int
+    labels: Mapping[str, str]
+
+
+@dataclass(frozen=True, slots=True)
+class RemoteEndpoint:
+    """A pod of any node, as its agent reported it. `node` is that node's address; `created` orders rivals."""
+
+    identity: int
+    addrs: tuple[bytes, ...]
+    node: bytes
+    named_ports: tuple[NamedPort, ...]
+    created: str

@@ -1,0 +1,90 @@
+"""From API objects to rows of the tables: nodes, namespaces, pods, identities and reported endpoints.
+
+Each function returns a row, or None for an object that isn't of interest. They raise ValueError naming the field that
+can't be used; the informer keeps the previous row then.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from typing import Final
+
+from fimbria.model.address import Prefix, pack
+from fimbria.model.endpoint import NamedPort, Pod, RemoteEndpoint
+from fimbria.model.node import Node
+from fimbria.sources.k8s.types import cilium, core
+from fimbria.sources.k8s.types.meta import ObjectMeta
+
+PROTOCOLS: Final = {"TCP": 6, "UDP": 17, "SCTP": 132}
+_NUMBER: Final = re.compile(r"[1-9][0-9]{0,7}")
+
+
+def object_key(meta: ObjectMeta) -> tuple[str, str]:
+    """Namespace and name."""
+    return meta.namespace, meta.name
+
+
+def node(obj: cilium.CiliumNode) -> Node:
+    """A CiliumNode: InternalIP addresses are the node's own, CiliumInternalIP those on its pods' networks."""
+    addresses = obj.spec.addresses or ()
+    return Node(
+        name=obj.metadata.name,
+        addrs=tuple(pack(a.ip) for a in addresses if a.type == "InternalIP"),
+        routers=tuple(pack(a.ip) for a in addresses if a.type == "CiliumInternalIP"),
+        pod_cidrs=tuple(Prefix.parse(c) for c in obj.spec.ipam.pod_cidrs or ()),
+        problem=obj.status.ipam.operator_status.error,
+    )
+
+
+def namespace(obj: core.Namespace) -> Mapping[str, str]:
+    """A namespace's labels."""
+    return dict(obj.metadata.labels or {})
+
+
+def named_ports(spec: core.PodSpec) -> tuple[NamedPort, ...]:
+    """Named ports of the containers that run with the pod (sidecar init containers included)."""
+    sidecars = [c for c in spec.init_containers or () if c.restart_policy == "Always"]
+    ports = [p for c in (*(spec.containers or ()), *sidecars) for p in c.ports or ()]
+    return tuple(NamedPort(p.name, PROTOCOLS.get(p.protocol, 0), p.container_port) for p in ports if p.name)
+
+
+def pod(obj: core.Pod) -> Pod:
+    """A pod of this node."""
+    meta, spec = obj.metadata, obj.spec
+    return Pod(
+        namespace=meta.namespace,
+        name=meta.name,
+        uid=meta.uid,
+        labels=dict(meta.labels or {}),
+        service_account=spec.service_account_name,
+        named_ports=named_ports(spec),
+        host_network=spec.host_network,
+    )
+
+
+def identity(obj: cilium.CiliumIdentity) -> Mapping[str, str]:
+    """An identity's labels."""
+    return dict(obj.security_labels or {})
+
+
+def identity_key(meta: ObjectMeta) -> int:
+    """An identity's number; 0, which none has, for a name that isn't one."""
+    return int(meta.name) if _NUMBER.fullmatch(meta.name) else 0
+
+
+def remote_endpoint(obj: cilium.CiliumEndpoint) -> RemoteEndpoint | None:
+    """A reported endpoint; None while its agent has not filled in identity and addresses."""
+    status = obj.status
+    pairs = status.networking.addressing or ()
+    addrs = tuple(pack(ip) for pair in pairs for ip in (pair.ipv4, pair.ipv6) if ip)
+    if not status.identity.id or not addrs or not status.networking.node:
+        return None
+    ports = tuple(NamedPort(p.name, PROTOCOLS.get(p.protocol, 0), p.port) for p in status.named_ports or ())
+    return RemoteEndpoint(
+        identity=status.identity.id,
+        addrs=addrs,
+        node=pack(status.networking.node),
+        named_ports=ports,
+        created=obj.metadata.creation_timestamp or "",
+    )
