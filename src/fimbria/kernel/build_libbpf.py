@@ -130,6 +130,9 @@ int libbpf_probe_bpf_helper(uint32_t prog_type, uint32_t helper_id, const void *
 const char *libbpf_version_string(void);
 
 int fim_socket_in(int netns_fd, int domain, int type, int protocol);
+int fim_netns_create(const char *path);
+int fim_setns(int netns_fd);
+int fim_umount(const char *path);
 """
 
 

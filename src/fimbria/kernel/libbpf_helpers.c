@@ -17,6 +17,7 @@
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
+#include <sys/mount.h>
 #include <sys/socket.h>
 #include <unistd.h>
 
@@ -735,4 +736,42 @@ int fim_socket_in(int netns_fd, int domain, int type, int protocol)
 		return -err;
 	pthread_join(thread, NULL);
 	return r.result;
+}
+
+struct netns_request {
+	const char *path;
+	int result;
+};
+
+static void *netns_thread(void *arg)
+{
+	struct netns_request *r = arg;
+
+	if (unshare(CLONE_NEWNET) || mount("/proc/thread-self/ns/net", r->path, "none", MS_BIND, NULL))
+		r->result = -errno;
+	return NULL;
+}
+
+// Makes a namespace on a thread that ends at once and keeps it by a mount on `path`.
+int fim_netns_create(const char *path)
+{
+	struct netns_request r = { path, 0 };
+	pthread_t thread;
+	int err = pthread_create(&thread, NULL, netns_thread, &r);
+
+	if (err)
+		return -err;
+	pthread_join(thread, NULL);
+	return r.result;
+}
+
+// For threads that end after what they do there.
+int fim_setns(int netns_fd)
+{
+	return setns(netns_fd, CLONE_NEWNET) ? -errno : 0;
+}
+
+int fim_umount(const char *path)
+{
+	return umount2(path, MNT_DETACH) ? -errno : 0;
 }
