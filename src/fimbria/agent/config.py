@@ -1,0 +1,128 @@
+"""Settings of the agent: one frozen value, from the command line and the environment (`FIMBRIA_<NAME>`)."""
+
+from __future__ import annotations
+
+import argparse
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Any
+
+
+class ConfigError(ValueError):
+    """A setting is missing or has a value that can't be used; the text names it."""
+
+
+@dataclass(frozen=True, slots=True)
+class AgentConfig:
+    """Everything an agent can be told. Sizes are entries, times seconds, ports inclusive ranges `FIRST-LAST`."""
+
+    node_name: str = ""
+    kubeconfig: str = ""
+    cgroup: str = ""
+    routing: str = "overlay"
+    devices: str = ""
+    run_dir: str = "/run/fimbria"
+    bpffs: str = "/sys/fs/bpf"
+    cni_conf_dir: str = "/etc/cni/net.d"
+    cni_bin_dir: str = "/opt/cni/bin"
+    cluster_name: str = "default"
+    overlay_port: int = 8472
+    mtu: int = 0
+    masquerade: bool = True
+    masquerade_ports: str = "49152-65535"
+    fast_path: bool = True
+    attach: str = "auto"
+    conntrack_entries: int = 131072
+    nat_entries: int = 65536
+    ipcache_entries: int = 524288
+    service_entries: int = 131072
+    policy_sets: int = 4096
+    audit_interval: float = 30.0
+    metrics_listen: str = ""
+    trace_interval: float = 5.0
+    label_filter: str = ""
+    log_level: str = "info"
+
+    def check(self) -> None:
+        """Raises ConfigError for a value that can't be used."""
+        if not self.node_name:
+            raise ConfigError("--node-name is not set")
+        if self.routing not in ("overlay", "native"):
+            raise ConfigError(f"--routing {self.routing!r}: overlay or native")
+        if self.attach not in ("auto", "tcx", "clsact"):
+            raise ConfigError(f"--attach {self.attach!r}: auto, tcx or clsact")
+        port_range("--masquerade-ports", self.masquerade_ports)
+
+    @property
+    def run(self) -> Path:
+        """The folder of sockets and journal."""
+        return Path(self.run_dir)
+
+    @property
+    def overlay(self) -> bool:
+        """Whether pods' packets are encapsulated between nodes."""
+        return self.routing == "overlay"
+
+
+HELP: Mapping[str, str] = {
+    "node_name": "name of this node's Node object",
+    "kubeconfig": "kubeconfig file of the API server; empty: the pod's service account",
+    "cgroup": "cgroup v2 folder whose sockets see Services; empty: the cgroup v2 root",
+    "routing": "overlay (VXLAN) or native (the network routes pod addresses)",
+    "devices": "devices that lead out of the node, comma separated; empty: those that have a node address",
+    "run_dir": "folder of sockets and of the journal",
+    "bpffs": "where a BPF file system is mounted",
+    "cni_conf_dir": "where the container runtime looks for CNI configuration; empty: don't install",
+    "cni_bin_dir": "where the container runtime looks for CNI plugins; empty: don't install",
+    "cluster_name": "name of the cluster in identity labels",
+    "overlay_port": "UDP port of VXLAN",
+    "mtu": "MTU of the network between nodes in bytes; 0: that of the device",
+    "masquerade": "give pods' traffic to the outside the node's address",
+    "masquerade_ports": "source ports for masquerading",
+    "fast_path": "redirect past the host's stack where the kernel can",
+    "attach": "how programs are attached to devices: auto, tcx or clsact",
+    "conntrack_entries": "size of the connection table",
+    "nat_entries": "size of the masquerading table",
+    "ipcache_entries": "size of the table of the cluster's addresses",
+    "service_entries": "size of the tables of frontends and backends (slots: four times as many)",
+    "policy_sets": "how many different sets of rules the pods of a node can have",
+    "audit_interval": "seconds between two comparisons with the kernel",
+    "metrics_listen": "HOST:PORT for Prometheus; empty: only on the local socket",
+    "trace_interval": "seconds between two events of one busy connection",
+    "label_filter": "security-relevant labels: regular expressions separated by blanks, ! excludes",
+    "log_level": "debug, info, warning or error",
+}
+
+
+def port_range(setting: str, text: str) -> tuple[int, int]:
+    """`FIRST-LAST` as numbers. Raises ConfigError naming the setting."""
+    first, _, last = text.partition("-")
+    if not (first.isdecimal() and last.isdecimal() and 0 < int(first) <= int(last) < 65536):
+        raise ConfigError(f"{setting} {text!r}: expected FIRST-LAST, for example 49152-65535")
+    return int(first), int(last)
+
+
+def parse(argv: Sequence[str], environ: Mapping[str, str] | None = None) -> AgentConfig:
+    """Settings from arguments; a setting that isn't given comes from the environment, then from its default.
+
+    Raises ConfigError; exits on --help as argparse does.
+    """
+    environ = os.environ if environ is None else environ
+    parser = argparse.ArgumentParser("fimbria agent", description="Fimbria's agent: one on every node.")
+    defaults = AgentConfig()
+    for f in fields(AgentConfig):
+        flag = "--" + f.name.replace("_", "-")
+        default: Any = getattr(defaults, f.name)
+        given = environ.get("FIMBRIA_" + f.name.upper())
+        if isinstance(default, bool):
+            start = default if given is None else given.lower() in ("1", "true", "yes")
+            parser.add_argument(flag, action=argparse.BooleanOptionalAction, default=start, help=HELP[f.name])
+            continue
+        shown = f" (default: {default})" if default not in ("", 0) else ""
+        kind = type(default)
+        parser.add_argument(flag, type=kind, default=given if given is not None else default, help=HELP[f.name] + shown)
+    config = AgentConfig(**vars(parser.parse_args(list(argv))))
+    config.check()
+    return config

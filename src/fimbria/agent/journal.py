@@ -1,0 +1,87 @@
+"""What the agent must remember over a restart: one JSON file per endpoint, and one for the numbers it gave out.
+
+A file is written under a temporary name, synced and renamed, so that a reader finds the old or the new one, whole. A
+file that can't be read is set aside under `.bad` with a log line.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+from collections.abc import Mapping
+from dataclasses import asdict, fields
+from pathlib import Path
+from typing import Any
+
+from fimbria.model.endpoint import EndpointIdentity, LocalEndpoint
+
+log = logging.getLogger(__name__)
+_BYTES = frozenset(("pod_mac", "host_mac", "addr4", "addr6"))
+
+
+class Journal:
+    """Files under `<run>/state`, mode 0700. The state lasts as long as the boot, like the kernel's."""
+
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
+        self._endpoints = folder / "endpoints"
+
+    def open(self) -> None:
+        """Make the folders. Raises OSError."""
+        self._endpoints.mkdir(mode=0o700, parents=True, exist_ok=True)
+
+    def save_endpoint(self, endpoint: LocalEndpoint, identity: EndpointIdentity | None) -> None:
+        """Write one endpoint. Raises OSError."""
+        row = {k: v.hex() if isinstance(v, bytes) else v for k, v in asdict(endpoint).items()}
+        decided = {"number": identity.number, "labels": dict(identity.labels)} if identity else None
+        self._write(self._endpoints / f"{endpoint.id}.json", {"endpoint": row, "identity": decided})
+
+    def remove_endpoint(self, endpoint_id: int) -> None:
+        """Forget one endpoint."""
+        (self._endpoints / f"{endpoint_id}.json").unlink(missing_ok=True)
+
+    def endpoints(self) -> list[tuple[LocalEndpoint, EndpointIdentity | None]]:
+        """Everything that was saved and can be read."""
+        found = []
+        for path in sorted(self._endpoints.glob("*.json")):
+            try:
+                found.append(_decode(json.loads(path.read_bytes())))
+            except (OSError, ValueError, KeyError, TypeError) as error:
+                log.error("journal: %s can't be read and is set aside: %s", path.name, error)
+                path.rename(path.with_suffix(".bad"))
+        return found
+
+    def save_numbers(self, numbers: Mapping[str, Any]) -> None:
+        """Write the numbers given out (rules, services, ...). Raises OSError."""
+        self._write(self._folder / "numbers.json", numbers)
+
+    def numbers(self) -> dict[str, Any]:
+        """What save_numbers wrote last; empty on the first start or if it can't be read."""
+        try:
+            found = json.loads((self._folder / "numbers.json").read_bytes())
+        except FileNotFoundError:
+            return {}
+        except (OSError, ValueError) as error:
+            log.error("journal: numbers.json can't be read, numbers are given anew: %s", error)
+            return {}
+        return found if isinstance(found, dict) else {}
+
+    @staticmethod
+    def _write(path: Path, content: Mapping[str, Any]) -> None:
+        temporary = path.with_suffix(".tmp")
+        fd = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o600)
+        try:
+            os.write(fd, json.dumps(content, separators=(",", ":")).encode())
+            os.fsync(fd)
+        finally:
+            os.close(fd)
+        temporary.rename(path)
+
+
+def _decode(raw: Mapping[str, Any]) -> tuple[LocalEndpoint, EndpointIdentity | None]:
+    names = {f.name for f in fields(LocalEndpoint)}
+    row: dict[str, Any] = {k: bytes.fromhex(v) if k in _BYTES else v for k, v in raw["endpoint"].items() if k in names}
+    decided = raw.get("identity")
+    identity = EndpointIdentity(int(decided["number"]), dict(decided["labels"])) if decided else None
+    return LocalEndpoint(**row), identity

@@ -1,0 +1,284 @@
+"""Where programs are attached: tcx links where the kernel has them, clsact filters where not, cgroup links for sockets.
+
+How a restarted agent knows what is ours: links by their pin; a clsact filter by a program that uses one of our maps.
+Nothing is ever removed by handle or name alone.
+"""
+
+from __future__ import annotations
+
+import errno
+import logging
+from collections.abc import Callable, Hashable, Mapping
+from contextlib import suppress
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Final, Generic, TypeVar
+
+from fimbria.apply.programs import Datapath
+from fimbria.apply.rows import Delta
+from fimbria.kernel.bpf import (
+    AttachType,
+    BpfError,
+    Link,
+    LinkInfo,
+    Program,
+    TcSlot,
+    attach_cgroup,
+    attach_tcx,
+    clsact,
+    prog_info,
+    program_by_id,
+    query_device,
+    tc_attach,
+    tc_detach,
+    tc_query,
+)
+
+log = logging.getLogger(__name__)
+H = TypeVar("H", bound=Hashable)
+TC_PRIORITY: Final = 1
+TC_HANDLE: Final = 0xF1
+TC_HANDLES: Final = 8
+INGRESS, EGRESS = "ingress", "egress"
+_TCX: Final = {INGRESS: AttachType.TCX_INGRESS, EGRESS: AttachType.TCX_EGRESS}
+SOCKET_HOOKS: Final = {
+    "connect4": AttachType.CGROUP_INET4_CONNECT,
+    "connect6": AttachType.CGROUP_INET6_CONNECT,
+    "sendmsg4": AttachType.CGROUP_UDP4_SENDMSG,
+    "sendmsg6": AttachType.CGROUP_UDP6_SENDMSG,
+    "recvmsg4": AttachType.CGROUP_UDP4_RECVMSG,
+    "recvmsg6": AttachType.CGROUP_UDP6_RECVMSG,
+    "getpeername4": AttachType.CGROUP_INET4_GETPEERNAME,
+    "getpeername6": AttachType.CGROUP_INET6_GETPEERNAME,
+}
+
+
+@dataclass(frozen=True, slots=True)
+class DeviceHook:
+    """One side of a network device; the value is the name of the program that should run there."""
+
+    ifindex: int
+    side: str
+
+    def __str__(self) -> str:
+        return f"{self.side} of interface {self.ifindex}"
+
+
+class PinnedLinks(Generic[H]):
+    """Programs attached by pinned links. Keys are hooks, values the names of the programs that should run there."""
+
+    name = ""
+
+    def __init__(self, datapath: Datapath) -> None:
+        self._datapath = datapath
+        self._links: dict[H, Link] = {}
+
+    def read(self) -> dict[H, str]:
+        """Pinned links and the program each runs; one whose device or cgroup is gone is shown as detached."""
+        found: dict[H, str] = {}
+        for path in self._datapath.links.iterdir():
+            hook = self.parse(path.name)
+            if hook is None:
+                continue
+            try:
+                link = Link.open(path)
+                info = link.info()
+            except BpfError:
+                found[hook] = "unreadable pin"
+                continue
+            program = self._datapath.program_ids.get(info.prog_id, f"program {info.prog_id}")
+            found[hook] = program if self.attached(hook, info) else "detached"
+            self._links[hook] = link
+        return found
+
+    def write(self, delta: Delta[H, str], *, order: str) -> Mapping[H, str]:
+        """Swap programs in place where a link is there, attach where not."""
+        failures: dict[H, str] = {}
+        for hook in delta.upserts if order == "in" else ():
+            try:
+                self._ensure(hook, self._datapath.programs[delta.upserts[hook]])
+            except OSError as error:
+                failures[hook] = str(error)
+        for hook in delta.deletes if order == "out" else ():
+            self._drop(hook)
+        return failures
+
+    def parse(self, pin: str) -> H | None:
+        """The hook of a pin's name, None for a pin of another target."""
+        raise NotImplementedError
+
+    def pin_name(self, hook: H) -> str:
+        """The opposite of `parse`."""
+        raise NotImplementedError
+
+    def attached(self, hook: H, info: LinkInfo) -> bool:
+        """Whether the link still is where the hook says; a dead one can't be revived."""
+        raise NotImplementedError
+
+    def attach(self, hook: H, program: Program) -> Link:
+        """A new link."""
+        raise NotImplementedError
+
+    def _ensure(self, hook: H, program: Program) -> None:
+        path = self._datapath.links / self.pin_name(hook)
+        link = self._links.get(hook)
+        if link is not None:
+            with suppress(BpfError):
+                if self.attached(hook, link.info()):
+                    link.update(program)
+                    link.pin(path)
+                    return
+            self._drop(hook)
+        link = self.attach(hook, program)
+        link.pin(path)
+        self._links[hook] = link
+
+    def _drop(self, hook: H) -> None:
+        (self._datapath.links / self.pin_name(hook)).unlink(missing_ok=True)
+        link = self._links.pop(hook, None)
+        if link is not None:
+            link.close()
+
+
+class TcxTarget(PinnedLinks[DeviceHook]):
+    """Programs on devices by tcx links (Linux 6.6)."""
+
+    name = "device_links"
+
+    def parse(self, pin: str) -> DeviceHook | None:
+        """From `tcx-<side>-<ifindex>`."""
+        kind, _, rest = pin.partition("-")
+        side, _, number = rest.partition("-")
+        return DeviceHook(int(number), side) if kind == "tcx" and side in _TCX and number.isdecimal() else None
+
+    def pin_name(self, hook: DeviceHook) -> str:
+        """`tcx-<side>-<ifindex>`."""
+        return f"tcx-{hook.side}-{hook.ifindex}"
+
+    def attached(self, hook: DeviceHook, info: LinkInfo) -> bool:
+        """The kernel says ifindex 0 once the device is gone or the link was detached."""
+        return info.ifindex == hook.ifindex
+
+    def attach(self, hook: DeviceHook, program: Program) -> Link:
+        """At the end of the chain: programs of others keep their place."""
+        return attach_tcx(program, hook.ifindex, _TCX[hook.side])
+
+    def foreign(self, hook: DeviceHook) -> list[str]:
+        """Other programs at the hook, for people."""
+        ids = [p.prog_id for p in query_device(hook.ifindex, _TCX[hook.side]).programs]
+        return [_name(i) for i in ids if i not in self._datapath.program_ids]
+
+
+class CgroupTarget(PinnedLinks[str]):
+    """Socket programs on one cgroup subtree; hooks are the keys of SOCKET_HOOKS."""
+
+    name = "socket_links"
+
+    def __init__(self, datapath: Datapath, cgroup: Path) -> None:
+        super().__init__(datapath)
+        self._cgroup = cgroup
+
+    def parse(self, pin: str) -> str | None:
+        """From `cgroup-<hook>`."""
+        kind, _, hook = pin.partition("-")
+        return hook if kind == "cgroup" and hook in SOCKET_HOOKS else None
+
+    def pin_name(self, hook: str) -> str:
+        """`cgroup-<hook>`."""
+        return f"cgroup-{hook}"
+
+    def attached(self, hook: str, info: LinkInfo) -> bool:
+        """A cgroup's id is its directory's inode number."""
+        return info.cgroup_id == self._cgroup.stat().st_ino
+
+    def attach(self, hook: str, program: Program) -> Link:
+        """On the subtree and all below it."""
+        return attach_cgroup(program, self._cgroup, SOCKET_HOOKS[hook])
+
+
+@dataclass(slots=True)
+class ClsactTarget:
+    """Programs on devices as direct-action filters, for kernels without tcx. `devices` lists ifindexes to look at."""
+
+    datapath: Datapath
+    devices: Callable[[], list[int]]
+    name: str = "device_links"
+    _slots: dict[DeviceHook, tuple[TcSlot, int]] = field(default_factory=dict)
+
+    def read(self) -> dict[DeviceHook, str]:
+        """Our filters on all devices."""
+        found: dict[DeviceHook, str] = {}
+        for ifindex in self.devices():
+            for side in (INGRESS, EGRESS):
+                hook = DeviceHook(ifindex, side)
+                mine = self._find(hook)
+                if mine is not None:
+                    self._slots[hook] = mine
+                    found[hook] = self.datapath.program_ids.get(prog_id := mine[1], f"program {prog_id}")
+        return found
+
+    def write(self, delta: Delta[DeviceHook, str], *, order: str) -> Mapping[DeviceHook, str]:
+        """Replace our own filter in place; take a free handle otherwise."""
+        failures: dict[DeviceHook, str] = {}
+        for hook in delta.upserts if order == "in" else ():
+            try:
+                self._ensure(hook, delta.upserts[hook])
+            except OSError as error:
+                failures[hook] = str(error)
+        for hook in delta.deletes if order == "out" else ():
+            slot = self._slots.pop(hook, None) or self._find(hook)
+            if slot is not None:
+                with suppress(BpfError):
+                    tc_detach(*slot)
+        return failures
+
+    def foreign(self, hook: DeviceHook) -> list[str]:
+        """Other programs in the handles we use, for people."""
+        ids = [i for s in self._candidates(hook) if (i := tc_query(s)) is not None]
+        return [_name(i) for i in ids if not self._ours(i)]
+
+    def _ensure(self, hook: DeviceHook, program_name: str) -> None:
+        program = self.datapath.programs[program_name]
+        clsact(hook.ifindex)
+        mine = self._find(hook)
+        if mine is not None:
+            self._slots[hook] = (mine[0], tc_attach(program, mine[0], replace=True))
+            return
+        for slot in self._candidates(hook):
+            try:
+                self._slots[hook] = (slot, tc_attach(program, slot))
+            except BpfError as error:
+                if error.errno != errno.EEXIST:
+                    raise
+            else:
+                return
+        raise BpfError(errno.EBUSY, f"{hook}: other programs hold all {TC_HANDLES} handles at priority {TC_PRIORITY}")
+
+    def _find(self, hook: DeviceHook) -> tuple[TcSlot, int] | None:
+        for slot in self._candidates(hook):
+            prog_id = tc_query(slot)
+            if prog_id is not None and self._ours(prog_id):
+                return slot, prog_id
+        return None
+
+    def _ours(self, prog_id: int) -> bool:
+        if prog_id in self.datapath.program_ids:
+            return True
+        with suppress(BpfError), program_by_id(prog_id) as program:
+            maps = {m.info.id for m in self.datapath.maps.values()}
+            return bool(maps.intersection(prog_info(program.fd).map_ids))
+        return False
+
+    @staticmethod
+    def _candidates(hook: DeviceHook) -> list[TcSlot]:
+        egress = hook.side == EGRESS
+        return [TcSlot(hook.ifindex, egress, TC_PRIORITY, TC_HANDLE + i) for i in range(TC_HANDLES)]
+
+
+def _name(prog_id: int) -> str:
+    try:
+        with program_by_id(prog_id) as program:
+            info = prog_info(program.fd)
+            return f"{info.name} (id {prog_id}, tag {info.tag})"
+    except BpfError:
+        return f"id {prog_id}"
