@@ -321,7 +321,9 @@ class ApiClient:
                 token_renewed = True
             except ApiError as error:
                 later = isinstance(error, TooMany) or (error.status == 503 and error.retry_after is not None)
-                delay = backoff.next() if error.retry_after is None else error.retry_after + self._random()
+                delay = backoff.next()
+                if error.retry_after is not None:
+                    delay = error.retry_after + self._random()
                 if not later or backoff.attempts > self._retries or delay > _MAX_RETRY_AFTER:
                     raise
                 await self._sleep(delay)
