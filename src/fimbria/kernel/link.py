@@ -150,9 +150,7 @@ def _header(index: int = 0, flags: int = 0, mask: int = 0) -> bytes:
     return _IFINFOMSG.pack(0, 0, index, flags, mask)
 
 
-def _common(  # noqa: PLR0917
-    name: str, mtu: int, mac: bytes, netns_fd: int | None, group: int
-) -> bytes:
+def _common(name: str, mtu: int, mac: bytes, netns_fd: int | None, group: int) -> bytes:
     parts = [attr_text(_IFLA_IFNAME, _check_name(name))]
     if mtu:
         parts.append(attr_u32(_IFLA_MTU, mtu))
