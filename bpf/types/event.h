@@ -72,7 +72,7 @@ struct event {
 	__u8 ct_state;       /* enum ct_state */
 	__u8 proto;
 	__u8 tcp_flags;
-	__u16 packet_len_hi; /* 0 */
+	__u16 pad;
 	__u32 packet_len;    /* bytes, from the network header on */
 	__u32 endpoint;      /* id; 0: none */
 	identity_t source;
