@@ -1,0 +1,236 @@
+/* SPDX-License-Identifier: (BSD-2-Clause OR GPL-2.0-only) */
+/* Connections, each as one endpoint sees it, with the verdict that was reached on it. */
+#pragma once
+#include "include/config.h"
+#include "include/packet.h"
+#include "lib/parse.h"
+#include "lib/policy.h"
+#include "lib/trace.h"
+#include "maps/conntrack.h"
+
+#define CT_TCP_SYN_NS (60 * NSEC_PER_SEC)
+#define CT_CLOSING_NS (10 * NSEC_PER_SEC)
+#define CT_ONE_WAY_NS (60 * NSEC_PER_SEC)
+#define CT_BOTH_WAYS_NS (180 * NSEC_PER_SEC)
+#define CT_ICMP_NS (30 * NSEC_PER_SEC)
+
+static __always_inline void ct_key_of(struct ct_key *key, const struct tuple *t, __u32 direction, __u8 scope)
+{
+	bool egress = direction == DIRECTION_EGRESS;
+
+	key->local = egress ? t->saddr : t->daddr;
+	key->remote = egress ? t->daddr : t->saddr;
+	key->local_port = egress ? t->sport : t->dport;
+	key->remote_port = egress ? t->dport : t->sport;
+	key->proto = t->proto;
+	key->scope = scope;
+	key->pad = 0;
+}
+
+/* Expired entries and those of a former owner of the address are misses. */
+static __always_inline struct ct_entry *ct_lookup(const struct ct_key *key, __u32 endpoint, __u64 now)
+{
+	struct ct_entry *e = bpf_map_lookup_elem(&conntrack, key);
+
+	return e && e->endpoint == endpoint && e->expires > now ? e : NULL;
+}
+
+static __always_inline __u64 ct_lifetime(__u8 proto, __u32 flags)
+{
+	if (proto == IPPROTO_TCP || proto == IPPROTO_SCTP) {
+		if (flags & CT_RST || (flags & CT_FIN_FORWARD && flags & CT_FIN_REPLY))
+			return CT_CLOSING_NS;
+		return flags & CT_SEEN_REPLY ? cfg_tcp_established_ns : CT_TCP_SYN_NS;
+	}
+	if (proto == IPPROTO_UDP)
+		return flags & CT_SEEN_REPLY ? CT_BOTH_WAYS_NS : CT_ONE_WAY_NS;
+	return CT_ICMP_NS;
+}
+
+/* A cache line that every CPU writes for every packet is dear: a second's difference doesn't matter. */
+static __always_inline void ct_extend(struct ct_entry *e, __u64 expires)
+{
+	if (expires > e->expires + NSEC_PER_SEC || expires + NSEC_PER_SEC < e->expires)
+		e->expires = expires;
+}
+
+/* A connection attempt can't belong to a connection that is over, nor be the reply to one. */
+static __always_inline bool ct_starts_anew(const struct packet *p, const struct ct_entry *e)
+{
+	__u32 opener = e->flags & CT_OPENED_EGRESS ? DIRECTION_EGRESS : DIRECTION_INGRESS;
+
+	if (p->flags & PACKET_ERROR || !(p->tcp_flags & TCP_SYN) || p->tcp_flags & TCP_ACK)
+		return false;
+	if (p->direction != opener || e->flags & (CT_RST | CT_FIN_FORWARD | CT_FIN_REPLY))
+		return true;
+	/* The same ports once through a service and once directly. */
+	return p->direction == DIRECTION_EGRESS && e->service != p->service;
+}
+
+static __always_inline port_be_t policy_port_of_icmp(__u8 type)
+{
+	return bpf_htons(type << 8);
+}
+
+/* The question as it was when the connection was opened. */
+static __always_inline void query_of_entry(struct policy_query *q, const struct ct_key *key, const struct ct_entry *e)
+{
+	bool egress = e->flags & CT_OPENED_EGRESS;
+
+	q->addr = key->remote;
+	q->direction = egress ? DIRECTION_EGRESS : DIRECTION_INGRESS;
+	q->proto = key->proto;
+	q->port = egress ? key->remote_port : key->local_port;
+	if (key->proto == IPPROTO_ICMP)
+		q->port = policy_port_of_icmp(ICMP_ECHO);
+	else if (key->proto == IPPROTO_ICMPV6)
+		q->port = policy_port_of_icmp(ICMPV6_ECHO_REQUEST);
+}
+
+static __always_inline void ct_note_tcp(struct packet *p, struct ct_entry *e, bool reply)
+{
+	__u32 seen = 0;
+	__u16 news = p->tcp_flags & (TCP_SYN | TCP_FIN | TCP_RST);
+
+	if (p->tcp_flags & TCP_RST)
+		seen = CT_RST;
+	else if (p->tcp_flags & TCP_FIN)
+		seen = reply ? CT_FIN_REPLY : CT_FIN_FORWARD;
+	if (seen & ~e->flags)
+		e->flags |= seen;
+	news = (reply ? news << 8 : news) & ~e->tcp_flags;
+	if (news) {
+		e->tcp_flags |= news;
+		p->report = true;
+	}
+}
+
+/* A packet of a connection that was allowed: still allowed? Then the entry learns from it. */
+static __always_inline int ct_known(struct packet *p, struct endpoint *ep, const struct ct_key *key,
+				    struct ct_entry *e, __u32 epoch, __u64 now)
+{
+	bool error = p->flags & PACKET_ERROR;
+	bool reply = !error && (p->direction == DIRECTION_EGRESS) != !!(e->flags & CT_OPENED_EGRESS);
+
+	p->ct_state = error ? CT_STATE_RELATED : reply ? CT_STATE_REPLY : CT_STATE_ESTABLISHED;
+	p->rule = e->rule;
+	if (e->epoch != epoch || (!error && e->peer != p->peer)) {
+		struct policy_query q = {};
+
+		query_of_entry(&q, key, e);
+		q.peer = p->peer;
+		if (error) {
+			/* The peer of the packet may be any router on the way. */
+			const struct remote *remote = ipcache_lookup(&key->remote);
+
+			q.peer = remote ? remote->identity : IDENTITY_WORLD;
+		}
+		int reason = policy(ep, &q);
+
+		p->rule = q.rule;
+		if (reason) {
+			bpf_map_delete_elem(&conntrack, key);
+			return reason;
+		}
+		e->epoch = epoch;
+		e->peer = q.peer;
+		e->rule = q.rule;
+	}
+	if (p->direction == DIRECTION_INGRESS && e->service) {
+		p->flags |= PACKET_UNTRANSLATE;
+		p->service = e->service;
+		p->frontend.addr = e->frontend;
+		p->frontend.port = e->frontend_port;
+	}
+	if (error) {
+		p->report = true;
+		return 0;
+	}
+	if (reply && !(e->flags & CT_SEEN_REPLY))
+		e->flags |= CT_SEEN_REPLY;
+	ct_note_tcp(p, e, reply);
+	ct_extend(e, now + ct_lifetime(key->proto, e->flags));
+	if (now - e->reported > cfg_trace_interval_ns)
+		p->report = true;
+	if (p->report)
+		e->reported = now;
+	return 0;
+}
+
+/* A packet without a connection: policy decides, and what it allows is remembered. */
+static __always_inline int ct_new(struct __sk_buff *skb, struct packet *p, struct endpoint *ep,
+				  const struct ct_key *key, __u32 epoch, __u64 now)
+{
+	struct policy_query q = {
+		.peer = p->peer,
+		.direction = p->direction,
+		.proto = p->t.proto,
+		.port = p->t.dport,
+	};
+	bool egress = p->direction == DIRECTION_EGRESS;
+
+	p->ct_state = CT_STATE_NEW;
+	q.addr = egress ? p->t.daddr : p->t.saddr;
+	if (!(p->flags & PACKET_PORTS))
+		q.port = policy_port_of_icmp(p->icmp_type);
+	int reason = policy(ep, &q);
+
+	p->rule = q.rule;
+	if (reason)
+		return reason;
+	p->report = true;
+	if (cfg_events && ep->flags & (egress ? ENDPOINT_ENFORCE_EGRESS : ENDPOINT_ENFORCE_INGRESS))
+		emit(skb, p, EVENT_POLICY_VERDICT << 8 | POLICY_VERDICT_ALLOW);
+	/* Errors, echo replies and resets open nothing. */
+	if (!(p->flags & (PACKET_PORTS | PACKET_ECHO)) || p->tcp_flags & TCP_RST ||
+	    (p->flags & PACKET_ECHO && icmp_echo_kind(p->t.proto, p->icmp_type) == 2))
+		return 0;
+	struct ct_entry e = {
+		.expires = now + ct_lifetime(key->proto, 0),
+		.reported = now,
+		.endpoint = ep->id,
+		.epoch = epoch,
+		.peer = p->peer,
+		.rule = q.rule,
+		.flags = (egress ? CT_OPENED_EGRESS : 0) | (p->tcp_flags & TCP_FIN ? CT_FIN_FORWARD : 0),
+		.tcp_flags = p->tcp_flags & (TCP_SYN | TCP_FIN),
+	};
+
+	if (egress && p->service) {
+		e.service = p->service;
+		e.frontend = p->frontend.addr;
+		e.frontend_port = p->frontend.port;
+	}
+	return bpf_map_update_elem(&conntrack, key, &e, BPF_ANY) ? DROP_CT_MAP_INSERTION_FAILED : 0;
+}
+
+/* Conntrack and policy of one endpoint for a packet in p->direction whose other side is p->peer. Returns 0 or the
+ * reason to drop. */
+__noinline int judge(struct __sk_buff *skb, struct packet *p, struct endpoint *ep)
+{
+	__u32 zero = 0;
+
+	if (!p || !ep)
+		return DROP_EP_NOT_READY;
+	const struct runtime *run = bpf_map_lookup_elem(&runtime, &zero);
+
+	if (!run)
+		return DROP_EP_NOT_READY;
+	struct ct_key key;
+	struct ct_entry *e = NULL;
+	__u32 epoch = run->policy_epoch;
+	__u64 now = bpf_ktime_get_ns();
+
+	p->endpoint = ep->id;
+	p->identity = ep->identity;
+	/* The embedded packet went the other way. */
+	if (p->flags & PACKET_ERROR)
+		ct_key_of(&key, &p->inner, !p->direction, CT_SCOPE_CONNECTION);
+	else
+		ct_key_of(&key, &p->t, p->direction, CT_SCOPE_CONNECTION);
+	if (p->flags & PACKET_TRACKED)
+		e = ct_lookup(&key, ep->id, now);
+	if (e && !ct_starts_anew(p, e))
+		return ct_known(p, ep, &key, e, epoch, now);
+	return ct_new(skb, p, ep, &key, epoch, now);
+}

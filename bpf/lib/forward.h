@@ -1,0 +1,118 @@
+/* SPDX-License-Identifier: (BSD-2-Clause OR GPL-2.0-only) */
+/* Where a packet goes next, and the last step to an endpoint. */
+#pragma once
+#include "include/config.h"
+#include "lib/conntrack.h"
+#include "lib/rewrite.h"
+#include "lib/trace.h"
+#include "maps/endpoint.h"
+
+static __always_inline struct endpoint *local_endpoint(const addr_t *addr, ifindex_t *ifindex)
+{
+	const struct local_addr *local = bpf_map_lookup_elem(&local_addrs, addr);
+
+	if (!local)
+		return NULL;
+	*ifindex = local->ifindex;
+	return bpf_map_lookup_elem(&endpoints, ifindex);
+}
+
+/* To the host stack, which knows the source's identity again in a later program by the mark. */
+static __always_inline int to_stack(struct __sk_buff *skb, struct packet *p, identity_t source, __u32 point)
+{
+	trace(skb, p, point);
+	skb->mark = mark_identity(source);
+	return VERDICT_NEXT;
+}
+
+/* The stack answers a packet whose time is up: TTL expired, too big. */
+static __always_inline bool ttl_expires(const struct packet *p)
+{
+	return p->ttl <= 1;
+}
+
+static __always_inline int decrement_ttl(struct __sk_buff *skb, struct packet *p)
+{
+	__u8 ttl = p->ttl - 1;
+
+	if (is_v6(p))
+		return bpf_skb_store_bytes(skb, L3_OFFSET + offsetof(struct ipv6hdr, hop_limit), &ttl, 1,
+					   BPF_F_RECOMPUTE_CSUM);
+	/* The TTL is the high byte of its word. */
+	if (bpf_l3_csum_replace(skb, L3_OFFSET + offsetof(struct iphdr, check), bpf_htons(p->ttl << 8),
+				bpf_htons(ttl << 8), 2) < 0)
+		return -1;
+	return bpf_skb_store_bytes(skb, L3_OFFSET + offsetof(struct iphdr, ttl), &ttl, 1, 0);
+}
+
+/* A reply of a service's backend: the client knows the frontend only. */
+static __always_inline int untranslate(struct __sk_buff *skb, struct packet *p)
+{
+	int reason;
+
+	if (!(p->flags & PACKET_UNTRANSLATE))
+		return 0;
+	if (!(p->flags & PACKET_ERROR))
+		return rewrite(skb, p, &p->frontend, END_SOURCE);
+	/* The error may come from the backend itself or from a router on the way. */
+	if (addr_equal(&p->t.saddr, &p->inner.daddr)) {
+		reason = rewrite(skb, p, &p->frontend, END_SOURCE);
+		if (reason)
+			return reason;
+	}
+	return rewrite_inner(skb, p, &p->frontend, END_DESTINATION);
+}
+
+/* All that an endpoint's side asks of a packet for it, with p->peer known. Returns 0 or the reason to drop. */
+__noinline int receive(struct __sk_buff *skb, struct packet *p, struct endpoint *ep)
+{
+	int reason;
+
+	if (!p || !ep)
+		return DROP_NO_LOCAL_ENDPOINT;
+	p->direction = DIRECTION_INGRESS;
+	p->endpoint = ep->id;
+	p->identity = ep->identity;
+	if (!(ep->flags & ENDPOINT_READY))
+		return DROP_EP_NOT_READY;
+	reason = judge(skb, p, ep);
+	if (reason)
+		return reason;
+	trace(skb, p, TRACE_TO_ENDPOINT);
+	return untranslate(skb, p);
+}
+
+/* Frame for the pod, as if the stack had routed it. */
+static __always_inline int address_frame(struct __sk_buff *skb, struct packet *p, const struct endpoint *ep)
+{
+	struct {
+		mac_t dst;
+		mac_t src;
+	} macs = {.dst = ep->pod_mac, .src = ep->host_mac};
+
+	if (decrement_ttl(skb, p) < 0)
+		return DROP_WRITE_ERROR;
+	return bpf_skb_store_bytes(skb, 0, &macs, sizeof(macs), 0) < 0 ? DROP_WRITE_ERROR : 0;
+}
+
+/* Hands a packet for a pod of this node to it, from an ingress hook. `source` is what p->peer is to the receiver. */
+static __always_inline int deliver(struct __sk_buff *skb, struct packet *p, struct endpoint *ep, ifindex_t ifindex,
+				   identity_t source)
+{
+	int reason;
+
+	if (!cfg_redirect_peer || ttl_expires(p))
+		return to_stack(skb, p, source, TRACE_TO_STACK);
+	p->peer = source;
+	p->flags &= ~PACKET_UNTRANSLATE;
+	reason = receive(skb, p, ep);
+	if (!reason)
+		reason = address_frame(skb, p, ep);
+	if (reason)
+		return drop(skb, p, reason);
+	/* Frames off a tunnel or the network are addressed to nobody here, or to the node. */
+	if (skb->pkt_type != PACKET_HOST)
+		bpf_skb_change_type(skb, PACKET_HOST);
+	skb->mark = 0;
+	return bpf_redirect_peer(ifindex, 0);
+}

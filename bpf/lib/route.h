@@ -1,0 +1,89 @@
+/* SPDX-License-Identifier: (BSD-2-Clause OR GPL-2.0-only) */
+/* From a pod to where its packet goes. */
+#pragma once
+#include "lib/encap.h"
+#include "lib/forward.h"
+
+/* Leave the node with bpf_fib_lookup() and bpf_redirect_neigh(); otherwise by the host stack. */
+const volatile bool cfg_redirect_neigh = true;
+/* What fits through the overlay, and what pods' devices are set to. */
+const volatile __u32 cfg_pod_mtu = 1450;
+
+#ifndef AF_INET
+#define AF_INET 2
+#define AF_INET6 10
+#endif
+
+static __always_inline int route_overlay(struct __sk_buff *skb, struct packet *p, const addr_t *node)
+{
+	if (p->wire_len > cfg_pod_mtu)
+		return to_stack(skb, p, p->identity, TRACE_TO_STACK);
+	if (decrement_ttl(skb, p) < 0)
+		return drop(skb, p, DROP_WRITE_ERROR);
+	if (set_tunnel_key(skb, node, p->identity) < 0)
+		return drop(skb, p, DROP_NO_TUNNEL_KEY);
+	trace(skb, p, TRACE_TO_OVERLAY);
+	skb->mark = MARK_TUNNEL_KEY;
+	return bpf_redirect(cfg_overlay_ifindex, 0);
+}
+
+/* Whatever the kernel's routing doesn't answer at once (too big, unreachable, needs an ICMP answer) is the stack's. */
+__noinline int route_native(struct __sk_buff *skb, struct packet *p)
+{
+	struct bpf_fib_lookup fib = {};
+	struct bpf_redir_neigh neigh = {};
+
+	if (!p)
+		return TC_ACT_SHOT;
+	fib.ifindex = skb->ifindex;
+	fib.l4_protocol = p->t.proto;
+	fib.sport = p->t.sport;
+	fib.dport = p->t.dport;
+	fib.tot_len = p->wire_len;
+	fib.family = is_v6(p) ? AF_INET6 : AF_INET;
+	if (is_v6(p)) {
+		__builtin_memcpy(fib.ipv6_src, p->t.saddr.b, 16);
+		__builtin_memcpy(fib.ipv6_dst, p->t.daddr.b, 16);
+	} else {
+		fib.ipv4_src = addr_to_v4(&p->t.saddr);
+		fib.ipv4_dst = addr_to_v4(&p->t.daddr);
+	}
+	int found = bpf_fib_lookup(skb, &fib, sizeof(fib), 0);
+
+	if (found != BPF_FIB_LKUP_RET_SUCCESS && found != BPF_FIB_LKUP_RET_NO_NEIGH)
+		return to_stack(skb, p, p->identity, TRACE_TO_STACK);
+	if (decrement_ttl(skb, p) < 0)
+		return drop(skb, p, DROP_WRITE_ERROR);
+	/* The look-up has left the next hop where the destination was. */
+	neigh.nh_family = fib.family;
+	__builtin_memcpy(neigh.ipv6_nh, fib.ipv6_dst, 16);
+	trace(skb, p, TRACE_TO_NETWORK);
+	skb->mark = mark_identity(p->identity);
+	return bpf_redirect_neigh(fib.ifindex, &neigh, sizeof(neigh), 0);
+}
+
+/* The egress side has allowed the packet; p->peer is its destination. */
+static __always_inline int route(struct __sk_buff *skb, struct packet *p, const struct remote *remote)
+{
+	ifindex_t ifindex = 0;
+	struct endpoint *peer = local_endpoint(&p->t.daddr, &ifindex);
+
+	if (peer) {
+		identity_t source = p->identity;
+
+		/* Its trace event comes from the receiving side. */
+		count(METRIC_FORWARDED, DIRECTION_EGRESS, p->len);
+		return deliver(skb, p, peer, ifindex, source);
+	}
+	if (ifindex)
+		return drop(skb, p, DROP_NO_LOCAL_ENDPOINT);
+	if (p->peer == IDENTITY_HOST)
+		return to_stack(skb, p, p->identity, TRACE_TO_HOST);
+	if (ttl_expires(p))
+		return to_stack(skb, p, p->identity, TRACE_TO_STACK);
+	if (cfg_overlay_ifindex && remote && remote->flags & REMOTE_TUNNEL)
+		return route_overlay(skb, p, &remote->tunnel);
+	if (cfg_redirect_neigh)
+		return route_native(skb, p);
+	return to_stack(skb, p, p->identity, TRACE_TO_STACK);
+}

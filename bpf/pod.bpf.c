@@ -1,0 +1,99 @@
+// SPDX-License-Identifier: (BSD-2-Clause OR GPL-2.0-only)
+/* Both directions of a pod's veth, seen from the host: ingress is what the pod sends. */
+#include "lib/arp_nd.h"
+#include "lib/forward.h"
+#include "lib/identity.h"
+#include "lib/parse.h"
+#include "lib/route.h"
+#include "lib/service_packet.h"
+#include "lib/source.h"
+
+char LICENSE[] SEC("license") = "Dual BSD/GPL";
+
+static __always_inline int from_pod_ip(struct __sk_buff *skb, struct packet *p, struct endpoint *ep)
+{
+	int reason = parse(skb, p);
+
+	if (is_v6(p) && is_link_control(p))
+		return answer_nd(skb, p, ep);
+	/* Group membership goes nowhere: no multicast is forwarded. */
+	if (p->t.proto == IPPROTO_IGMP)
+		return TC_ACT_SHOT;
+	if (!reason)
+		reason = check_source_addr(p, ep);
+	if (reason)
+		return drop(skb, p, reason);
+	if (is_multicast(&p->t.daddr))
+		return drop(skb, p, DROP_STALE_OR_UNROUTABLE_IP);
+	const struct remote *remote = identify_peer(p, &p->t.daddr);
+
+	if (!(p->peer_flags & REMOTE_POD) || p->flags & PACKET_ERROR) {
+		reason = service_translate(skb, p, ep);
+		if (reason == DROP_SERVICE_NO_BACKEND) {
+			drop(skb, p, reason);
+			return refuse(skb, p, ep);
+		}
+		if (reason)
+			return drop(skb, p, reason);
+		if (p->service)
+			remote = identify_peer(p, &p->t.daddr);
+	}
+	reason = judge(skb, p, ep);
+	if (reason)
+		return drop(skb, p, reason);
+	return route(skb, p, remote);
+}
+
+SEC("tc")
+int from_pod(struct __sk_buff *skb)
+{
+	ifindex_t ifindex = skb->ifindex;
+	struct endpoint *ep = bpf_map_lookup_elem(&endpoints, &ifindex);
+	struct packet p = {.direction = DIRECTION_EGRESS};
+	int reason;
+
+	p.len = skb->len - L3_OFFSET;
+	if (!ep || !(ep->flags & ENDPOINT_READY))
+		return drop(skb, &p, DROP_EP_NOT_READY);
+	/* What the pod's side of the veth chose would bind all of its traffic to one queue of the NIC. */
+	skb->queue_mapping = 0;
+	p.endpoint = ep->id;
+	p.identity = ep->identity;
+	reason = check_source_mac(skb, ep);
+	if (reason)
+		return drop(skb, &p, reason);
+	if (skb->vlan_present)
+		return drop(skb, &p, DROP_UNSUPPORTED_L2_PROTOCOL);
+	if (skb->protocol == bpf_htons(ETH_P_ARP))
+		return answer_arp(skb, ep);
+	if (skb->protocol != bpf_htons(ETH_P_IP) && skb->protocol != bpf_htons(ETH_P_IPV6))
+		return drop(skb, &p, DROP_UNSUPPORTED_L2_PROTOCOL);
+	return from_pod_ip(skb, &p, ep);
+}
+
+/* What the host stack sends to the pod. */
+SEC("tc")
+int to_pod(struct __sk_buff *skb)
+{
+	ifindex_t ifindex = skb->ifindex;
+	struct endpoint *ep = bpf_map_lookup_elem(&endpoints, &ifindex);
+	struct packet p = {.direction = DIRECTION_INGRESS};
+	__u32 mark = skb->mark;
+	int reason;
+
+	p.len = skb->len - L3_OFFSET;
+	if (!ep)
+		return drop(skb, &p, DROP_EP_NOT_READY);
+	skb->mark = 0;
+	if (mark == MARK_ANSWER || skb->protocol == bpf_htons(ETH_P_ARP))
+		return VERDICT_NEXT;
+	reason = parse(skb, &p);
+	if (is_v6(&p) && is_link_control(&p))
+		return VERDICT_NEXT;
+	identify_peer(&p, &p.t.saddr);
+	if ((mark & MARK_MASK) == MARK_IDENTITY)
+		p.peer = mark >> 8;
+	if (!reason)
+		reason = receive(skb, &p, ep);
+	return reason ? drop(skb, &p, reason) : VERDICT_NEXT;
+}
