@@ -48,6 +48,7 @@ from fimbria.sources.k8s.types.networking import (
 )
 
 Port = PortRange | NamedPort
+WireRule = NetworkPolicyIngressRule | NetworkPolicyEgressRule
 Keys = Callable[[str, str], tuple[str, ...]]  # a key as written and its path -> the sourced keys that it means
 
 _KEY: Final = re.compile(r"[A-Za-z0-9]([-A-Za-z0-9_./]*[A-Za-z0-9])?")
@@ -188,7 +189,8 @@ def network_policy(policy: NetworkPolicy, words: Vocabulary = DEFAULT_VOCABULARY
     rules: list[Rule] = []
     ingress = spec.ingress or () if Direction.INGRESS in directions else ()
     egress = spec.egress or () if Direction.EGRESS in directions else ()
-    for section, items in (("ingress", ingress), ("egress", egress)):
+    listed: tuple[tuple[str, tuple[WireRule, ...]], ...] = ("ingress", ingress), ("egress", egress)
+    for section, items in listed:
         for n, item in enumerate(items):
             rule = _allow(own, item, f"{section}[{n}]", words, problems)
             problems += names_outside(rule, f"spec.{rule.origin.path}")
@@ -213,7 +215,7 @@ def _directions(policy: NetworkPolicy, problems: list[Problem]) -> frozenset[Dir
 
 def _allow(
     own: PolicyId,
-    item: NetworkPolicyIngressRule | NetworkPolicyEgressRule,
+    item: WireRule,
     path: str,
     words: Vocabulary,
     problems: list[Problem],

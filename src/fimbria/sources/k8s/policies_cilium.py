@@ -3,7 +3,7 @@
 What the rules say (https://docs.cilium.io/en/stable/security/policy/language/):
 - A rule without peers and ports says nothing, but makes denied the default; with ports alone it means any peer.
 - A peer field that is present but empty selects nobody. A rule has at most one kind of peer.
-- Selectors of a namespaced policy mean its own namespace unless they name namespaces; clusterwide ones mean pods of all.
+- Selectors of a namespaced policy mean its own namespace unless they name namespaces; clusterwide ones all of them.
 
 See `policies` for how whatever isn't understood or supported fails closed.
 """
@@ -62,8 +62,10 @@ from fimbria.sources.k8s.types.cilium_policy import (
     CiliumClusterwideNetworkPolicy,
     CiliumNetworkPolicy,
     EgressDenyRule,
+    EgressRule,
     ICMPField,
     IngressDenyRule,
+    IngressRule,
     ParsedRule,
     PortDenyRule,
     PortProtocol,
@@ -100,10 +102,12 @@ _ICMP6_TYPES: Final = {
     "DestinationUnreachable": 1, "PacketTooBig": 2, "TimeExceeded": 3, "ParameterProblem": 4, "EchoRequest": 128,
     "EchoReply": 129, "MulticastListenerQuery": 130, "MulticastListenerReport": 131, "MulticastListenerDone": 132,
     "RouterSolicitation": 133, "RouterAdvertisement": 134, "NeighborSolicitation": 135, "NeighborAdvertisement": 136,
-    "RedirectMessage": 137, "RouterRenumbering": 138, "ICMPNodeInformationQuery": 139, "ICMPNodeInformationResponse": 140,
+    "RedirectMessage": 137, "RouterRenumbering": 138, "ICMPNodeInformationQuery": 139,
+    "ICMPNodeInformationResponse": 140,
     "InverseNeighborDiscoverySolicitation": 141, "InverseNeighborDiscoveryAdvertisement": 142,
     "HomeAgentAddressDiscoveryRequest": 144, "HomeAgentAddressDiscoveryReply": 145, "MobilePrefixSolicitation": 146,
-    "MobilePrefixAdvertisement": 147, "DuplicateAddressRequestCodeSuffix": 157, "DuplicateAddressConfirmationCodeSuffix": 158,
+    "MobilePrefixAdvertisement": 147, "DuplicateAddressRequestCodeSuffix": 157,
+    "DuplicateAddressConfirmationCodeSuffix": 158,
     "ExtendedEchoRequest": 160, "ExtendedEchoReply": 161,
 }  # fmt: skip
 
@@ -235,7 +239,7 @@ class _Spec:
     def _outside_of_rules(self, listed: dict[str, Sequence[WireRule]]) -> list[str]:
         """Unknown fields of the spec itself: they may be misspelt rules."""
         path = self.parsed.path
-        inside = tuple(f"{path}.{name}[" for name in listed) + (f"{path}.labels[",)
+        inside = tuple(f"{path}.{name}[" for name in (*listed, "labels"))
         return [at for at in self.parsed.unknown if not at.startswith(inside)]
 
     def _origin(self, path: str) -> Origin:
@@ -245,7 +249,7 @@ class _Spec:
         allow = verdict is Verdict.ALLOW
         before = len(self.problems)
         effect = "this rule allows nothing" if allow else "this rule denies everything it could mean"
-        self.problems += self._not_for_us(item, path, effect)
+        self.problems.extend(self._not_for_us(item, path, effect))
         open_ended = len(self.problems) > before
         wide: tuple[tuple[Peer, ...], tuple[Port, ...]] = ((), ()) if allow else ((ANYONE,), (EVERY_PORT,))
         peers: tuple[Peer, ...] = attempt(self.problems, partial(self._peers, item, path), wide[0])
@@ -266,7 +270,9 @@ class _Spec:
                 yield Problem(at, f"unknown field: {effect}")
         for at in self.parsed.unsupported:
             if at.startswith(f"{path}."):
-                yield Problem(at, f"{at.rpartition('.')[2]} is not supported yet: {effect}")
+                field = at.rpartition(".")[2]
+                what = "layer 7 (rules)" if field == "rules" else field
+                yield Problem(at, f"{what} is not supported yet: {effect}")
         for name in ("toFQDNs", "toServices", "fromNodes", "toNodes"):
             if _field(item, name) is not None:
                 yield Problem(f"{path}.{name}", f"{name} is not supported yet: {effect}")
@@ -344,11 +350,8 @@ def _field(item: WireRule, name: str) -> Any:
     return getattr(item, _PYTHON_NAMES[name], None)
 
 
-_PYTHON_NAMES: Final = {
-    field.encode_name: field.name
-    for kind in (IngressDenyRule, EgressDenyRule, *IngressDenyRule.__subclasses__(), *EgressDenyRule.__subclasses__())
-    for field in msgspec.structs.fields(kind)
-} | {"fromNodes": "from_nodes", "toNodes": "to_nodes"}
+_WIRE_RULES: Final[tuple[type[WireRule], ...]] = (IngressRule, EgressRule)
+_PYTHON_NAMES: Final = {field.encode_name: field.name for kind in _WIRE_RULES for field in msgspec.structs.fields(kind)}
 
 
 def _keys(key: str, path: str) -> tuple[str, ...]:
