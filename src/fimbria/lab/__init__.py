@@ -1,0 +1,1 @@
+"""The lab: a cluster of several nodes on one machine, for demonstrations and tests."""
