@@ -109,6 +109,8 @@ class Candidate:
         self.events: list[str] = []
         self.finish = asyncio.Event()
         self.task = asyncio.create_task(self.election.run(self.lead))
+        # Many candidates lose on purpose: their exceptions are looked at or not, but never reported by the collector.
+        self.task.add_done_callback(lambda task: task.cancelled() or task.exception())
 
     async def lead(self) -> None:
         self.events.append("began")
