@@ -34,9 +34,9 @@ static __always_inline enum policy_vote policy_ask(void *set, struct policy_quer
 
 	if (!e)
 		return VOTE_NONE;
-	if (cidr && q->peer != IDENTITY_WORLD && !(e->flags & POLICY_ENTRY_CIDR_ANY_PEER))
-		return VOTE_NONE;
 	q->rule = e->rule;
+	if (cidr && q->peer != IDENTITY_WORLD)
+		return e->flags & POLICY_ENTRY_CIDR_ANY_PEER ? VOTE_ALLOW : VOTE_NONE;
 	return e->verdict == POLICY_VERDICT_ALLOW ? VOTE_ALLOW : VOTE_DENY;
 }
 

@@ -8,8 +8,8 @@ enum policy_verdict {
 };
 
 enum policy_entry_flag {
-	/* A CIDR entry that holds for addresses of pods and nodes too (NetworkPolicy ipBlock), not only for the world
-	 * (CiliumNetworkPolicy fromCIDR, toCIDR). */
+	/* CIDR entries speak about the world (CiliumNetworkPolicy fromCIDR, toCIDR). With this flag the addresses of pods
+	 * and nodes are allowed as well (NetworkPolicy ipBlock), also where the verdict denies the world's. */
 	POLICY_ENTRY_CIDR_ANY_PEER = 1 << 0,
 };
 
