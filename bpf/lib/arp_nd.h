@@ -1,6 +1,7 @@
 /* SPDX-License-Identifier: (BSD-2-Clause OR GPL-2.0-only) */
 /* The pods' gateway: ARP (RFC 826) and neighbour solicitations (RFC 4861 7.2) for it are answered from here. */
 #pragma once
+#include "include/config.h"
 #include "include/packet.h"
 #include "lib/parse.h"
 #include "lib/rewrite.h"
@@ -149,7 +150,7 @@ __noinline int answer_nd(struct __sk_buff *skb, struct packet *p, struct endpoin
 		return TC_ACT_SHOT;
 	if (is_own_advert(skb, p, ep))
 		return VERDICT_NEXT;
-	__builtin_memcpy(&router, (const void *)&cfg_router_addr6, sizeof(router));
+	config_addr(&router, &cfg_router_addr6);
 	/* Without the source's MAC as an option the question is 24 bytes long. */
 	if (p->icmp_type != ND_SOLICIT || p->ttl != ND_HOP_LIMIT || addr_is_zero(&p->t.saddr) ||
 	    p->l4 != L3_OFFSET + sizeof(ip6) || addr_is_zero(&router) ||
