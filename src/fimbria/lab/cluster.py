@@ -1,17 +1,31 @@
 """Building a lab, looking at it, and removing every trace of it."""
 
+import asyncio
 import contextlib
 import os
 import subprocess
 import sys
+import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
+from importlib import resources
+from pathlib import Path
 
 from fimbria.lab import components, fabric, kernel, state
 from fimbria.lab.errors import LabError
 from fimbria.lab.kernel import Process
 from fimbria.lab.layout import NETNS_DIR, PREFIX, STATE_ROOT, LabSpec, Paths, check_name
+from fimbria.lab.manifests import Manifest, parse
+from fimbria.lab.objects import Objects, apply_all
+from fimbria.sources.k8s import config
+from fimbria.sources.k8s.errors import ApiError
+from fimbria.sources.k8s.resources import NAMESPACES, NODES
+from fimbria.sources.k8s.types.core import Node
+
+API_SERVER, CLOUD = "control/apiserver", f"{components.MACHINE}/cloud"
+API_PATIENCE, NODE_PATIENCE = 20.0, 60.0  # seconds
 
 Progress = Callable[[str], None]
 
@@ -43,26 +57,110 @@ def up(spec: LabSpec, progress: Progress = quiet) -> None:
             raise
 
 
-def _build(spec: LabSpec, group: "os.PathLike[str]", progress: Progress) -> None:
+def _build(spec: LabSpec, group: Path, progress: Progress) -> None:
     paths = Paths(spec.name)
     progress("state and cgroups")
     state.create(spec)
-    for member in (*spec.node_names, "control", "fabric", "world"):
-        os.makedirs(os.path.join(group, member, "system"))
+    for member in (*spec.node_names, "control", "fabric", "world", components.MACHINE):
+        (group / member / "system").mkdir(parents=True)
     for node in spec.node_names:
-        os.mkdir(os.path.join(group, node, "pods"))
+        (group / node / "pods").mkdir()
     progress(f"fabric: {spec.nodes} nodes, control plane and outside world around a router")
     fabric.create(spec, paths)
     progress("nodes: " + ", ".join(spec.node_names))
     with ThreadPoolExecutor(4) as pool:
-        for _ in pool.map(lambda node: boot(paths, node), spec.node_names):
-            pass
+        booting = [pool.submit(boot, paths, node) for node in spec.node_names]
+        _start_api(spec, paths, progress)
+        for future in booting:
+            future.result()
+    _start_rest(spec, paths, progress)
+
+
+def _start_api(spec: LabSpec, paths: Paths, progress: Progress) -> None:
+    """The API server, the way to it, and the custom resources that everything else relies on."""
+    table = components.table(spec, paths)
+    if API_SERVER in table:
+        progress("API server (embedded)")
+        components.start(paths, API_SERVER, table[API_SERVER].argv())
+        components.wait_for("the API server's kubeconfig", paths, API_SERVER, paths.kubeconfig.exists, API_PATIENCE)
+    elif not spec.kubeconfig:
+        raise LabError("this installation has no embedded API server: give --kubeconfig")
+    components.start(paths, CLOUD, table[CLOUD].argv())
+    components.wait_for("the way to the API server", paths, CLOUD, paths.host_kubeconfig.exists, API_PATIENCE)
+    progress("custom resources")
+    asyncio.run(_prepare_api(paths))
+
+
+async def _prepare_api(paths: Paths) -> None:
+    async with api(paths) as client:
+        deadline = time.monotonic() + API_PATIENCE
+        while True:
+            try:
+                await client.list(NAMESPACES)
+                break
+            except ApiError as e:
+                if time.monotonic() > deadline:
+                    raise LabError(f"the API server doesn't answer: {e}") from None
+            await asyncio.sleep(0.05)
+        failures: list[str] = []
+        await apply_all(client, definitions(), lambda m, said: failures.append(said) if said.startswith("error") else None)
+        if failures:
+            raise LabError(failures[0])
+
+
+def definitions() -> list[Manifest]:
+    """The custom resource definitions that ship with the package."""
+    files = sorted((f for f in resources.files("fimbria.crds").iterdir() if f.name.endswith(".yaml")), key=lambda f: f.name)
+    return [m for f in files for m in parse(f.read_text(), f.name)]
+
+
+def _start_rest(spec: LabSpec, paths: Paths, progress: Progress) -> None:
+    running = state.processes(paths)
+    rest = {name: c for name, c in components.table(spec, paths).items() if name not in running}
+    kinds = list(dict.fromkeys(name.split("/")[1] for name in rest))
+    progress("processes: " + ", ".join(kinds))
+    for name, component in rest.items():
+        components.start(paths, name, component.argv())
+    ready = any(name.endswith("/agent") for name in rest)
+    progress("waiting until the nodes are " + ("ready" if ready else "registered"))
+    asyncio.run(_wait_nodes(spec, paths, ready))
+
+
+async def _wait_nodes(spec: LabSpec, paths: Paths, ready: bool) -> None:
+    """Raises LabError naming what is missing and the last words of who is to blame."""
+    deadline = time.monotonic() + NODE_PATIENCE
+    async with api(paths) as client:
+        while True:
+            known = {n.metadata.name: n for n in (await client.list(NODES)).items}
+            missing = [n for n in spec.node_names if n not in known or (ready and not is_ready(known[n]))]
+            if not missing:
+                return
+            for name, process in state.processes(paths).items():
+                if not process.alive():
+                    raise LabError(f"{name} ended: {components.tail(components.log_path(paths, name))}")
+            if time.monotonic() > deadline:
+                culprit = f"{missing[0]}/{'agent' if ready and missing[0] in known else 'runner'}"
+                words = components.tail(components.log_path(paths, culprit))
+                raise LabError(f"{', '.join(missing)}: not ready after {NODE_PATIENCE:.0f} s; last words of {culprit}: {words}")
+            await asyncio.sleep(0.1)
+
+
+def is_ready(node: Node) -> bool:
+    return any(c.type == "Ready" and c.status == "True" for c in node.status.conditions or ())
+
+
+def api(paths: Paths) -> Objects:
+    """A client for use on the machine itself. Raises LabError."""
+    try:
+        return Objects(config.load(paths.host_kubeconfig), component="lab", rate=500, burst=1000)
+    except config.ConfigError as e:
+        raise LabError(str(e)) from None
 
 
 def boot(paths: Paths, node: str) -> None:
     """Starts a node's pid 1. Raises LabError."""
     argv = [sys.executable, "-m", "fimbria.lab.boot", paths.lab, node, str(components.cgroup(paths, node))]
-    done = subprocess.run(argv, capture_output=True, text=True, check=False)
+    done = subprocess.run(argv, capture_output=True, text=True, check=False, cwd="/")
     if done.returncode != 0:
         raise LabError(f"{node} didn't start: {done.stderr.strip().splitlines()[-1:]}")
     state.remember(paths, f"{node}/{state.INIT}", kernel.process(int(done.stdout)))
@@ -91,11 +189,11 @@ def remains(lab: str) -> list[str]:
     return found
 
 
-def _namespaces(lab: str) -> list["os.PathLike[str]"]:
+def _namespaces(lab: str) -> list[Path]:
     return sorted(NETNS_DIR.glob(f"{PREFIX}{lab}.*")) if NETNS_DIR.is_dir() else []
 
 
-def _mounts(lab: str) -> list["os.PathLike[str]"]:
+def _mounts(lab: str) -> list[Path]:
     state_dir = Paths(lab).state
     return [p for p in kernel.mount_points(STATE_ROOT) if p == state_dir or state_dir in p.parents]
 
@@ -125,9 +223,9 @@ def _remove(lab: str) -> None:
 
     attempt(lambda: kernel.cgroup_kill(kernel.cgroup_root() / paths.cgroup_name))
     for namespace in _namespaces(lab):
-        attempt(lambda name=os.path.basename(namespace): kernel.ip("netns", "delete", name))  # type: ignore[misc]
+        attempt(partial(kernel.ip, "netns", "delete", namespace.name))
     for point in _mounts(lab):
-        attempt(lambda p=point: kernel.umount(p))  # type: ignore[misc]
+        attempt(partial(kernel.umount, point))
     attempt(lambda: _remove_directory(paths))
     if failures:
         raise LabError(f"lab {lab} could not be removed completely: {'; '.join(failures)}")

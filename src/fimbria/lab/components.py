@@ -14,6 +14,7 @@ from fimbria.lab import kernel, state
 from fimbria.lab.errors import LabError
 from fimbria.lab.layout import API_PORT, LabSpec, Paths
 
+MACHINE = "machine"  # where the lab meets the machine that it runs on: no namespace of its own
 NODE_CGROUP = "/sys/fs/cgroup"  # as a node sees its own part of the tree
 # Never the caller's whole environment: a component behaves the same whoever started the lab.
 ENVIRONMENT = {
@@ -55,6 +56,8 @@ def api_server(spec: LabSpec, paths: Paths) -> Component:
             f"{spec.control.ipv4}:{API_PORT}",
             "--kubeconfig-out",
             str(paths.kubeconfig),
+            "--service-cidr",
+            f"{spec.service_ipv4},{spec.service_ipv6}",
         ),
     )
 
@@ -70,6 +73,10 @@ def operator(spec: LabSpec, paths: Paths) -> Component:
     if spec.ipv6_pool:
         args += ["--ipv6-pool", spec.ipv6_pool, "--ipv6-mask", str(spec.ipv6_mask)]
     return Component("operator", "fimbria.operator", tuple(args))
+
+
+def cloud(paths: Paths) -> Component:
+    return Component("cloud", "fimbria.lab.cloud", ("--lab", paths.lab))
 
 
 def runner(spec: LabSpec, paths: Paths, node: str) -> Component:
@@ -119,6 +126,7 @@ def table(spec: LabSpec, paths: Paths) -> dict[str, Component]:
     if not spec.kubeconfig:
         all_["control/apiserver"] = api_server(spec, paths)
         all_["control/controllers"] = controllers(paths)
+    all_[f"{MACHINE}/cloud"] = cloud(paths)
     if spec.agents:
         all_["control/operator"] = operator(spec, paths)
     for node in spec.node_names:
@@ -136,6 +144,8 @@ def cgroup(paths: Paths, member: str) -> Path:
 def enter(paths: Paths, member: str) -> list[str]:
     """The command prefix that runs something inside a member. Raises LabError if a node isn't running."""
     prefix = [kernel.binary("labrun"), "enter", "--cgroup", str(cgroup(paths, member) / "system")]
+    if member == MACHINE:
+        return prefix
     if not member.startswith("node"):
         return [*prefix, "--netns", str(paths.netns(member))]
     init = state.recall(paths, f"{member}/{state.INIT}")
@@ -146,7 +156,7 @@ def enter(paths: Paths, member: str) -> list[str]:
 
 def start(paths: Paths, name: str, argv: Sequence[str], extra_env: dict[str, str] | None = None) -> kernel.Process:
     """Starts a background process that outlives the caller. Raises LabError if it already runs or can't be started."""
-    member, component = name.split("/")
+    member = name.split("/")[0]
     known = state.recall(paths, name)
     if known and known.alive():
         raise LabError(f"{name} is already running (pid {known.pid})")

@@ -193,7 +193,7 @@ class Paths:
 
     @property
     def database(self) -> Path:
-        return self.state / "apiserver.db"
+        return self.state / "apiserver" / "objects.db"
 
     def disk(self, node: str) -> Path:
         return self.state / "nodes" / node

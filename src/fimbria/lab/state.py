@@ -48,7 +48,7 @@ def create(spec: LabSpec) -> None:
     paths = Paths(spec.name)
     paths.state.mkdir(mode=0o700)
     kernel.mount("tmpfs", paths.state, "tmpfs", kernel.MS_NOSUID | kernel.MS_NODEV, "mode=700")
-    for directory in (paths.logs, paths.processes, *(paths.disk(n) for n in spec.node_names)):
+    for directory in (paths.logs, paths.processes, paths.database.parent, *(paths.disk(n) for n in spec.node_names)):
         directory.mkdir(mode=0o700, parents=True)
     write(paths.spec, json.dumps(spec.to_json()))
 

@@ -92,18 +92,23 @@ class NodeKeeper:
             "osImage": "the machine's own",
             "containerRuntimeVersion": "fimbria-lab://1",
         }
-        status = {
-            "conditions": [ready],
+        facts = {
             "addresses": addresses,
             "capacity": resources,
             "allocatable": resources,
             "nodeInfo": info,
         }
         try:
-            await self._client.patch_status(NODES, self._name, status, kind="strategic")
+            await self._send_status(facts, ready)
         except NotFound:
             await self._register()
-            await self._client.patch_status(NODES, self._name, status, kind="strategic")
+            await self._send_status(facts, ready)
+
+    async def _send_status(self, facts: dict[str, Any], ready: dict[str, str]) -> None:
+        # A strategic patch merges addresses by type, so that of two InternalIPs one would be left; a merge patch would
+        # replace the conditions of others.
+        await self._client.patch_status(NODES, self._name, facts)
+        await self._client.patch_status(NODES, self._name, {"conditions": [ready]}, kind="strategic")
 
     async def _keep_lease(self) -> None:
         while True:
