@@ -44,13 +44,13 @@ int from_overlay(struct __sk_buff *skb)
 		reason = parse(skb, &p);
 	if (reason)
 		return drop(skb, &p, reason);
+	/* The frame is addressed to the sender's idea of a gateway. */
+	if (skb->pkt_type != PACKET_HOST)
+		bpf_skb_change_type(skb, PACKET_HOST);
 	struct endpoint *ep = local_endpoint(&p.t.daddr, &ifindex);
 
 	if (ep)
 		return deliver(skb, &p, ep, ifindex, source);
-	/* The frame is addressed to the sender's idea of a gateway. */
-	if (skb->pkt_type != PACKET_HOST)
-		bpf_skb_change_type(skb, PACKET_HOST);
 	return to_stack(skb, &p, source, TRACE_TO_STACK);
 }
 

@@ -110,9 +110,6 @@ static __always_inline int deliver(struct __sk_buff *skb, struct packet *p, stru
 		reason = address_frame(skb, p, ep);
 	if (reason)
 		return drop(skb, p, reason);
-	/* Frames off a tunnel or the network are addressed to nobody here, or to the node. */
-	if (skb->pkt_type != PACKET_HOST)
-		bpf_skb_change_type(skb, PACKET_HOST);
 	skb->mark = 0;
 	return bpf_redirect_peer(ifindex, 0);
 }
