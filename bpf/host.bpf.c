@@ -64,12 +64,14 @@ int to_network(struct __sk_buff *skb)
 	int unread = parse(skb, &p);
 	struct endpoint *ep = local_endpoint(&p.t.saddr, &ifindex);
 
-	if (!ep)
-		return VERDICT_NEXT;
-	p.endpoint = ep->id;
-	p.identity = ep->identity;
 	if (!masquerade_on(&p))
 		return VERDICT_NEXT;
-	reason = unread ? unread : masquerade(skb, &p);
+	if (ep) {
+		p.endpoint = ep->id;
+		p.identity = ep->identity;
+		reason = unread ? unread : masquerade(skb, &p);
+	} else {
+		reason = p.flags & PACKET_ERROR ? masquerade_error(skb, &p) : 0;
+	}
 	return reason ? drop(skb, &p, reason) : VERDICT_NEXT;
 }

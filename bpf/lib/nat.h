@@ -149,9 +149,12 @@ static __always_inline bool is_echo_request(const struct packet *p)
 	return p->flags & PACKET_ECHO && (p->t.sport || icmp_echo_kind(p->t.proto, p->icmp_type) == 1);
 }
 
-/* An ICMP error of the pod about a packet that came in through a binding. */
-static __always_inline int masquerade_error(struct __sk_buff *skb, struct packet *p)
+/* An ICMP error about a packet that came in through a binding, from the pod or from this node's stack. Its receiver
+ * never heard of the pod. */
+__noinline int masquerade_error(struct __sk_buff *skb, struct packet *p)
 {
+	if (!p)
+		return DROP_NAT_NO_MAPPING;
 	struct nat_key out = {
 		.saddr = p->inner.daddr,
 		.daddr = p->inner.saddr,
@@ -168,9 +171,10 @@ static __always_inline int masquerade_error(struct __sk_buff *skb, struct packet
 		return 0;
 	node.addr = found->addr;
 	node.port = found->port;
+	bool from_pod = addr_equal(&p->t.saddr, &p->inner.daddr);
 	int reason = rewrite_inner(skb, p, &node, END_DESTINATION);
 
-	return reason ? reason : rewrite(skb, p, &node, END_SOURCE);
+	return reason || !from_pod ? reason : rewrite(skb, p, &node, END_SOURCE);
 }
 
 /* A pod's packet leaves the node. Returns 0 or the reason to drop. */

@@ -100,7 +100,7 @@ DEFAULTS: dict[str, int | bool | bytes] = {
 class Datapath:
     """All objects of one node, loaded with shared maps."""
 
-    def __init__(self, config: Mapping[str, int | bool | bytes] = {}, objects: tuple[str, ...] = ("pod", "overlay"),
+    def __init__(self, config: Mapping[str, int | bool | bytes] = {}, objects: tuple[str, ...] = ("pod", "overlay", "host"),
                  sizes: Mapping[str, int] = {}) -> None:  # fmt: skip
         self.maps: dict[str, Map] = {}
         self.programs: dict[str, Program] = {}

@@ -297,14 +297,27 @@ def lab(mode: Mode, **config: int | bool | bytes) -> Iterator[Lab]:
 # -- traffic
 
 
-def tcp_peer(server: Space, client: Space, family: int, listen: str, dial: tuple[str, int] | None = None,
-             payload: bytes = b"x" * 100_000) -> str:  # fmt: skip
-    """A connection that carries `payload` there and back; returns the client's address as the server saw it."""
-    with server.socket(family, TCP) as listener, client.socket(family, TCP) as c:
+def tcp_peer(server: Space, client: Space, family: int, listen: str) -> str:
+    """A connection that carries data there and back; returns the client's address as the server saw it."""
+    with server.socket(family, TCP) as listener:
+        listener.bind((listen, 0))
+        return _tcp(listener, client, family, listener.getsockname()[:2])
+
+
+def tcp_service(server: Space, client: Space, family: int, backend: tuple[str, int], front: tuple[str, int]) -> str:
+    """The same with a server that the client calls by another address."""
+    with server.socket(family, TCP) as listener:
         listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        listener.bind((listen, dial[1] if dial and dial[0] == listen else 0))
-        listener.listen()
-        c.connect(dial or listener.getsockname()[:2])
+        listener.bind(backend)
+        return _tcp(listener, client, family, front)
+
+
+def _tcp(listener: socket.socket, client: Space, family: int, dial: tuple[str, int]) -> str:
+    payload = bytes(range(256)) * 400
+    listener.listen()
+    with client.socket(family, TCP) as c:
+        c.connect(dial)
+        assert c.getpeername()[:2] == dial
         s, peer = listener.accept()
         with s:
             s.settimeout(3)
