@@ -14,7 +14,9 @@ from dataclasses import asdict, fields
 from pathlib import Path
 from typing import Any
 
+from fimbria.model.address import Prefix, pack, unpack
 from fimbria.model.endpoint import EndpointIdentity, LocalEndpoint
+from fimbria.model.node import Node
 
 log = logging.getLogger(__name__)
 _BYTES = frozenset(("pod_mac", "host_mac", "addr4", "addr6"))
@@ -52,6 +54,21 @@ class Journal:
                 path.rename(path.with_suffix(".bad"))
         return found
 
+    def save_node(self, node: Node) -> None:
+        """Write what is known of this node, if it changed. Raises OSError."""
+        if node != self.node():
+            self._write(self._folder / "node.json", encode_node(node))
+
+    def node(self) -> Node | None:
+        """What save_node wrote last; None on the first start or if it can't be read."""
+        try:
+            return decode_node(json.loads((self._folder / "node.json").read_bytes()))
+        except FileNotFoundError:
+            return None
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            log.error("journal: node.json can't be read: %s", error)
+            return None
+
     def save_numbers(self, numbers: Mapping[str, Any]) -> None:
         """Write the numbers given out (rules, services, ...). Raises OSError."""
         self._write(self._folder / "numbers.json", numbers)
@@ -85,3 +102,23 @@ def _decode(raw: Mapping[str, Any]) -> tuple[LocalEndpoint, EndpointIdentity | N
     decided = raw.get("identity")
     identity = EndpointIdentity(int(decided["number"]), dict(decided["labels"])) if decided else None
     return LocalEndpoint(**row), identity
+
+
+def encode_node(node: Node) -> dict[str, Any]:
+    """A node as JSON."""
+    return {
+        "name": node.name,
+        "addrs": [unpack(a) for a in node.addrs],
+        "routers": [unpack(a) for a in node.routers],
+        "pod_cidrs": [str(c) for c in node.pod_cidrs],
+    }
+
+
+def decode_node(raw: dict[str, Any]) -> Node:
+    """The opposite of encode_node. Raises KeyError, ValueError."""
+    return Node(
+        name=str(raw["name"]),
+        addrs=tuple(pack(a) for a in raw["addrs"]),
+        routers=tuple(pack(a) for a in raw["routers"]),
+        pod_cidrs=tuple(Prefix.parse(c) for c in raw["pod_cidrs"]),
+    )

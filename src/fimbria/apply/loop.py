@@ -34,11 +34,16 @@ Require = Callable[[Any, Any], Iterable[tuple[str, Any]]]
 
 @dataclass(slots=True)
 class Stage:
-    """One target with its desired rows. `requires(key, row)` names (target, key) pairs that must not be pending."""
+    """One target with its desired rows.
+
+    `requires(key, row)` names (target, key) pairs that must not be pending. `quick` targets are cheap to read, and are
+    what others most likely change.
+    """
 
     target: Target[Any, Any]
     rows: Rows[Any, Any]
     requires: Require | None = None
+    quick: bool = False
     repaired: int = 0
     writes: int = 0
     errors: int = 0
@@ -76,12 +81,17 @@ class ApplyLoop:
     _idle: asyncio.Condition = field(default_factory=asyncio.Condition)
     _opened: bool = False
     _audit_now: bool = True
+    _quick_audit: bool = False
     _done: int = 0
     _retry_at: float = 0.0
     _retry_pause: float = RETRY_MIN
     on_drift: Callable[[str, Delta[Any, Any]], None] | None = None
 
     def __post_init__(self) -> None:
+        self.bind()
+
+    def bind(self) -> None:
+        """Wake up for changes of the stages' rows; call again when stages were added."""
         for stage in self.stages:
             stage.rows.on_change = self._wake.set
 
@@ -95,9 +105,12 @@ class ApplyLoop:
         """Whether rows are being written."""
         return self._opened
 
-    def audit_soon(self) -> None:
-        """Something may have changed in the kernel behind our back: read it back now."""
-        self._audit_now = True
+    def audit_soon(self, *, quick: bool = False) -> None:
+        """Something may have changed in the kernel behind our back: read it back now (`quick`: the cheap targets)."""
+        if quick:
+            self._quick_audit = True
+        else:
+            self._audit_now = True
         self._wake.set()
 
     async def flush(self) -> None:
@@ -141,9 +154,12 @@ class ApplyLoop:
             self._busy = True
             try:
                 if self._audit_now or time.monotonic() >= next_audit:
-                    self._audit_now = False
-                    await self._audit()
+                    self._audit_now = self._quick_audit = False
+                    await self._audit(self.stages)
                     next_audit = time.monotonic() + self.audit_interval
+                elif self._quick_audit:
+                    self._quick_audit = False
+                    await self._audit([s for s in self.stages if s.quick])
                 else:
                     await self._pass()
             finally:
@@ -176,10 +192,10 @@ class ApplyLoop:
         self.stats.passes += 1
         self.stats.last_pass_seconds = time.perf_counter() - started
 
-    async def _audit(self) -> None:
+    async def _audit(self, stages: list[Stage]) -> None:
         started = time.perf_counter()
-        deltas: dict[str, Delta[Any, Any]] = {}
-        for stage in self.stages:
+        deltas = {s.rows.name: s.rows.take() for s in self.stages if s not in stages}
+        for stage in stages:
             try:
                 actual = await asyncio.to_thread(stage.target.read)
             except OSError as error:

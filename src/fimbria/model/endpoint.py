@@ -74,6 +74,14 @@ class EndpointIdentity:
 
 
 @dataclass(frozen=True, slots=True)
+class ClusterIdentity:
+    """A CiliumIdentity: its labels, and whether the operator has marked it for collection."""
+
+    labels: Mapping[str, str]
+    marked: bool = False
+
+
+@dataclass(frozen=True, slots=True)
 class RemoteEndpoint:
     """A pod of any node, as its agent reported it. `node` is that node's address; `created` orders rivals."""
 

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from fimbria.model.endpoint import EndpointIdentity, LocalEndpoint, Pod, RemoteEndpoint
+from fimbria.model.endpoint import ClusterIdentity, EndpointIdentity, LocalEndpoint, Pod, RemoteEndpoint
 from fimbria.model.node import Node
 from fimbria.tables.table import Table
 
@@ -24,7 +24,7 @@ class Tables:
     nodes: Table[str, Node] = field(default_factory=lambda: Table("nodes"))
     namespaces: Table[str, Mapping[str, str]] = field(default_factory=lambda: Table("namespaces"))
     pods: Table[ObjectKey, Pod] = field(default_factory=lambda: Table("pods"))
-    identities: Table[int, Mapping[str, str]] = field(default_factory=lambda: Table("identities"))
+    identities: Table[int, ClusterIdentity] = field(default_factory=lambda: Table("identities"))
     remote_endpoints: Table[ObjectKey, RemoteEndpoint] = field(default_factory=lambda: Table("remote_endpoints"))
     services: Table[ObjectKey, Any] = field(default_factory=lambda: Table("services"))
     endpoint_slices: Table[ObjectKey, Any] = field(default_factory=lambda: Table("endpoint_slices"))

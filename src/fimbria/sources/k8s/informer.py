@@ -5,10 +5,12 @@ Rules
 2. A stream that ends or breaks is opened again at the version reached; nothing is listed for that.
 3. 410 Gone, in an answer or in the stream: list again. The table keeps serving the old rows until the new list is
    complete and then changes only where it differs, in one step.
-4. Every error waits, longer each time with jitter; a stream that lived `STABLE` seconds starts the count anew.
-5. An object that doesn't decode or that `transform` refuses is reported and stays out of everybody else's way. Its row
+4. The same when the server refuses our version `REFUSALS` times in another way, or answers from before our version:
+   its history isn't the one that we know (restored from a backup, or made anew).
+5. Every error waits, longer each time with jitter; a stream that lived `STABLE` seconds starts the count anew.
+6. An object that doesn't decode or that `transform` refuses is reported and stays out of everybody else's way. Its row
    of before stays unless `on_bad` says otherwise; the stream goes on.
-6. An absent API server changes nothing in the table. `connected` and `error` say so.
+7. An absent API server changes nothing in the table. `connected` and `error` say so.
 """
 
 import asyncio
@@ -34,6 +36,8 @@ K = TypeVar("K", bound=Hashable)
 V = TypeVar("V")
 
 STABLE = 5.0  # seconds a watch must live for the back-off to start anew
+REFUSALS = 3
+REFUSED = (400, 422, 504)  # how servers say that a version is no version, or one that they haven't reached
 _log = logging.getLogger("fimbria.k8s")
 
 
@@ -94,6 +98,7 @@ class Informer(Generic[T, K, V]):
         self._backoff = Backoff(0.2, 30.0, random)
         self._pages = PageDecoder(resource.type)
         self._version = ""
+        self._refusals = 0
         self.connected = False
         """A watch is open, or has just ended as agreed and is being opened again."""
         self.error = ""
@@ -107,6 +112,10 @@ class Informer(Generic[T, K, V]):
         self.events = 0
         self.errors = 0
         self.bad_total = 0
+
+    @property
+    def table(self) -> Table[K, V]:
+        return self._table
 
     @property
     def resource(self) -> Resource[T]:
@@ -133,6 +142,9 @@ class Informer(Generic[T, K, V]):
                 self._version = ""
                 await self._pause(error)
             except (ApiError, StreamError) as error:
+                self._refusals += isinstance(error, ApiError) and error.status in REFUSED
+                if self._refusals >= REFUSALS:
+                    self._refusals, self._version = 0, ""
                 await self._pause(error)
 
     async def _pause(self, error: Exception) -> None:
@@ -209,21 +221,33 @@ class Informer(Generic[T, K, V]):
                 self.connected, self.error = True, ""
                 self.watches += 1
                 decoder = EventDecoder(self._resource.type)
+                first = True
                 async for chunk in chunks:
                     self.last_contact = self._clock()
                     for event in decoder.feed(chunk):
+                        if first and not isinstance(event, Failed):
+                            self._check_history(item_of(event))
+                            first = False
                         self._apply(event)
         finally:
             lived = self._clock() - opened
             if lived >= STABLE:
                 self._backoff.reset()
+                self._refusals = 0
         if lived < STABLE:
             raise StreamError(f"watch {self._resource.describe(self._scope)}: the server ended it after {lived:.1f} s")
+
+    def _check_history(self, item: T | Bad) -> None:
+        # Versions of one resource only grow (comparable as numbers since Kubernetes 1.35 says so, in fact always).
+        version = item_meta(item).resource_version
+        if version.isdecimal() and self._version.isdecimal() and int(version) < int(self._version):
+            what = f"watch {self._resource.describe(self._scope)}"
+            raise Gone(what, 410, text=f"the server is at version {version}, before our {self._version}")
 
     def _apply(self, event: Event[T] | Bad | Failed) -> None:
         if isinstance(event, Failed):
             raise from_status(f"watch {self._resource.describe(self._scope)}", event.status)
-        item = event if isinstance(event, Bad) else event.object
+        item = item_of(event)
         meta = item_meta(item)
         if event.type == "BOOKMARK":
             self._version = meta.resource_version or self._version
@@ -273,6 +297,10 @@ class Informer(Generic[T, K, V]):
         self.bad_total += 1
         problem = item.error if isinstance(item, Bad) else "it has no name"
         _log.warning("a %s without a readable name was skipped: %s", self._resource.kind, problem)
+
+
+def item_of(event: Event[T] | Bad) -> T | Bad:
+    return event if isinstance(event, Bad) else event.object
 
 
 def item_meta(item: ApiObject | Bad) -> ObjectMeta:

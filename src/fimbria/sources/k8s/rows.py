@@ -11,12 +11,13 @@ from collections.abc import Mapping
 from typing import Final
 
 from fimbria.model.address import Prefix, pack
-from fimbria.model.endpoint import NamedPort, Pod, RemoteEndpoint
+from fimbria.model.endpoint import ClusterIdentity, NamedPort, Pod, RemoteEndpoint
 from fimbria.model.node import Node
 from fimbria.sources.k8s.types import cilium, core
 from fimbria.sources.k8s.types.meta import ObjectMeta
 
 PROTOCOLS: Final = {"TCP": 6, "UDP": 17, "SCTP": 132}
+UNUSED_ANNOTATION: Final = "fimbria.io/unused-since"
 _NUMBER: Final = re.compile(r"[1-9][0-9]{0,7}")
 
 
@@ -63,9 +64,9 @@ def pod(obj: core.Pod) -> Pod:
     )
 
 
-def identity(obj: cilium.CiliumIdentity) -> Mapping[str, str]:
-    """An identity's labels."""
-    return dict(obj.security_labels or {})
+def identity(obj: cilium.CiliumIdentity) -> ClusterIdentity:
+    """An identity's labels, and whether it is marked for collection."""
+    return ClusterIdentity(dict(obj.security_labels or {}), UNUSED_ANNOTATION in (obj.metadata.annotations or {}))
 
 
 def identity_key(meta: ObjectMeta) -> int:

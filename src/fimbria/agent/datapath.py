@@ -1,0 +1,134 @@
+"""Codecs, map targets and constants: how the agent's desired rows and settings reach the programs."""
+
+from __future__ import annotations
+
+import hashlib
+from importlib.resources import files
+from pathlib import Path
+from typing import Any
+
+from fimbria.agent.config import AgentConfig, port_range
+from fimbria.apply.maps import U32, ManyCodec, MapTarget, PolicySetsTarget, Raw
+from fimbria.apply.programs import Constant, Datapath
+from fimbria.kernel.btf import Btf
+from fimbria.kernel.codec import Codec, layout_hash
+from fimbria.model import rows
+from fimbria.model.address import Prefix, unpack
+from fimbria.model.network import DeviceSet
+from fimbria.model.rows import NO_ADDR
+
+STRUCTS: dict[str, type[Any]] = {
+    "endpoint": rows.Endpoint,
+    "local_addr": rows.LocalAddr,
+    "prefix_key": rows.PrefixKey,
+    "remote": rows.Remote,
+    "cidr": rows.Cidr,
+    "policy_key": rows.PolicyKey,
+    "policy_entry": rows.PolicyEntry,
+    "ct_key": rows.CtKey,
+    "ct_entry": rows.CtEntry,
+    "frontend_key": rows.FrontendKey,
+    "frontend": rows.Frontend,
+    "slot_key": rows.SlotKey,
+    "backend": rows.Backend,
+    "nat_key": rows.NatKey,
+    "nat_entry": rows.NatEntry,
+    "event": rows.Event,
+    "metric": rows.Metric,
+    "runtime": rows.Runtime,
+}
+
+
+def objects_folder() -> Path:
+    """Where the compiled BPF objects are installed."""
+    return Path(str(files("fimbria"))) / "_bpf"
+
+
+class Layouts:
+    """Codecs of all shared structs, bound to the BTF of `layout.bpf.o`."""
+
+    def __init__(self) -> None:
+        """Raises LayoutError if a dataclass and its struct differ, OSError if the object isn't there."""
+        btf = Btf.from_elf((objects_folder() / "layout.bpf.o").read_bytes())
+        self._codecs = {name: Codec(btf, name, cls) for name, cls in STRUCTS.items()}
+        digest = hashlib.sha256("".join(layout_hash(btf, name) for name in sorted(STRUCTS)).encode())
+        self.hash = digest.hexdigest()[:16]
+
+    def __getitem__(self, name: str) -> Codec[Any]:
+        return self._codecs[name]
+
+
+def map_codecs(layouts: Layouts) -> dict[str, tuple[ManyCodec[Any], ManyCodec[Any]]]:
+    """Key and value codec of every map with plain rows, by map name."""
+    return {
+        "endpoints": (U32(), layouts["endpoint"]),
+        "local_addrs": (Raw(16), layouts["local_addr"]),
+        "ipcache": (layouts["prefix_key"], layouts["remote"]),
+        "cidrs": (layouts["prefix_key"], layouts["cidr"]),
+        "conntrack": (layouts["ct_key"], layouts["ct_entry"]),
+        "frontends": (layouts["frontend_key"], layouts["frontend"]),
+        "service_slots": (layouts["slot_key"], U32()),
+        "backends": (U32(), layouts["backend"]),
+        "nat": (layouts["nat_key"], layouts["nat_entry"]),
+        "runtime": (U32(), layouts["runtime"]),
+    }
+
+
+def map_target(name: str, datapath: Datapath, layouts: Layouts) -> MapTarget[Any, Any]:
+    """The target of a map all of whose rows are ours."""
+    keys, values = map_codecs(layouts)[name]
+    return MapTarget(name, datapath.maps[name], keys, values, show_key)
+
+
+def policy_target(datapath: Datapath, layouts: Layouts) -> PolicySetsTarget:
+    """The target of the policy sets."""
+    return PolicySetsTarget(datapath.maps["policy_sets"], layouts["policy_key"], layouts["policy_entry"])
+
+
+def show_key(key: object) -> str:
+    """A map's key for people."""
+    if isinstance(key, rows.PrefixKey):
+        return f"prefix {Prefix(key.addr, key.prefixlen)}"
+    if isinstance(key, rows.FrontendKey):
+        return f"frontend {unpack(key.addr)}:{key.port}/{key.proto}"
+    if isinstance(key, bytes):
+        return f"address {unpack(key)}"
+    return f"key {key}"
+
+
+def sizes(config: AgentConfig) -> dict[str, int]:
+    """max_entries of the maps sized by settings."""
+    return {
+        "conntrack": config.conntrack_entries,
+        "nat": config.nat_entries,
+        "ipcache": config.ipcache_entries,
+        "frontends": config.service_entries,
+        "service_slots": config.service_entries * 4,
+        "backends": config.service_entries * 2,
+        "policy_sets": config.policy_sets,
+    }
+
+
+def constants(
+    config: AgentConfig, devices: DeviceSet, node_addrs: tuple[bytes, bytes], routers: tuple[bytes, bytes]
+) -> dict[str, Constant]:
+    """All `cfg_` constants of the programs; pairs are (IPv4, IPv6), NO_ADDR if absent."""
+    first, last = port_range("--masquerade-ports", config.masquerade_ports)
+    return {
+        "cfg_node_addr4": node_addrs[0],
+        "cfg_node_addr6": node_addrs[1],
+        "cfg_router_addr4": routers[0],
+        "cfg_router_addr6": routers[1],
+        "cfg_overlay_ifindex": devices.overlay,
+        "cfg_host_ifindex": devices.host,
+        "cfg_pod_mtu": devices.pod_mtu,
+        "cfg_masquerade4": config.masquerade and node_addrs[0] != NO_ADDR,
+        "cfg_masquerade6": config.masquerade and node_addrs[1] != NO_ADDR,
+        "cfg_nat_port_min": first,
+        "cfg_nat_port_max": last,
+        "cfg_redirect_peer": config.fast_path,
+        "cfg_redirect_neigh": config.fast_path,
+        "cfg_events": True,
+        "cfg_trace_interval_ns": int(config.trace_interval * 1e9),
+        "cfg_tcp_established_ns": 8 * 3600 * 10**9,
+    }

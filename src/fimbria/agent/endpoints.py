@@ -1,0 +1,304 @@
+"""CNI requests: pods join and leave the network here.
+
+Rules
+1. ADD answers only when every row it caused is in the kernel: the pod's policy is enforced before its first packet.
+2. Each step of ADD can be the last one before a crash. What it leaves is found again by the journal, which is written
+   before the interface is made, or by the interface's name, which is derived from the attachment; an ADD that fails
+   takes back what it did.
+3. DEL of something unknown succeeds; it removes what exists of the attachment, in whatever state.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import errno
+import hashlib
+import logging
+from collections.abc import Awaitable, Callable, Mapping
+from dataclasses import dataclass, field, replace
+from typing import Final
+
+from fimbria.agent.engine import Engine
+from fimbria.agent.journal import Journal
+from fimbria.agent.wiring import Wiring, WiringError
+from fimbria.apply.loop import ApplyLoop
+from fimbria.decide.ipam import AddressPool, AddressTaken, PoolExhausted
+from fimbria.model.address import is_v4, unpack
+from fimbria.model.endpoint import EndpointIdentity, LocalEndpoint
+from fimbria.model.rows import NO_ADDR
+from fimbria.sources.cni.spec import Address, CniError, Code, Interface, Request, Result, encode_result
+from fimbria.tables import Tables
+
+log = logging.getLogger(__name__)
+ADD_TIMEOUT: Final = 60.0
+POD_TIMEOUT: Final = 15.0
+HOST_PREFIX: Final = "fim"
+
+
+def host_ifname(owner: str) -> str:
+    """The host side's name of an attachment: the same for the same attachment, so leftovers are recognised."""
+    return HOST_PREFIX + hashlib.sha256(owner.encode()).hexdigest()[:11]
+
+
+def endpoint_mac(owner: str, side: str) -> bytes:
+    """A locally administered MAC, the same for the same attachment."""
+    digest = hashlib.sha256(f"{owner} {side}".encode()).digest()
+    return bytes([digest[0] & 0xFC | 0x02]) + digest[1:6]
+
+
+@dataclass(slots=True)
+class EndpointManager:
+    """Serves CNI requests. `identify(labels)` allocates an identity; `fetch_pod(namespace, name)` brings a pod and its
+    namespace into the tables if the informer is late."""
+
+    tables: Tables
+    engine: Engine
+    loop: ApplyLoop
+    journal: Journal
+    pool: AddressPool
+    wiring: Wiring
+    identify: Callable[[Mapping[str, str]], Awaitable[EndpointIdentity]]
+    fetch_pod: Callable[[str, str], Awaitable[None]]
+    next_id: Callable[[], int]
+    _locks: dict[str, asyncio.Lock] = field(default_factory=dict)
+
+    async def handle(self, request: Request) -> bytes:
+        """One CNI request. Raises CniError."""
+        if request.command == "STATUS":
+            return self._status()
+        if request.command == "GC":
+            return await self._collect(request)
+        lock = self._locks.setdefault(request.owner, asyncio.Lock())
+        try:
+            async with lock:
+                if request.command == "ADD":
+                    return await self._add_in_time(request)
+                if request.command == "CHECK":
+                    return await self._check(request)
+                await self._delete(request.owner)
+                return b""
+        finally:
+            if not lock.locked():
+                self._locks.pop(request.owner, None)
+
+    def restore(self) -> int:
+        """Take over the endpoints of the journal whose interfaces still exist; returns how many."""
+        restored = 0
+        for endpoint, identity in self.journal.endpoints():
+            if not self.wiring.host_exists(endpoint.host_ifname, endpoint.ifindex):
+                log.info("endpoint %s of %s is gone with its interface", endpoint.id, endpoint.label)
+                self.journal.remove_endpoint(endpoint.id)
+                continue
+            try:
+                for addr in endpoint.addrs:
+                    self.pool.claim(addr, endpoint.owner)
+            except AddressTaken as error:
+                log.error("endpoint %s of %s: %s", endpoint.id, endpoint.label, error)
+                continue
+            if identity is not None:
+                self.tables.endpoint_identities.upsert(endpoint.id, identity)
+            self.tables.endpoints.upsert(endpoint.id, endpoint)
+            restored += 1
+        return restored
+
+    def set_identity(self, endpoint_id: int, identity: EndpointIdentity) -> None:
+        """The labels of a running pod led to another identity."""
+        endpoint = self.tables.endpoints.get(endpoint_id)
+        if endpoint is not None:
+            self.journal.save_endpoint(endpoint, identity)
+            self.tables.endpoint_identities.upsert(endpoint_id, identity)
+
+    # --- ADD ---------------------------------------------------------------------------------------------------------
+
+    async def _add_in_time(self, request: Request) -> bytes:
+        try:
+            return await asyncio.wait_for(self._add(request), ADD_TIMEOUT)
+        except TimeoutError:
+            raise CniError(
+                Code.TRY_AGAIN_LATER,
+                f"the interface of {_who(request)} was not ready within {ADD_TIMEOUT:.0f} s",
+                "the agent is waiting for the API server; see fimbria status",
+            ) from None
+
+    async def _add(self, request: Request) -> bytes:
+        if request.prev_result is not None:
+            raise CniError(
+                Code.INVALID_CONFIG, "fimbria must be the first plugin of a chain", "prevResult is set on ADD"
+            )
+        if not self.loop.opened:
+            raise CniError(Code.TRY_AGAIN_LATER, "the Fimbria agent is still starting", "see fimbria status")
+        known = self._find(request.owner)
+        if known is not None:
+            await self._readd(request, known)
+        identity = await self._identity(request)
+        endpoint = self._decide(request)
+        try:
+            return await self._connect(request, endpoint, identity)
+        except BaseException:
+            await asyncio.shield(self._delete(request.owner))
+            raise
+
+    async def _readd(self, request: Request, known: LocalEndpoint) -> None:
+        """ADD of an attachment that exists: an error by the specification, unless it is the rest of a broken one."""
+        if await asyncio.to_thread(self.wiring.pod_has, request.netns_fd, request.ifname):
+            raise CniError(
+                Code.INTERFACE_EXISTS, f"{request.ifname} of {_who(request)} exists already", f"endpoint {known.id}"
+            )
+        await self._delete(request.owner)
+
+    def _decide(self, request: Request) -> LocalEndpoint:
+        families = [v4 for v4 in (True, False) if self.pool.blocks(v4=v4)]
+        if not families:
+            raise CniError(
+                Code.TRY_AGAIN_LATER,
+                "this node has no pod addresses yet",
+                "its CiliumNode has no podCIDRs; see the operator",
+            )
+        try:
+            addrs = {v4: self.pool.allocate(request.owner, v4=v4) for v4 in families}
+        except PoolExhausted as error:
+            self.pool.release(request.owner)
+            raise CniError(Code.NO_ADDRESS, f"no address for {_who(request)}", str(error)) from None
+        namespace, pod = request.pod or ("", "")
+        return LocalEndpoint(
+            id=self.next_id(),
+            container_id=request.container_id,
+            ifname=request.ifname,
+            network=request.network,
+            netns=request.netns,
+            namespace=namespace,
+            pod=pod,
+            uid=request.args.get("K8S_POD_UID", ""),
+            host_ifname=host_ifname(request.owner),
+            ifindex=0,
+            pod_mac=endpoint_mac(request.owner, "pod"),
+            host_mac=endpoint_mac(request.owner, "host"),
+            addr4=addrs.get(True, NO_ADDR),
+            addr6=addrs.get(False, NO_ADDR),
+        )
+
+    async def _identity(self, request: Request) -> EndpointIdentity:
+        if request.pod is None:
+            return EndpointIdentity(5, {"reserved:init": ""})
+        namespace, name = request.pod
+        probe = LocalEndpoint(
+            0, request.container_id, request.ifname, "", "", namespace, name, request.args.get("K8S_POD_UID", ""),
+            "", 0, b"", b"",
+        )  # fmt: skip
+        labels = self.engine.labels(probe)
+        deadline = asyncio.get_running_loop().time() + POD_TIMEOUT
+        pause = 0.02
+        while labels is None:
+            await self.fetch_pod(namespace, name)
+            labels = self.engine.labels(probe)
+            if labels is not None:
+                break
+            if asyncio.get_running_loop().time() > deadline:
+                raise CniError(
+                    Code.TRY_AGAIN_LATER,
+                    f"pod {namespace}/{name} is not known to the API server",
+                    "it may just be deleted",
+                )
+            await asyncio.sleep(pause)
+            pause = min(pause * 2, 1.0)
+        return await self.identify(labels)
+
+    async def _connect(self, request: Request, planned: LocalEndpoint, identity: EndpointIdentity) -> bytes:
+        self.journal.save_endpoint(planned, identity)
+        try:
+            ifindex = await asyncio.to_thread(self.wiring.connect, planned, request.netns_fd)
+        except WiringError as error:
+            code = Code.INTERFACE_EXISTS if error.errno == errno.EEXIST else Code.IO_FAILURE
+            raise CniError(code, f"cannot make the interface of {_who(request)}", str(error)) from None
+        endpoint = replace(planned, ifindex=ifindex)
+        self.journal.save_endpoint(endpoint, identity)
+        # No await from here to the flush: the engine sees endpoint and identity together.
+        self.tables.endpoint_identities.upsert(endpoint.id, identity)
+        self.tables.endpoints.upsert(endpoint.id, endpoint)
+        self.engine.step()
+        await self.loop.flush()
+        failure = self._failure(endpoint)
+        if failure is not None:
+            raise CniError(Code.TRY_AGAIN_LATER, f"the datapath of {_who(request)} could not be set up", failure)
+        return encode_result(self._result(request, endpoint), request.version)
+
+    def _failure(self, endpoint: LocalEndpoint) -> str | None:
+        reasons = [self.loop.failure("endpoints", endpoint.ifindex)]
+        reasons += [self.loop.failure("local_addrs", a) for a in endpoint.addrs]
+        reasons += [f for k, f in self.loop.failures().get("device_links", {}).items() if k.ifindex == endpoint.ifindex]
+        return next((r for r in reasons if r is not None), None)
+
+    def _result(self, request: Request, endpoint: LocalEndpoint) -> Result:
+        interfaces = (
+            Interface(endpoint.host_ifname, endpoint.host_mac.hex(":"), mtu=self.wiring.pod_mtu),
+            Interface(endpoint.ifname, endpoint.pod_mac.hex(":"), request.netns, self.wiring.pod_mtu),
+        )
+        ips, routes = [], []
+        for addr in endpoint.addrs:
+            v4 = is_v4(addr)
+            gateway = self.wiring.gateway(v4=v4)
+            ips.append(Address(addr, 32 if v4 else 128, gateway, 1))
+            routes.append(("0.0.0.0/0" if v4 else "::/0", gateway))
+        return Result(interfaces, tuple(ips), tuple(routes), request.config.get("dns") or {})
+
+    # --- DEL, CHECK, STATUS, GC --------------------------------------------------------------------------------------
+
+    async def _delete(self, owner: str) -> None:
+        endpoint = self._find(owner)
+        if endpoint is not None:
+            self.tables.endpoints.delete(endpoint.id)
+            self.tables.endpoint_identities.delete(endpoint.id)
+            self.engine.step()
+            if self.loop.opened:
+                await self.loop.flush()
+        for saved, _ in self.journal.endpoints() if endpoint is None else ():
+            if saved.owner == owner:
+                self.journal.remove_endpoint(saved.id)
+        self.wiring.remove_later(host_ifname(owner))
+        # Last: an address must not be given away before nothing leads to its former owner.
+        self.pool.release(owner)
+        if endpoint is not None:
+            self.journal.remove_endpoint(endpoint.id)
+
+    async def _check(self, request: Request) -> bytes:
+        endpoint = self._find(request.owner)
+        if endpoint is None:
+            raise CniError(Code.UNKNOWN_CONTAINER, f"{_who(request)} has no interface {request.ifname} of ours")
+        problems = await asyncio.to_thread(self.wiring.problems, endpoint, request.netns_fd)
+        failure = self._failure(endpoint)
+        problems += [failure] if failure else []
+        listed = {ip.get("address", "").split("/")[0] for ip in (request.prev_result or {}).get("ips", [])}
+        missing = [unpack(a) for a in endpoint.addrs if request.prev_result is not None and unpack(a) not in listed]
+        problems += [f"prevResult lacks our address {a}" for a in missing]
+        if problems:
+            raise CniError(
+                Code.CHECK_FAILED, f"{request.ifname} of {_who(request)} is not as ADD left it", "; ".join(problems)
+            )
+        return b""
+
+    def _status(self) -> bytes:
+        if not self.loop.opened:
+            raise CniError(Code.NOT_AVAILABLE, "the Fimbria agent is still starting", "see fimbria status")
+        if not self.pool.blocks(v4=True) and not self.pool.blocks(v4=False):
+            raise CniError(Code.NOT_AVAILABLE, "this node has no pod addresses yet", "its CiliumNode has no podCIDRs")
+        return b""
+
+    async def _collect(self, request: Request) -> bytes:
+        valid = request.valid_attachments
+        if valid is None:
+            raise CniError(Code.INVALID_CONFIG, "GC without cni.dev/valid-attachments", "nothing was removed")
+        stale = [
+            e.owner for e in self.tables.endpoints.values() if e.network == request.network and e.owner not in valid
+        ]
+        for owner in stale:
+            log.info("CNI GC: %s is not valid any more", owner)
+            await self._delete(owner)
+        return b""
+
+    def _find(self, owner: str) -> LocalEndpoint | None:
+        ids = self.tables.endpoints.by("owner", owner)
+        return self.tables.endpoints.get(next(iter(ids))) if ids else None
+
+
+def _who(request: Request) -> str:
+    return "/".join(request.pod) if request.pod else f"container {request.container_id[:12]}"

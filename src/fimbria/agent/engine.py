@@ -1,0 +1,385 @@
+"""From tables to desired rows: drains what changed, asks the pure compute parts, and puts the rows they answer.
+
+Everything here is synchronous: a step sees all tables at one instant and leaves all rows consistent.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field
+from typing import Any, Final
+
+from fimbria.apply.attach import DeviceHook
+from fimbria.apply.rows import Rows
+from fimbria.compute import network
+from fimbria.compute.ipcache import IpcacheCompute
+from fimbria.compute.policy import PolicyEngine
+from fimbria.compute.policy_set import SetKey
+from fimbria.compute.policy_shapes import Ports
+from fimbria.compute.service import ServiceCompute
+from fimbria.decide.numbers import Numbers
+from fimbria.model.address import Prefix
+from fimbria.model.endpoint import LocalEndpoint, NamedPort
+from fimbria.model.identity import RESERVED_LABELS
+from fimbria.model.labels import Labels, pod_labels
+from fimbria.model.network import DeviceSet, NeighbourKey, Route
+from fimbria.model.node import Node
+from fimbria.model.policy import Policy, PolicyId
+from fimbria.model.rows import Cidr, Endpoint, LocalAddr, PolicyEntry, PolicyKey, PrefixKey, Remote
+from fimbria.model.service import ServiceKey
+from fimbria.tables import ObjectKey, Tables
+from fimbria.tables.table import Changes
+
+ENDPOINT_READY: Final = 1
+POLICY_TABLES: Final = ("network_policies", "cilium_policies", "clusterwide_policies")
+Content = Mapping[PolicyKey, PolicyEntry]
+
+
+@dataclass(slots=True)
+class DesiredRows:
+    """All desired rows of a node, one member a target."""
+
+    sysctls: Rows[str, str] = field(default_factory=lambda: Rows("sysctls"))
+    backends: Rows[int, Any] = field(default_factory=lambda: Rows("backends"))
+    service_slots: Rows[Any, int] = field(default_factory=lambda: Rows("service_slots"))
+    frontends: Rows[Any, Any] = field(default_factory=lambda: Rows("frontends"))
+    ipcache: Rows[PrefixKey, Remote] = field(default_factory=lambda: Rows("ipcache"))
+    policy_sets: Rows[int, Content] = field(default_factory=lambda: Rows("policy_sets"))
+    cidrs: Rows[PrefixKey, Cidr] = field(default_factory=lambda: Rows("cidrs"))
+    device_links: Rows[DeviceHook, str] = field(default_factory=lambda: Rows("device_links"))
+    socket_links: Rows[str, str] = field(default_factory=lambda: Rows("socket_links"))
+    neighbours: Rows[NeighbourKey, bytes] = field(default_factory=lambda: Rows("neighbours"))
+    endpoints: Rows[int, Endpoint] = field(default_factory=lambda: Rows("endpoints"))
+    local_addrs: Rows[bytes, LocalAddr] = field(default_factory=lambda: Rows("local_addrs"))
+    routes: Rows[Prefix, Route] = field(default_factory=lambda: Rows("routes"))
+
+
+@dataclass(slots=True)
+class NumberBook:
+    """Every kind of number the agent gives out; saved so that they mean the same after a restart."""
+
+    rules: Numbers[str] = field(default_factory=lambda: Numbers("policy rules"))
+    cidrs: Numbers[str] = field(default_factory=lambda: Numbers("CIDR identities", 1, (1 << 24) - 1))
+    sets: Numbers[str] = field(default_factory=lambda: Numbers("policy sets"))
+    services: Numbers[Any] = field(default_factory=lambda: Numbers("service ports"))
+    backends: Numbers[Any] = field(default_factory=lambda: Numbers("backends"))
+
+    def restore(self, saved: Mapping[str, Any]) -> None:
+        """From the journal; services and backends are restored from the kernel."""
+        for name in ("rules", "cidrs", "sets"):
+            rows = saved.get(name)
+            if isinstance(rows, dict):
+                getattr(self, name).restore((k, n) for k, n in rows.items() if isinstance(n, int))
+
+    def save(self) -> dict[str, Any]:
+        """For the journal."""
+        return {name: dict(getattr(self, name).items()) for name in ("rules", "cidrs", "sets")}
+
+
+class Engine:
+    """Owns the compute state of one node. `labels_of` decides which labels count for identity."""
+
+    def __init__(
+        self,
+        tables: Tables,
+        rows: DesiredRows,
+        numbers: NumberBook,
+        *,
+        node: str,
+        cluster: str,
+        overlay: bool,
+        on_labels: Callable[[int, Mapping[str, str]], None],
+    ) -> None:
+        """`on_labels(endpoint id, labels)` is told when the labels of a local endpoint differ from its identity's."""
+        self.tables = tables
+        self.rows = rows
+        self.numbers = numbers
+        self.cluster = cluster
+        self.node = node
+        self.on_labels = on_labels
+        self.devices: DeviceSet | None = None
+        self.ipcache = IpcacheCompute(node, overlay)
+        self.policy = PolicyEngine(
+            lambda origin: numbers.rules.take(str(origin)), lambda prefix: numbers.cidrs.take(str(prefix))
+        )
+        self.services = ServiceCompute(node, numbers.services, numbers.backends)
+        self._policies_of: dict[tuple[str, Any], PolicyId] = {}
+        self._networks: dict[tuple[str, Any], tuple[tuple[Prefix, Route], ...]] = {}
+        self._ports_of_identity: dict[int, dict[Any, tuple[NamedPort, ...]]] = {}
+        self._identity_of_source: dict[Any, int] = {}
+        self._service_of_slice: dict[ObjectKey, ServiceKey] = {}
+        self._pending: set[int] = set()
+        self._known: dict[int, LocalEndpoint] = {}
+        self.changes = Changes(getattr(tables, f) for f in tables.__slots__)
+        for number, labels in RESERVED_LABELS.items():
+            self.policy.upsert_identity(number, labels)
+        tables.pods.add_index("namespace", lambda p: (p.namespace,))
+        tables.endpoints.add_index("namespace", lambda e: (e.namespace,) if e.namespace else ())
+        tables.endpoints.add_index("pod", lambda e: ((e.namespace, e.pod),) if e.pod else ())
+        tables.endpoints.add_index("owner", lambda e: (e.owner,))
+        tables.endpoint_slices.add_index("service", lambda s: (s.service,))
+
+    # --- one step --------------------------------------------------------------------------------------------------
+
+    def step(self) -> bool:
+        """Compute everything that changed since the last step. True if anything did."""
+        dirty = self.changes.drain()
+        if not dirty:
+            return False
+        self._identities(dirty.get("identities", ()))
+        for name in POLICY_TABLES:
+            self._policies(name, dirty.get(name, ()))
+        self._remotes(dirty.get("remote_endpoints", ()))
+        self._nodes(dirty.get("nodes", ()))
+        self._services(dirty.get("services", ()), dirty.get("endpoint_slices", ()))
+        self._locals(self._touched_endpoints(dirty))
+        self._apply_policy()
+        return True
+
+    def set_devices(self, devices: DeviceSet) -> None:
+        """The node's devices are known, or changed: everything that names them is computed again."""
+        self.devices = devices
+        self._nodes(set(self.tables.nodes))
+        self._locals(set(self.tables.endpoints))
+        self._device_hooks()
+        for key, mac in network.overlay_neighbours(devices):
+            self.rows.neighbours.put(key, mac)
+
+    def labels(self, endpoint: LocalEndpoint) -> Mapping[str, str] | None:
+        """All labels of a local endpoint's pod; None while its pod or namespace is unknown."""
+        pod = self.tables.pods.get((endpoint.namespace, endpoint.pod))
+        namespace = self.tables.namespaces.get(endpoint.namespace)
+        if pod is None or namespace is None or (endpoint.uid and pod.uid != endpoint.uid):
+            return None
+        return pod_labels(endpoint.namespace, pod.labels, namespace, pod.service_account, self.cluster)
+
+    # --- identities and policies -------------------------------------------------------------------------------------
+
+    def _identities(self, keys: Iterable[int]) -> None:
+        for number in keys:
+            identity = self.tables.identities.get(number)
+            if identity is None:
+                self.policy.delete_identity(number)
+            else:
+                self.policy.upsert_identity(number, Labels(identity.labels))
+
+    def _policies(self, table: str, keys: Iterable[Any]) -> None:
+        for key in keys:
+            policy: Policy | None = getattr(self.tables, table).get(key)
+            known = self._policies_of.pop((table, key), None)
+            if policy is None:
+                if known is not None:
+                    self.policy.delete_policy(known)
+                continue
+            self._policies_of[table, key] = policy.id
+            self.policy.upsert_policy(policy)
+
+    def _apply_policy(self) -> None:
+        changes = self.policy.changes()
+        for key in changes.sets:
+            number = self.numbers.sets.take(str(key))
+            self.rows.policy_sets.put(number, dict(self.policy.set(key).entries()))
+        for prefix, cidr in changes.cidrs.items():
+            if cidr is None:
+                self.rows.cidrs.drop(prefix)
+            else:
+                self.rows.cidrs.put(prefix, cidr)
+        for endpoint_id in changes.endpoints:
+            self._endpoint_row(int(endpoint_id))
+        for key in changes.gone:
+            number = self.numbers.sets.release(str(key)) or 0
+            self.rows.policy_sets.drop(number)
+
+    def set_number(self, key: SetKey | None) -> int:
+        """The number of a policy set in the kernel; 0 for none."""
+        return self.numbers.sets.take(str(key)) if key is not None else 0
+
+    # --- addresses ---------------------------------------------------------------------------------------------------
+
+    def _remotes(self, keys: Iterable[ObjectKey]) -> None:
+        for key in keys:
+            remote = self.tables.remote_endpoints.get(key)
+            self._put_ipcache(self.ipcache.set_remote(key, remote))
+            self._identity_ports(key, remote.identity if remote else 0, remote.named_ports if remote else ())
+
+    def _nodes(self, keys: Iterable[str]) -> None:
+        if self.node in keys:
+            # Which addresses are our own decides about every report of a pod, and every route's source.
+            own = self.tables.nodes.get(self.node)
+            self._put_ipcache(self.ipcache.set_node(self.node, own))
+            keys = set(self.tables.nodes) | set(keys)
+            self._locals(set(self.tables.endpoints))
+        for name in keys:
+            node = self.tables.nodes.get(name)
+            self._put_ipcache(self.ipcache.set_node(name, node))
+            self._networks_of(("node", name), tuple(self._node_routes(node)))
+
+    def _node_routes(self, node: Node | None) -> Iterable[tuple[Prefix, Route]]:
+        own = self.tables.nodes.get(self.node)
+        if node is None or own is None or self.devices is None:
+            return ()
+        if node.name == self.node:
+            return network.own_block_routes(node)
+        return network.remote_block_routes(node, own, self.devices)
+
+    def _networks_of(self, source: tuple[str, Any], routes: tuple[tuple[Prefix, Route], ...]) -> None:
+        old = self._networks.get(source, ())
+        if old == routes:
+            return
+        kept = {prefix for prefix, _ in routes}
+        self.rows.routes.drop_many(prefix for prefix, _ in old if prefix not in kept)
+        self.rows.routes.put_many(dict(routes))
+        if routes:
+            self._networks[source] = routes
+        else:
+            self._networks.pop(source, None)
+
+    def _put_ipcache(self, keys: Iterable[PrefixKey]) -> None:
+        for key in keys:
+            row = self.ipcache.get(key)
+            if row is None:
+                self.rows.ipcache.drop(key)
+            else:
+                self.rows.ipcache.put(key, row)
+
+    def _identity_ports(self, source: Any, identity: int, ports: tuple[NamedPort, ...]) -> None:
+        old = self._identity_of_source.pop(source, 0)
+        if old and old != identity:
+            self._ports_of_identity[old].pop(source, None)
+            self._refresh_ports(old)
+        if identity and ports:
+            self._identity_of_source[source] = identity
+            self._ports_of_identity.setdefault(identity, {})[source] = ports
+            self._refresh_ports(identity)
+
+    def _refresh_ports(self, identity: int) -> None:
+        known = self._ports_of_identity.get(identity, {})
+        self.policy.set_identity_ports(identity, ports_of(p for ports in known.values() for p in ports))
+
+    # --- services ----------------------------------------------------------------------------------------------------
+
+    def _services(self, services: Iterable[ObjectKey], slices: Iterable[ObjectKey]) -> None:
+        keys = {ServiceKey(*key) for key in services}
+        for key in slices:
+            keys |= self._slice_services(key)
+        for service_key in keys:
+            found = (self.tables.endpoint_slices.get(k) for k in self.tables.endpoint_slices.by("service", service_key))
+            delta = self.services.update(service_key, self.tables.services.get(service_key), [s for s in found if s])
+            for target in (self.rows.backends, self.rows.service_slots, self.rows.frontends):
+                target.put_many(delta.upserts[target.name])
+                target.drop_many(delta.deletes[target.name])
+
+    def _slice_services(self, key: ObjectKey) -> set[ServiceKey]:
+        """The service a slice belongs to now, and the one it belonged to."""
+        row = self.tables.endpoint_slices.get(key)
+        known = self._service_of_slice.pop(key, None)
+        if row is not None:
+            self._service_of_slice[key] = row.service
+        return {s for s in (known, row.service if row else None) if s is not None}
+
+    # --- local endpoints ---------------------------------------------------------------------------------------------
+
+    def _touched_endpoints(self, dirty: Mapping[str, set[Any]]) -> set[int]:
+        touched: set[int] = set(dirty.get("endpoints", ())) | set(dirty.get("endpoint_identities", ()))
+        for pod in dirty.get("pods", ()):
+            touched |= self.tables.endpoints.by("pod", pod)
+        for namespace in dirty.get("namespaces", ()):
+            touched |= self.tables.endpoints.by("namespace", namespace)
+        return touched
+
+    def _locals(self, ids: Iterable[int]) -> None:
+        for endpoint_id in ids:
+            endpoint = self.tables.endpoints.get(endpoint_id)
+            decided = self.tables.endpoint_identities.get(endpoint_id)
+            identity = decided.number if decided else 0
+            self._put_ipcache(self.ipcache.set_local(endpoint_id, endpoint, identity))
+            if endpoint is None:
+                self._forget(endpoint_id)
+                continue
+            labels = self.labels(endpoint)
+            pod = self.tables.pods.get((endpoint.namespace, endpoint.pod))
+            ports = pod.named_ports if pod else ()
+            self._identity_ports(("local", endpoint_id), identity, ports)
+            if decided is not None:
+                # Who is selected follows the pod's labels now; who it is to others follows its identity.
+                self.policy.upsert_endpoint(str(endpoint_id), labels or decided.labels, ports_of(ports))
+            if labels is not None:
+                self.on_labels(endpoint_id, labels)
+            self._local_networks(endpoint)
+            self._pending.add(endpoint_id)
+        self._flush_pending()
+
+    def _flush_pending(self) -> None:
+        pending, self._pending = self._pending, set()
+        if pending:
+            self._apply_policy()
+        for endpoint_id in pending:
+            self._endpoint_row(endpoint_id)
+
+    def _local_networks(self, endpoint: LocalEndpoint) -> None:
+        own = self.tables.nodes.get(self.node)
+        if own is not None:
+            self._networks_of(("endpoint", endpoint.id), tuple(network.pod_routes(endpoint, own)))
+        for key, mac in network.pod_neighbours(endpoint):
+            self.rows.neighbours.put(key, mac)
+
+    def _endpoint_row(self, endpoint_id: int) -> None:
+        endpoint = self.tables.endpoints.get(endpoint_id)
+        decided = self.tables.endpoint_identities.get(endpoint_id)
+        if endpoint is None or decided is None:
+            return
+        policy = self.policy.endpoint(str(endpoint_id))
+        row = Endpoint(
+            id=endpoint.id,
+            identity=decided.number,
+            policy_set=self.set_number(policy.set),
+            flags=ENDPOINT_READY | policy.flags,
+            addr4=endpoint.addr4,
+            addr6=endpoint.addr6,
+            pod_mac=endpoint.pod_mac,
+            host_mac=endpoint.host_mac,
+        )
+        self._known[endpoint_id] = endpoint
+        self.rows.endpoints.put(endpoint.ifindex, row)
+        for addr in endpoint.addrs:
+            self.rows.local_addrs.put(addr, LocalAddr(endpoint.ifindex))
+        self._hooks(endpoint.ifindex, "from_pod", "to_pod")
+
+    def _forget(self, endpoint_id: int) -> None:
+        self.policy.delete_endpoint(str(endpoint_id))
+        self._identity_ports(("local", endpoint_id), 0, ())
+        self._networks_of(("endpoint", endpoint_id), ())
+        endpoint = self._known.pop(endpoint_id, None)
+        if endpoint is None:
+            return
+        self.rows.endpoints.drop(endpoint.ifindex)
+        for addr in endpoint.addrs:
+            holder = self.rows.local_addrs.desired.get(addr)
+            if holder is not None and holder.ifindex == endpoint.ifindex:
+                self.rows.local_addrs.drop(addr)
+        for key, _ in network.pod_neighbours(endpoint):
+            self.rows.neighbours.drop(key)
+        self._drop_hooks(endpoint.ifindex)
+
+    # --- programs ----------------------------------------------------------------------------------------------------
+
+    def _hooks(self, ifindex: int, ingress: str, egress: str) -> None:
+        self.rows.device_links.put(DeviceHook(ifindex, "ingress"), ingress)
+        self.rows.device_links.put(DeviceHook(ifindex, "egress"), egress)
+
+    def _drop_hooks(self, ifindex: int) -> None:
+        self.rows.device_links.drop(DeviceHook(ifindex, "ingress"))
+        self.rows.device_links.drop(DeviceHook(ifindex, "egress"))
+
+    def _device_hooks(self) -> None:
+        if self.devices is None:
+            return
+        for ifindex in self.devices.uplinks:
+            self._hooks(ifindex, "from_network", "to_network")
+        if self.devices.overlay:
+            self._hooks(self.devices.overlay, "from_overlay", "to_overlay")
+
+
+def ports_of(ports: Iterable[NamedPort]) -> Ports:
+    """Named ports in the policy compiler's form."""
+    return frozenset((p.name, p.proto, p.port) for p in ports)

@@ -1,0 +1,423 @@
+"""The agent's composition root: builds everything in order, then runs it in one task group.
+
+Start, restart, upgrade and recovery are this one path: restore what was decided, open or load the datapath, follow the
+sources, and once all of them have been seen, bring the kernel to the desired state. Until then it goes on with what it
+has. If any part dies the process ends, and is started again.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import os
+import signal
+import sys
+import time
+from collections.abc import Sequence
+from contextlib import suppress
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Final
+
+from fimbria.agent import datapath as dp
+from fimbria.agent.api import AgentApi
+from fimbria.agent.config import AgentConfig, ConfigError, parse
+from fimbria.agent.endpoints import EndpointManager
+from fimbria.agent.engine import DesiredRows, Engine, NumberBook
+from fimbria.agent.identities import Identities
+from fimbria.agent.install import install_cni
+from fimbria.agent.journal import Journal
+from fimbria.agent.node import NodeRegistration
+from fimbria.agent.publisher import Publisher
+from fimbria.agent.sources import Sources, vocabulary
+from fimbria.agent.wiring import Wiring
+from fimbria.apply.attach import SOCKET_HOOKS, CgroupTarget, ClsactTarget, DeviceHook, TcxTarget
+from fimbria.apply.devices import NodeDevices, find_uplinks
+from fimbria.apply.loop import ApplyLoop, Stage
+from fimbria.apply.network import NeighbourTarget, RouteTarget, SysctlTarget
+from fimbria.apply.programs import Datapath
+from fimbria.compute.network import routers
+from fimbria.decide.ipam import AddressPool
+from fimbria.kernel import probe
+from fimbria.kernel.monitor import Group, Monitor
+from fimbria.kernel.netlink import NetlinkSocket, ResyncNeeded
+from fimbria.model.address import is_v4
+from fimbria.model.network import DeviceSet
+from fimbria.model.node import Node
+from fimbria.model.rows import NO_ADDR, Endpoint, Runtime
+from fimbria.sources.cni.server import CniServer
+from fimbria.sources.k8s import config as k8s_config
+from fimbria.sources.k8s.client import ApiClient
+from fimbria.tables import Tables
+
+log = logging.getLogger("fimbria.agent")
+VERDICT_TARGETS: Final = frozenset(("policy_sets", "cidrs", "ipcache", "endpoints"))
+GUARD_PERIOD: Final = 5.0
+SAVE_PAUSE: Final = 1.0
+ENDPOINT_ID_BLOCK: Final = 1000
+
+
+@dataclass(slots=True)
+class Agent:
+    """Everything an agent consists of, for the API to show."""
+
+    config: AgentConfig
+    tables: Tables
+    rows: DesiredRows
+    numbers: NumberBook
+    journal: Journal
+    client: ApiClient
+    netlink: NetlinkSocket
+    layouts: dp.Layouts
+    datapath: Datapath
+    engine: Engine
+    loop: ApplyLoop
+    sources: Sources
+    identities: Identities
+    pool: AddressPool
+    wiring: Wiring
+    registration: NodeRegistration
+    attach: str
+    devices: DeviceSet | None = None
+    endpoints: EndpointManager | None = None
+    cni: CniServer | None = None
+    started: float = field(default_factory=time.time)
+    ready_after: float = 0.0
+    epoch: int = 0
+    _next_id: int = 1
+    _reserved_ids: int = 0
+    _saved_numbers: dict[str, Any] = field(default_factory=dict)
+
+    def next_endpoint_id(self) -> int:
+        """A number no endpoint of this boot ever had. Reserved in blocks, so that it needn't be written each time."""
+        number = self._next_id
+        self._next_id += 1
+        if number >= self._reserved_ids:
+            self._reserved_ids = number + ENDPOINT_ID_BLOCK
+            self.save_numbers()
+        return number
+
+    def restore_numbers(self) -> None:
+        """From the journal, before anything is allocated."""
+        saved = self.journal.numbers()
+        self.numbers.restore(saved)
+        self._next_id = self._reserved_ids = max(int(saved.get("endpoint_ids", 1)), 1)
+
+    def save_numbers(self) -> None:
+        """To the journal, if anything changed."""
+        state = {**self.numbers.save(), "endpoint_ids": self._reserved_ids}
+        if state != self._saved_numbers:
+            self.journal.save_numbers(state)
+            self._saved_numbers = state
+
+    def bump_epoch(self, changed: frozenset[str]) -> None:
+        """After rows that could turn a verdict: every connection is judged again at its next packet."""
+        if changed & VERDICT_TARGETS:
+            self.epoch = (self.epoch + 1) & 0xFFFFFFFF
+            self.datapath.maps["runtime"].update(bytes(4), self.layouts["runtime"].encode(Runtime(self.epoch)))
+
+
+class StartError(Exception):
+    """The agent can't run here; the text is for people."""
+
+
+def choose_attach(wanted: str) -> str:
+    """`tcx` or `clsact`. Raises StartError if tcx is demanded and missing."""
+    available = probe.has_tcx()
+    if wanted == "tcx" and not available:
+        raise StartError("--attach tcx: this kernel has no tcx links (Linux 6.6 or later)")
+    return wanted if wanted != "auto" else ("tcx" if available else "clsact")
+
+
+def build(config: AgentConfig, client: ApiClient) -> Agent:
+    """Construct all parts without any I/O to the cluster. Raises StartError, OSError."""
+    tables, rows, numbers = Tables(), DesiredRows(), NumberBook()
+    journal = Journal(config.run / "state")
+    journal.open()
+    layouts = dp.Layouts()
+    netlink = NetlinkSocket()
+    datapath = Datapath(Path(config.bpffs), dp.objects_folder(), dp.sizes(config), layouts.hash)
+    words = vocabulary(config.label_filter, config.cluster_name)
+    agent: Agent
+    engine = Engine(
+        tables, rows, numbers, node=config.node_name, cluster=config.cluster_name, overlay=config.overlay,
+        on_labels=lambda i, labels: agent.identities.labels_changed(i, labels),
+    )  # fmt: skip
+    agent = Agent(
+        config=config, tables=tables, rows=rows, numbers=numbers, journal=journal, client=client, netlink=netlink,
+        layouts=layouts, datapath=datapath, engine=engine,
+        loop=ApplyLoop([], lambda changed: agent.bump_epoch(changed), audit_interval=config.audit_interval),
+        sources=Sources(client, tables, config.node_name, words),
+        identities=Identities(client, tables, words.labels, lambda i, identity: agent_set_identity(agent, i, identity)),
+        pool=AddressPool(), wiring=Wiring(netlink, 1500),
+        registration=NodeRegistration(client, tables, journal, config.node_name, _boot_id()),
+        attach=choose_attach(config.attach),
+    )  # fmt: skip
+    agent.restore_numbers()
+    return agent
+
+
+def agent_set_identity(agent: Agent, endpoint_id: int, identity: Any) -> None:
+    """Endpoints exist only once the manager does."""
+    if agent.endpoints is not None:
+        agent.endpoints.set_identity(endpoint_id, identity)
+
+
+async def prepare(agent: Agent) -> None:
+    """Everything between knowing the node's addresses and following the sources: devices, programs, targets."""
+    config, addrs = agent.config, agent.registration.addrs
+    node = await _node_with_blocks(agent)
+    uplinks = find_uplinks(agent.netlink, config.devices, addrs)
+    agent.wiring.routers = routers(node)
+    agent.pool.set_blocks(node.pod_cidrs)
+    underlay6 = not any(is_v4(a) for a in addrs)
+    maker = NodeDevices(
+        agent.netlink, overlay=config.overlay, port=config.overlay_port, mtu=config.mtu, underlay6=underlay6
+    )
+    agent.devices = maker.ensure(uplinks, agent.wiring.routers)
+    agent.wiring.pod_mtu = agent.devices.pod_mtu
+    own4 = next((a for a in addrs if is_v4(a)), NO_ADDR)
+    own6 = next((a for a in addrs if not is_v4(a)), NO_ADDR)
+    agent.datapath.load(dp.constants(config, agent.devices, (own4, own6), agent.wiring.routers))
+    agent.epoch = _read_epoch(agent)
+    agent.loop.stages.extend(stages(agent))
+    agent.loop.bind()
+    _wanted_sysctls(agent)
+    for hook in SOCKET_HOOKS:
+        agent.rows.socket_links.put(hook, f"sock_{hook}")
+    agent.engine.set_devices(agent.devices)
+    _restore_services(agent)
+    agent.endpoints = EndpointManager(
+        agent.tables, agent.engine, agent.loop, agent.journal, agent.pool, agent.wiring, agent.identities.identify,
+        agent.sources.fetch_pod, agent.next_endpoint_id,
+    )  # fmt: skip
+    restored = agent.endpoints.restore()
+    log.info("datapath ready: %s, %s, %d endpoints restored", config.routing, agent.attach, restored)
+
+
+def stages(agent: Agent) -> list[Stage]:
+    """The targets, references first."""
+    rows, datapath, layouts = agent.rows, agent.datapath, agent.layouts
+    devices = agent.devices
+
+    def known_devices() -> list[int]:
+        extra = [devices.overlay, *devices.uplinks] if devices else []
+        return [*(e.ifindex for e in agent.tables.endpoints.values()), *filter(None, extra)]
+
+    def our_devices() -> list[int]:
+        extra = [devices.overlay] if devices and devices.overlay else []
+        return [*(e.ifindex for e in agent.tables.endpoints.values()), *extra]
+
+    def plain(name: str) -> Stage:
+        return Stage(dp.map_target(name, datapath, layouts), getattr(rows, name))
+
+    links = TcxTarget(datapath) if agent.attach == "tcx" else ClsactTarget(datapath, known_devices)
+    cgroup = agent.config.cgroup or probe.cgroup2_mount()
+    found = [
+        Stage(SysctlTarget(lambda: list(rows.sysctls.desired)), rows.sysctls, quick=True),
+        plain("backends"), plain("service_slots"), plain("frontends"),
+        Stage(dp.policy_target(datapath, layouts), rows.policy_sets),
+        plain("cidrs"), plain("ipcache"),
+        Stage(links, rows.device_links, quick=True),
+    ]  # fmt: skip
+    if cgroup:
+        found.append(Stage(CgroupTarget(datapath, Path(cgroup)), rows.socket_links, quick=True))
+    endpoints = plain("endpoints")
+    endpoints.requires = _endpoint_requires
+    found += [
+        Stage(NeighbourTarget(agent.netlink, our_devices), rows.neighbours, quick=True),
+        endpoints, plain("local_addrs"),
+        Stage(RouteTarget(agent.netlink), rows.routes, quick=True),
+    ]  # fmt: skip
+    return found
+
+
+def _endpoint_requires(ifindex: int, row: Endpoint) -> list[tuple[str, Any]]:
+    hooks: list[tuple[str, Any]] = [("device_links", DeviceHook(ifindex, s)) for s in ("ingress", "egress")]
+    return [*hooks, ("policy_sets", row.policy_set)] if row.policy_set else hooks
+
+
+def _read_epoch(agent: Agent) -> int:
+    raw = agent.datapath.maps["runtime"].lookup(bytes(4))
+    row: Runtime | None = agent.layouts["runtime"].decode(raw) if raw else None
+    return row.policy_epoch if row else 0
+
+
+def _restore_services(agent: Agent) -> None:
+    names = ("frontends", "service_slots", "backends")
+    read = {n: dp.map_target(n, agent.datapath, agent.layouts).read() for n in names}
+    agent.engine.services.restore(read["frontends"], read["service_slots"], read["backends"])
+
+
+def _wanted_sysctls(agent: Agent) -> None:
+    wanted = {"net/ipv4/ip_forward": "1", "net/ipv6/conf/all/forwarding": "1"}
+    if agent.config.masquerade:
+        wanted["net/ipv4/ip_local_reserved_ports"] = agent.config.masquerade_ports
+    agent.rows.sysctls.put_many(wanted)
+
+
+async def _node_with_blocks(agent: Agent) -> Node:
+    """This node once it has pod addresses: from the journal at once, from the operator otherwise."""
+    name = agent.config.node_name
+    subscription = agent.tables.nodes.subscribe()
+    told = False
+    while True:
+        node = agent.tables.nodes.get(name)
+        if node is not None and node.pod_cidrs:
+            subscription.close()
+            return node
+        if not told:
+            log.info("waiting for the operator to give node %s pod addresses", name)
+            told = True
+        await subscription.wait()
+        subscription.drain()
+
+
+async def compute(agent: Agent) -> None:
+    """Follow the tables; open the apply loop once every source has been seen."""
+    for table in agent.sources.tables_followed():
+        await table.wait_synced()
+    agent.engine.step()
+    agent.engine.services.settle()
+    agent.loop.open()
+    await agent.loop.flush()
+    agent.ready_after = time.time() - agent.started
+    failures = agent.loop.failures()
+    if failures:
+        log.error("started with rows that could not be written: %s", {k: len(v) for k, v in failures.items()})
+    agent.datapath.sweep()
+    if agent.config.cni_bin_dir and agent.config.cni_conf_dir:
+        install_cni(Path(agent.config.cni_bin_dir), Path(agent.config.cni_conf_dir))
+    nodes, endpoints = len(agent.tables.nodes), len(agent.tables.endpoints)
+    log.info("ready after %.2f s: %d nodes, %d endpoints", agent.ready_after, nodes, endpoints)
+    while True:
+        await agent.engine.changes.wait()
+        agent.engine.step()
+
+
+async def save(agent: Agent) -> None:
+    """Write given-out numbers to the journal, soon after they change."""
+    while True:
+        await asyncio.sleep(SAVE_PAUSE)
+        agent.save_numbers()
+
+
+async def guard(agent: Agent) -> None:
+    """Watch routes, links, filters and pins: what others change is repaired at once rather than at the next audit."""
+    groups = (Group.LINK, Group.IPV4_ROUTE, Group.IPV6_ROUTE, Group.TC, Group.NEIGH)
+    loop = asyncio.get_running_loop()
+    with Monitor(groups) as monitor:
+        readable = asyncio.Event()
+        loop.add_reader(monitor.fileno(), readable.set)
+        try:
+            while True:
+                with suppress(TimeoutError):
+                    await asyncio.wait_for(readable.wait(), GUARD_PERIOD)
+                readable.clear()
+                try:
+                    gone = any(c.gone for c in monitor.read())
+                except ResyncNeeded:
+                    gone = True
+                missing = agent.datapath.repin() if agent.loop.opened else 0
+                if missing:
+                    log.warning("drift: %d pins of ours were removed by somebody; pinned again", missing)
+                if agent.loop.opened and (gone or missing):
+                    agent.loop.audit_soon(quick=True)
+                await asyncio.sleep(0.2)
+        finally:
+            loop.remove_reader(monitor.fileno())
+
+
+async def run(config: AgentConfig) -> None:
+    """Run an agent until it is stopped. Raises StartError and what parts raise."""
+    cluster = k8s_config.load(config.kubeconfig or None)
+    async with ApiClient(cluster, component="agent") as client:
+        agent = build(config, client)
+        agent.sources.build()
+        api = AgentApi(agent)
+        async with asyncio.TaskGroup() as group:
+            group.create_task(api.run(), name="api")
+            await agent.registration.addresses()
+            group.create_task(agent.sources.run(), name="sources")
+            group.create_task(agent.registration.run(), name="registration")
+            await prepare(agent)
+            assert agent.endpoints is not None
+            agent.cni = CniServer(config.run / "cni.sock", agent.endpoints.handle)
+            publisher = Publisher(client, agent.tables, agent.registration.addrs)
+            group.create_task(agent.loop.run(), name="apply")
+            group.create_task(agent.identities.run(), name="identities")
+            group.create_task(compute(agent), name="compute")
+            group.create_task(agent.cni.run(), name="cni")
+            group.create_task(_after_ready(agent, publisher.run()), name="publisher")
+            group.create_task(save(agent), name="save")
+            group.create_task(guard(agent), name="guard")
+
+
+async def _after_ready(agent: Agent, work: Any) -> None:
+    while not agent.ready_after:
+        await asyncio.sleep(0.05)
+    await work
+
+
+def _boot_id() -> str:
+    return Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Entry point of `fimbria agent`; returns the exit status."""
+    try:
+        config = parse(sys.argv[1:] if argv is None else argv)
+    except ConfigError as error:
+        print(f"fimbria agent: {error}", file=sys.stderr)
+        return 2
+    logging.basicConfig(
+        level=config.log_level.upper(), stream=sys.stderr, format="%(asctime)s %(levelname)-7s %(name)s: %(message)s"
+    )
+    problems = probe.problems()
+    if os.geteuid() != 0:
+        problems.insert(0, "The agent must run as root, or with CAP_NET_ADMIN, CAP_BPF and CAP_SYS_ADMIN.")
+    if not probe.bpffs_mounted(config.bpffs):
+        problems.append(f"{config.bpffs} is not a mounted BPF file system: mount -t bpf bpf {config.bpffs}")
+    if problems:
+        for problem in problems:
+            print(f"fimbria agent: {problem}", file=sys.stderr)
+        return 1
+    return asyncio.run(_guarded(config))
+
+
+async def _guarded(config: AgentConfig) -> int:
+    task = asyncio.current_task()
+    assert task is not None
+    stopping = False
+
+    def stop() -> None:
+        nonlocal stopping
+        stopping = True
+        task.cancel()
+
+    for number in (signal.SIGTERM, signal.SIGINT):
+        asyncio.get_running_loop().add_signal_handler(number, stop)
+    try:
+        await run(config)
+    except asyncio.CancelledError:
+        if not stopping:
+            raise
+        log.info("stopped; the datapath goes on")
+    except (StartError, OSError, ValueError, BaseExceptionGroup) as error:
+        found = _leaves(error) if isinstance(error, BaseExceptionGroup) else [error]
+        for leaf in found:
+            expected = isinstance(leaf, (StartError, OSError, k8s_config.ConfigError))
+            log.error("%s", leaf, exc_info=None if expected else leaf)
+        return 1
+    return 0
+
+
+def _leaves(group: BaseExceptionGroup[BaseException]) -> list[BaseException]:
+    found: list[BaseException] = []
+    for error in group.exceptions:
+        found += _leaves(error) if isinstance(error, BaseExceptionGroup) else [error]
+    return found
+
+
+if __name__ == "__main__":
+    sys.exit(main())

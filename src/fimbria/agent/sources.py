@@ -1,0 +1,122 @@
+"""The agent's informers: which kinds it follows, and into which tables.
+
+An agent sees pods of its own node only; of others it sees what their agents report (CiliumEndpoint). Everything else is
+what every node needs: nodes, namespaces, identities, Services and policies.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+from fimbria.model.labels import LabelFilter
+from fimbria.model.policy import Policy, PolicyId, Problem
+from fimbria.model.service import EndpointSlice, Service
+from fimbria.sources.k8s import policies, policies_cilium, resources, rows, services
+from fimbria.sources.k8s.client import ApiClient
+from fimbria.sources.k8s.errors import NotFound
+from fimbria.sources.k8s.informer import KEEP, Informer
+from fimbria.sources.k8s.policies import Conversion, Vocabulary
+from fimbria.tables import Tables
+from fimbria.tables.table import Table
+
+log = logging.getLogger(__name__)
+
+
+class BadPolicy(ValueError):
+    """A policy whose subject can't be known: the version before stays in force."""
+
+
+@dataclass(slots=True)
+class Sources:
+    """Builds and runs the informers. `problems` holds what is wrong with each policy, for its status and for people."""
+
+    client: ApiClient
+    tables: Tables
+    node: str
+    words: Vocabulary
+    informers: list[Informer[Any, Any, Any]] = field(default_factory=list)
+    problems: dict[PolicyId, tuple[Problem, ...]] = field(default_factory=dict)
+    on_problems: Callable[[PolicyId], None] = lambda _policy: None
+
+    def build(self) -> None:
+        """Make the informers; they start with `run`."""
+        t, r = self.tables, resources
+        self._add(r.CILIUM_NODES, t.nodes, rows.node, key=lambda m: m.name)
+        self._add(r.NAMESPACES, t.namespaces, rows.namespace, key=lambda m: m.name)
+        self._add(r.PODS, t.pods, rows.pod, fields=f"spec.nodeName={self.node}")
+        self._add(r.CILIUM_IDENTITIES, t.identities, rows.identity, key=rows.identity_key)
+        self._add(r.CILIUM_ENDPOINTS, t.remote_endpoints, rows.remote_endpoint)
+        self._add(r.SERVICES, t.services, _service)
+        self._add(r.ENDPOINT_SLICES, t.endpoint_slices, _slice)
+        self._add(r.NETWORK_POLICIES, t.network_policies, self._convert(policies.network_policy))
+        cilium = self._convert(policies_cilium.cilium_policy)
+        self._add(r.CILIUM_NETWORK_POLICIES, t.cilium_policies, cilium)
+        self._add(r.CILIUM_CLUSTERWIDE_NETWORK_POLICIES, t.clusterwide_policies, cilium)
+
+    def tables_followed(self) -> list[Table[Any, Any]]:
+        """The tables that informers fill: all must be synced before absence means anything."""
+        return [i.table for i in self.informers]
+
+    async def run(self) -> None:
+        """Follow all kinds until cancelled."""
+        async with asyncio.TaskGroup() as group:
+            for informer in self.informers:
+                group.create_task(informer.run())
+
+    async def fetch_pod(self, namespace: str, name: str) -> None:
+        """Bring one pod and its namespace into the tables without waiting for the watch."""
+        try:
+            pod = await self.client.get(resources.PODS, name, namespace)
+            self.tables.pods.upsert((namespace, name), rows.pod(pod))
+            if namespace not in self.tables.namespaces:
+                found = await self.client.get(resources.NAMESPACES, namespace)
+                self.tables.namespaces.upsert(namespace, rows.namespace(found))
+        except NotFound:
+            return
+
+    def _add(self, resource: Any, table: Any, transform: Any, *, key: Any = rows.object_key, fields: str = "") -> None:
+        informer = Informer(
+            self.client, resource, table, transform, key=key, fields=fields, on_bad=self._on_bad(resource.kind)
+        )
+        self.informers.append(informer)
+
+    @staticmethod
+    def _on_bad(kind: str) -> Callable[[Any, str, bytes], Any]:
+        def report(key: Any, error: str, _raw: bytes) -> Any:
+            log.error("%s %s can't be used, what it said before stays in force: %s", kind, key, error)
+            return KEEP
+
+        return report
+
+    def _convert(self, convert: Callable[[Any, Vocabulary], Conversion]) -> Callable[[Any], Policy]:
+        def transform(obj: Any) -> Policy:
+            conversion = convert(obj, self.words)
+            policy_id = PolicyId(obj.kind or type(obj).__name__, obj.metadata.namespace, obj.metadata.name)
+            if conversion.policy is not None:
+                policy_id = conversion.policy.id
+            self.problems[policy_id] = conversion.problems
+            self.on_problems(policy_id)
+            for problem in conversion.problems:
+                log.warning("%s: %s", policy_id, problem)
+            if conversion.policy is None:
+                raise BadPolicy("; ".join(map(str, conversion.problems)))
+            return conversion.policy
+
+        return transform
+
+
+def vocabulary(label_filter: str, cluster: str) -> Vocabulary:
+    """Raises ValueError naming a pattern that can't be used."""
+    return Vocabulary(LabelFilter.of(label_filter.split()), cluster)
+
+
+def _service(obj: Any) -> Service:
+    return services.to_service(obj)
+
+
+def _slice(obj: Any) -> EndpointSlice | None:
+    return services.to_slice(obj)
