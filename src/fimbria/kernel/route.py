@@ -219,10 +219,13 @@ def parse_route(data: bytes, start: int, end: int) -> Route | None:
         return None
     found = attrs(data, start + 12, end)
     get = found.get
+    dst = get(_RTA_DST) or bytes(width)
+    if len(dst) != width:
+        raise WireError(f"route to an address of {len(dst)} bytes")
     oif, metric, wide = get(_RTA_OIF), get(_RTA_PRIORITY), get(_RTA_TABLE)
     metrics, multipath = get(_RTA_METRICS), get(_RTA_MULTIPATH)
     return Route(
-        get(_RTA_DST) or bytes(width),
+        dst,
         dst_len,
         number(oif) if oif and kind not in _NO_DEVICE else 0,
         _read_gateway(found),

@@ -16,7 +16,7 @@ from fimbria.kernel.bpf import BpfObject
 from fimbria.kernel.netlink import NetlinkSocket
 
 PROGS = Path(__file__).parent / "progs"
-CONSTANTS = {"mark": 42, "delta": -7, "enabled": True, "mac": bytes(range(6))}
+CONSTANTS: dict[str, int | bool | bytes] = {"mark": 42, "delta": -7, "enabled": True, "mac": bytes(range(6))}
 
 
 @pytest.fixture(scope="session", autouse=True)

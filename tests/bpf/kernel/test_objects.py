@@ -27,7 +27,7 @@ from fimbria.kernel.bpf import (
 from fimbria.kernel.btf import Btf, enum_values
 from fimbria.kernel.codec import Codec
 
-CONSTANTS = {"mark": 42, "delta": -7, "enabled": True, "mac": bytes(range(6))}
+CONSTANTS: dict[str, int | bool | bytes] = {"mark": 42, "delta": -7, "enabled": True, "mac": bytes(range(6))}
 
 
 def test_what_is_in_the_file(compiled: dict[str, bytes]) -> None:
