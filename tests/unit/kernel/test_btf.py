@@ -112,9 +112,8 @@ def test_a_damaged_blob(base: Base, data: st.DataObject) -> None:
 
 def elf(content: bytes, name: str = ".BTF") -> bytes:
     names = b"\0" + name.encode() + b"\0"
-    header = struct.pack(
-        "=16sHHIQQQIHHHHHH", b"\x7fELF\x02\x01\x01", 1, 247, 1, 0, 0, 64 + len(content) + len(names), 0, 64, 0, 0, 64, 2, 1
-    )  # fmt: skip
+    table = 64 + len(content) + len(names)
+    header = struct.pack("=16sHHIQQQIHHHHHH", b"\x7fELF\x02\x01\x01", 1, 247, 1, 0, 0, table, 0, 64, 0, 0, 64, 2, 1)
     sections = struct.pack("=IIQQQQIIQQ", 1, 1, 0, 0, 64, len(content), 0, 0, 1, 0)
     sections += struct.pack("=IIQQQQIIQQ", 0, 3, 0, 0, 64 + len(content), len(names), 0, 0, 1, 0)
     return header + content + names + sections
