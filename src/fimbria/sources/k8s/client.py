@@ -317,7 +317,6 @@ class ApiClient:
             except Unauthorized:
                 if token_renewed or self.config.token is None:
                     raise
-                self.config.token.expire()
                 token_renewed = True
             except ApiError as error:
                 later = isinstance(error, TooMany) or (error.status == 503 and error.retry_after is not None)
@@ -354,6 +353,8 @@ class ApiClient:
             body = await asyncio.wait_for(response.content.read(_STREAM_BUFFER), 10.0)
         except (aiohttp.ClientError, OSError, TimeoutError):
             body = b""
+        if response.status == 401 and self.config.token is not None:
+            self.config.token.expire()
         return from_answer(what, response.status, body, response.headers.get("Retry-After", ""))
 
     async def _take_turn(self) -> None:
@@ -404,4 +405,8 @@ def _body(resource: Resource[T], obj: T | Mapping[str, Any]) -> bytes:
 
 
 def _say(error: BaseException) -> str:
-    return "timed out" if isinstance(error, TimeoutError) else str(error) or type(error).__name__
+    if isinstance(error, TimeoutError):
+        return "timed out"
+    if isinstance(error, aiohttp.ClientPayloadError):
+        return "the connection broke off in the middle"
+    return str(error) or type(error).__name__

@@ -3,12 +3,14 @@
 import asyncio
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
+from pathlib import Path
 from typing import Any
 
 import pytest
 from scripted_api import Pauses, Scripted, Stream, answer, bookmark, event, fails, listing, pod, status, until
 
 from fimbria.sources.k8s.client import ApiClient
+from fimbria.sources.k8s.config import ClusterConfig, Token
 from fimbria.sources.k8s.informer import KEEP, Informer, object_key
 from fimbria.sources.k8s.resources import PODS
 from fimbria.sources.k8s.types.core import Pod
@@ -204,14 +206,18 @@ async def test_busy_server_is_given_the_time_it_asks_for(fix: Fixture) -> None:
 async def test_errors_wait_longer_each_time_and_are_named(fix: Fixture) -> None:
     fix.api.on("list", *(fails(500, "InternalError", "etcd is down") for _ in range(4)), listing([pod("a", 1)], 10))
     errors: list[str] = []
-    async with fix.running() as informer:
-        while informer.lists == 0:
-            errors.append(informer.error)
-            await asyncio.sleep(0.001)
+    started: list[PodInformer] = []
+
+    async def sleep(seconds: float) -> None:
+        errors.append(started[0].error)
+        await fix.pauses(seconds)
+
+    async with fix.running(sleep=sleep) as informer:
+        started.append(informer)
         await until(lambda: informer.connected)
         assert informer.error == ""
     assert fix.pauses.asked == pytest.approx([0.1, 0.2, 0.4, 0.8])
-    assert any("list pods: 500 InternalError: etcd is down" in text for text in errors)
+    assert errors == ["list pods: 500 InternalError: etcd is down"] * 4
 
 
 async def test_absent_server_leaves_the_table_serving(fix: Fixture) -> None:
@@ -326,6 +332,40 @@ async def test_list_without_version_or_shape_is_refused(fix: Fixture) -> None:
         await fix.shows(a="n1")
     assert any("no resourceVersion" in text for text in errors)
     assert any("no list" in text for text in errors)
+
+
+async def test_server_with_another_history_is_listed_anew(fix: Fixture) -> None:
+    """Its database was made anew: versions start again, and what we know means nothing there."""
+    fix.api.on("list", listing([pod("old", 900)], 1000), listing([pod("new", 3)], 5))
+    fix.api.on("watch", Stream().send(event("ADDED", pod("new", 3))))
+    async with fix.running() as informer:
+        await fix.shows(new="n1")
+        assert informer.relists == 1
+        await until(lambda: informer.connected)
+    assert fix.versions() == ["1000", "5"]
+
+
+async def test_version_refused_again_and_again_is_given_up(fix: Fixture) -> None:
+    fix.api.on("list", listing([pod("old", 900)], 1000), listing([pod("new", 3)], 5))
+    fix.api.on("watch", *(fails(504, "Timeout", "Too large resource version") for _ in range(3)))
+    async with fix.running():
+        await fix.shows(new="n1")
+    assert fix.versions()[:3] == ["1000"] * 3
+
+
+async def test_refused_token_is_read_again_for_a_watch(fix: Fixture, tmp_path: Path) -> None:
+    path = tmp_path / "token"
+    path.write_text("old")
+    fix.client.config = ClusterConfig(fix.api.url, token=Token(path=path))
+
+    async def rotate(request: Any) -> Any:
+        path.write_text("new")
+        return await fails(401, "Unauthorized")(request)
+
+    fix.api.on("list", listing([], 10)).on("watch", rotate)
+    async with fix.running() as informer:
+        await until(lambda: informer.connected)
+    assert [seen.headers["Authorization"] for seen in fix.api.requests("watch")] == ["Bearer old", "Bearer new"]
 
 
 async def test_watch_times_are_spread(fix: Fixture) -> None:
