@@ -88,15 +88,13 @@ class Engine:
         node: str,
         cluster: str,
         overlay: bool,
-        on_labels: Callable[[int, Mapping[str, str]], None],
     ) -> None:
-        """`on_labels(endpoint id, labels)` is told when the labels of a local endpoint differ from its identity's."""
         self.tables = tables
         self.rows = rows
         self.numbers = numbers
         self.cluster = cluster
         self.node = node
-        self.on_labels = on_labels
+        self.on_labels: Callable[[int, Mapping[str, str]], None] = lambda _endpoint_id, _labels: None
         self.devices: DeviceSet | None = None
         self.ipcache = IpcacheCompute(node, overlay)
         self.policy = PolicyEngine(

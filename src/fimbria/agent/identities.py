@@ -31,7 +31,7 @@ class Identities:
     client: ApiClient
     tables: Tables
     labels: LabelFilter
-    on_changed: Callable[[int, EndpointIdentity], None]
+    on_changed: Callable[[int, EndpointIdentity], None] = lambda _endpoint_id, _identity: None
     _allocator: IdentityAllocator = field(default_factory=IdentityAllocator)
     _searches: dict[Labels, asyncio.Task[int]] = field(default_factory=dict)
     _wanted: dict[int, Labels] = field(default_factory=dict)

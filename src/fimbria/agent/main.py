@@ -13,7 +13,7 @@ import os
 import signal
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Coroutine, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -83,6 +83,7 @@ class Agent:
     cni: CniServer | None = None
     started: float = field(default_factory=time.time)
     ready_after: float = 0.0
+    ready: asyncio.Event = field(default_factory=asyncio.Event)
     epoch: int = 0
     _next_id: int = 1
     _reserved_ids: int = 0
@@ -138,29 +139,21 @@ def build(config: AgentConfig, client: ApiClient) -> Agent:
     netlink = NetlinkSocket()
     datapath = Datapath(Path(config.bpffs), dp.objects_folder(), dp.sizes(config), layouts.hash)
     words = vocabulary(config.label_filter, config.cluster_name)
-    agent: Agent
-    engine = Engine(
-        tables, rows, numbers, node=config.node_name, cluster=config.cluster_name, overlay=config.overlay,
-        on_labels=lambda i, labels: agent.identities.labels_changed(i, labels),
-    )  # fmt: skip
+    engine = Engine(tables, rows, numbers, node=config.node_name, cluster=config.cluster_name, overlay=config.overlay)
+    identities = Identities(client, tables, words.labels)
+    engine.on_labels = identities.labels_changed
     agent = Agent(
         config=config, tables=tables, rows=rows, numbers=numbers, journal=journal, client=client, netlink=netlink,
         layouts=layouts, datapath=datapath, engine=engine,
-        loop=ApplyLoop([], lambda changed: agent.bump_epoch(changed), audit_interval=config.audit_interval),
-        sources=Sources(client, tables, config.node_name, words),
-        identities=Identities(client, tables, words.labels, lambda i, identity: agent_set_identity(agent, i, identity)),
+        loop=ApplyLoop([], audit_interval=config.audit_interval),
+        sources=Sources(client, tables, config.node_name, words), identities=identities,
         pool=AddressPool(), wiring=Wiring(netlink, 1500),
         registration=NodeRegistration(client, tables, journal, config.node_name, _boot_id()),
         attach=choose_attach(config.attach),
     )  # fmt: skip
+    agent.loop.on_applied = agent.bump_epoch
     agent.restore_numbers()
     return agent
-
-
-def agent_set_identity(agent: Agent, endpoint_id: int, identity: Any) -> None:
-    """Endpoints exist only once the manager does."""
-    if agent.endpoints is not None:
-        agent.endpoints.set_identity(endpoint_id, identity)
 
 
 async def prepare(agent: Agent) -> None:
@@ -191,6 +184,7 @@ async def prepare(agent: Agent) -> None:
         agent.tables, agent.engine, agent.loop, agent.journal, agent.pool, agent.wiring, agent.identities.identify,
         agent.sources.fetch_pod, agent.next_endpoint_id,
     )  # fmt: skip
+    agent.identities.on_changed = agent.endpoints.set_identity
     restored = agent.endpoints.restore()
     log.info("datapath ready: %s, %s, %d endpoints restored", config.routing, agent.attach, restored)
 
@@ -282,6 +276,7 @@ async def compute(agent: Agent) -> None:
     agent.loop.open()
     await agent.loop.flush()
     agent.ready_after = time.time() - agent.started
+    agent.ready.set()
     failures = agent.loop.failures()
     if failures:
         log.error("started with rows that could not be written: %s", {k: len(v) for k, v in failures.items()})
@@ -348,15 +343,14 @@ async def run(config: AgentConfig) -> None:
             group.create_task(agent.identities.run(), name="identities")
             group.create_task(compute(agent), name="compute")
             group.create_task(agent.cni.run(), name="cni")
-            group.create_task(_after_ready(agent, publisher.run()), name="publisher")
+            group.create_task(_after_ready(agent, publisher.run), name="publisher")
             group.create_task(save(agent), name="save")
             group.create_task(guard(agent), name="guard")
 
 
-async def _after_ready(agent: Agent, work: Any) -> None:
-    while not agent.ready_after:
-        await asyncio.sleep(0.05)
-    await work
+async def _after_ready(agent: Agent, work: Callable[[], Coroutine[Any, Any, None]]) -> None:
+    await agent.ready.wait()
+    await work()
 
 
 def _boot_id() -> str:

@@ -74,7 +74,7 @@ class ApplyLoop:
     """Owns the stages. `on_applied(changed target names)` runs after each pass that changed something."""
 
     stages: list[Stage]
-    on_applied: Callable[[frozenset[str]], None]
+    on_applied: Callable[[frozenset[str]], None] = lambda _changed: None
     audit_interval: float = 30.0
     stats: Stats = field(default_factory=Stats)
     _wake: asyncio.Event = field(default_factory=asyncio.Event)

@@ -1,0 +1,90 @@
+"""Gives every CiliumNode its pod blocks, and takes them back from nodes that are gone."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from dataclasses import dataclass, field
+from typing import Final
+
+from fimbria.decide.node_blocks import BlockAllocator
+from fimbria.model.address import Prefix
+from fimbria.sources.k8s.client import ApiClient
+from fimbria.sources.k8s.errors import ApiError, Conflict, NotFound
+from fimbria.sources.k8s.resources import CILIUM_NODES
+from fimbria.sources.k8s.types.cilium import CiliumNode
+from fimbria.tables.table import Table
+
+log = logging.getLogger(__name__)
+RETRY: Final = 1.0
+
+
+@dataclass(slots=True)
+class NodeBlockWriter:
+    """Writes `spec.ipam.podCIDRs`, and `status.ipam.operator-status.error` with what is wrong."""
+
+    client: ApiClient
+    nodes: Table[str, CiliumNode]
+    allocator: BlockAllocator
+    _known: set[str] = field(default_factory=set)
+    conflicts: int = 0
+
+    async def run(self) -> None:
+        """Follow the nodes until cancelled."""
+        subscription = self.nodes.subscribe()
+        await self.nodes.wait_synced()
+        oldest_first = sorted(self.nodes.values(), key=lambda n: n.metadata.creation_timestamp or "")
+        self.allocator.restore((n.metadata.name, _blocks(n)[0]) for n in oldest_first)
+        pending = set(self.nodes)
+        while True:
+            failed = set()
+            for name in pending | subscription.drain():
+                try:
+                    await self._node(name)
+                except ApiError as error:
+                    log.warning("CiliumNode %s is not up to date: %s", name, error)
+                    failed.add(name)
+            pending = failed
+            if pending:
+                await asyncio.sleep(RETRY)
+            else:
+                await subscription.wait()
+
+    async def _node(self, name: str) -> None:
+        node = self.nodes.get(name)
+        if node is None:
+            self.allocator.release(name)
+            self._known.discard(name)
+            return
+        self._known.add(name)
+        current, bad = _blocks(node)
+        decision = self.allocator.assign(name, current)
+        problem = "; ".join(filter(None, (decision.problem, bad)))
+        cidrs = [str(b) for b in decision.blocks]
+        try:
+            if cidrs != list(node.spec.ipam.pod_cidrs or ()):
+                log.info("node %s gets %s", name, ", ".join(cidrs) or "no block")
+                patch = {
+                    "metadata": {"resourceVersion": node.metadata.resource_version},
+                    "spec": {"ipam": {"podCIDRs": cidrs}},
+                }
+                await self.client.patch(CILIUM_NODES, name, patch)
+            if problem != node.status.ipam.operator_status.error:
+                if problem:
+                    log.error("node %s: %s", name, problem)
+                await self.client.patch_status(CILIUM_NODES, name, {"ipam": {"operator-status": {"error": problem}}})
+        except Conflict:
+            self.conflicts += 1  # the watch delivers the newer object, and with it another try
+        except NotFound:
+            self.allocator.release(name)
+
+
+def _blocks(node: CiliumNode) -> tuple[tuple[Prefix, ...], str]:
+    """The blocks a node has, and what is wrong with those that can't be read."""
+    found, bad = [], []
+    for text in node.spec.ipam.pod_cidrs or ():
+        try:
+            found.append(Prefix.parse(text))
+        except ValueError as error:
+            bad.append(f"spec.ipam.podCIDRs: {error}")
+    return tuple(found), "; ".join(bad)

@@ -1,0 +1,72 @@
+"""Settings of the operator, from the command line and the environment (`FIMBRIA_<NAME>`)."""
+
+from __future__ import annotations
+
+import argparse
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+from fimbria.decide.node_blocks import Pool, PoolError, check_pools
+
+
+class ConfigError(ValueError):
+    """A setting can't be used; the text names it."""
+
+
+@dataclass(frozen=True, slots=True)
+class OperatorConfig:
+    """Everything an operator can be told; times in seconds."""
+
+    kubeconfig: str
+    pools: tuple[Pool, ...]
+    leader_elect: bool
+    namespace: str
+    identity_grace: float
+    collect_interval: float
+    cluster_name: str
+    log_level: str
+
+
+def parse(argv: Sequence[str], environ: Mapping[str, str] | None = None) -> OperatorConfig:
+    """Settings from arguments, then environment, then defaults. Raises ConfigError; exits on --help."""
+    env = os.environ if environ is None else environ
+    p = argparse.ArgumentParser("fimbria operator", description="Fimbria's operator: decides once per cluster.")
+
+    def add(name: str, default: str, text: str) -> None:
+        shown = f" (default: {default})" if default else ""
+        p.add_argument(
+            name, default=env.get("FIMBRIA_" + name[2:].upper().replace("-", "_"), default), help=text + shown
+        )
+
+    add("--kubeconfig", "", "kubeconfig file of the API server; empty: the pod's service account")
+    add("--ipv4-pool", "10.244.0.0/16", "IPv4 networks for pods, comma separated; empty: none")
+    add("--ipv4-mask", "24", "prefix length of one node's IPv4 block")
+    add("--ipv6-pool", "", "IPv6 networks for pods, comma separated; empty: none")
+    add("--ipv6-mask", "64", "prefix length of one node's IPv6 block")
+    add("--namespace", "kube-system", "namespace of the leader's Lease")
+    add("--identity-grace", "900", "seconds that an unused identity is kept")
+    add("--collect-interval", "60", "seconds between two looks for what nobody uses any more")
+    add("--cluster-name", "default", "name of the cluster in identity labels")
+    add("--log-level", "info", "debug, info, warning or error")
+    p.add_argument("--leader-elect", action=argparse.BooleanOptionalAction, default=False, help="run one of several")
+    a = p.parse_args(list(argv))
+    try:
+        pools = (*_pools(a.ipv4_pool, a.ipv4_mask, v4=True), *_pools(a.ipv6_pool, a.ipv6_mask, v4=False))
+        check_pools(pools)
+        grace, interval = float(a.identity_grace), float(a.collect_interval)
+    except (PoolError, ValueError) as error:
+        raise ConfigError(str(error)) from None
+    if not pools:
+        raise ConfigError("neither --ipv4-pool nor --ipv6-pool is set: pods would get no addresses")
+    return OperatorConfig(
+        a.kubeconfig, pools, a.leader_elect, a.namespace, grace, interval, a.cluster_name, a.log_level
+    )  # fmt: skip
+
+
+def _pools(networks: str, mask: str, *, v4: bool) -> tuple[Pool, ...]:
+    pools = tuple(Pool.parse(f"{n.strip()}/{mask}") for n in networks.split(",") if n.strip())
+    for pool in pools:
+        if pool.network.v4 != v4:
+            raise PoolError(f"pool {pool} is not of family IPv{4 if v4 else 6}")
+    return pools

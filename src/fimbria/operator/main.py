@@ -1,0 +1,89 @@
+"""The operator's composition root: pod blocks, collection of what is unused, and the status of policies."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import os
+import signal
+import sys
+from collections.abc import Sequence
+from typing import Any, Final
+
+from fimbria.decide.identity import IdentityCollector
+from fimbria.decide.node_blocks import BlockAllocator
+from fimbria.model.labels import DEFAULT_FILTER
+from fimbria.operator.blocks import NodeBlockWriter
+from fimbria.operator.collect import Collector
+from fimbria.operator.config import ConfigError, OperatorConfig, parse
+from fimbria.operator.policies import PolicyStatusWriter, Verdict, judge
+from fimbria.sources.k8s import config as k8s_config
+from fimbria.sources.k8s import resources
+from fimbria.sources.k8s.client import ApiClient
+from fimbria.sources.k8s.informer import Informer
+from fimbria.sources.k8s.leader import LeaderElection
+from fimbria.sources.k8s.policies import Vocabulary
+from fimbria.sources.k8s.rows import object_key
+from fimbria.sources.k8s.types.cilium import CiliumNode
+from fimbria.tables.table import Table
+
+log = logging.getLogger("fimbria.operator")
+LEASE: Final = "fimbria-operator"
+
+
+async def lead(config: OperatorConfig, client: ApiClient) -> None:
+    """Everything the leader does, until cancelled."""
+    nodes: Table[str, CiliumNode] = Table("nodes")
+    words = Vocabulary(DEFAULT_FILTER, config.cluster_name)
+    collector = Collector(client, IdentityCollector(config.identity_grace), config.collect_interval)
+    async with asyncio.TaskGroup() as group:
+        follow_nodes = Informer(client, resources.CILIUM_NODES, nodes, lambda n: n, key=lambda m: m.name)
+        group.create_task(follow_nodes.run())
+        group.create_task(NodeBlockWriter(client, nodes, BlockAllocator(config.pools)).run())
+        group.create_task(collector.run())
+        policies = (resources.CILIUM_NETWORK_POLICIES, resources.CILIUM_CLUSTERWIDE_NETWORK_POLICIES)
+        for resource in policies:
+            verdicts: Table[Any, Verdict] = Table(resource.plural)
+            follow: Informer[Any, Any, Verdict] = Informer(client, resource, verdicts, judge(words), key=object_key)
+            group.create_task(follow.run())
+            group.create_task(PolicyStatusWriter(client, resource, verdicts).run())
+
+
+async def run(config: OperatorConfig) -> None:
+    """Run until stopped. Raises ConfigError of the kubeconfig, LeadershipLost."""
+    cluster = k8s_config.load(config.kubeconfig or None)
+    async with ApiClient(cluster, component="operator", rate=200.0, burst=400) as client:
+        log.info("pools: %s", ", ".join(map(str, config.pools)))
+        if not config.leader_elect:
+            await lead(config, client)
+            return
+        me = f"{os.uname().nodename}_{os.getpid()}"
+        election = LeaderElection(client, namespace=config.namespace, name=LEASE, identity=me)
+        await election.run(lambda: lead(config, client))
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Entry point of `fimbria operator`; returns the exit status."""
+    try:
+        config = parse(sys.argv[1:] if argv is None else argv)
+    except ConfigError as error:
+        print(f"fimbria operator: {error}", file=sys.stderr)
+        return 2
+    logging.basicConfig(
+        level=config.log_level.upper(), stream=sys.stderr, format="%(asctime)s %(levelname)-7s %(name)s: %(message)s"
+    )
+    return asyncio.run(_until_stopped(config))
+
+
+async def _until_stopped(config: OperatorConfig) -> int:
+    task = asyncio.create_task(run(config))
+    for number in (signal.SIGTERM, signal.SIGINT):
+        asyncio.get_running_loop().add_signal_handler(number, task.cancel)
+    try:
+        await task
+    except asyncio.CancelledError:
+        log.info("stopped")
+    except k8s_config.ConfigError as error:
+        log.error("%s", error)
+        return 1
+    return 0

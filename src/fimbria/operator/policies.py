@@ -1,0 +1,96 @@
+"""Tells authors what became of their policies: the condition `Valid` of CiliumNetworkPolicy and its clusterwide kind.
+
+The agents act on the same conversion; the operator alone writes it down, so that thousands of nodes don't.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, Final
+
+from fimbria.model.policy import Problem
+from fimbria.sources.k8s import policies_cilium
+from fimbria.sources.k8s.client import ApiClient
+from fimbria.sources.k8s.errors import ApiError, NotFound
+from fimbria.sources.k8s.policies import Vocabulary
+from fimbria.sources.k8s.resources import Resource
+from fimbria.sources.k8s.timestamps import to_time
+from fimbria.tables.table import Table
+
+log = logging.getLogger(__name__)
+RETRY: Final = 1.0
+MAX_MESSAGE: Final = 4096
+
+
+@dataclass(frozen=True, slots=True)
+class Verdict:
+    """What the condition should say, and what it says now."""
+
+    name: str
+    namespace: str
+    problems: tuple[Problem, ...]
+    current: tuple[str, str]
+
+    @property
+    def wanted(self) -> tuple[str, str]:
+        """Status and message."""
+        if not self.problems:
+            return "True", "Policy validation succeeded"
+        return "False", "; ".join(map(str, self.problems))[:MAX_MESSAGE]
+
+
+def judge(words: Vocabulary) -> Callable[[Any], Verdict]:
+    """Converts an object and keeps only the outcome."""
+
+    def transform(obj: Any) -> Verdict:
+        conditions = [c for c in (obj.status.conditions or ()) if c.type == "Valid"] if obj.status else []
+        current = (conditions[0].status, conditions[0].message) if conditions else ("", "")
+        problems = policies_cilium.cilium_policy(obj, words).problems
+        return Verdict(obj.metadata.name, obj.metadata.namespace, problems, current)
+
+    return transform
+
+
+@dataclass(slots=True)
+class PolicyStatusWriter:
+    """Writes the condition for the objects of one kind."""
+
+    client: ApiClient
+    resource: Resource[Any]
+    verdicts: Table[Any, Verdict]
+
+    async def run(self) -> None:
+        """Follow one kind until cancelled."""
+        subscription = self.verdicts.subscribe()
+        pending: set[Any] = set()
+        while True:
+            failed = set()
+            for key in pending | subscription.drain():
+                verdict = self.verdicts.get(key)
+                if verdict is None or verdict.current == verdict.wanted:
+                    continue
+                try:
+                    await self._write(verdict)
+                except NotFound:
+                    continue
+                except ApiError as error:
+                    log.warning("status of %s %s is not up to date: %s", self.resource.kind, verdict.name, error)
+                    failed.add(key)
+            pending = failed
+            if pending:
+                await asyncio.sleep(RETRY)
+            else:
+                await subscription.wait()
+
+    async def _write(self, verdict: Verdict) -> None:
+        status, message = verdict.wanted
+        condition = {
+            "type": "Valid", "status": status, "reason": "" if status == "True" else "Unsupported",
+            "message": message, "lastTransitionTime": to_time(time.time()),
+        }  # fmt: skip
+        patch = {"conditions": [condition]}
+        await self.client.patch_status(self.resource, verdict.name, patch, verdict.namespace)
