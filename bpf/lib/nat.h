@@ -111,25 +111,29 @@ static __always_inline bool nat_allocate(const struct nat_key *out, struct end *
 	return false;
 }
 
-/* The node's end for packets under `out`. Returns 0 or the reason to drop. */
-__noinline int nat_bind(struct nat_key *out, struct end *node)
+/* The node's end for packets of this connection; its address is given. Returns 0 or the reason to drop. */
+__noinline int nat_bind(struct packet *p, struct end *node)
 {
-	if (!out || !node)
-		return DROP_NAT_NO_MAPPING;
-	__u64 now = bpf_ktime_get_ns();
-	struct nat_entry *found = bpf_map_lookup_elem(&nat, out);
+	/* Linux 6.1 takes a map's key from this frame's stack, not from a caller's. */
+	struct nat_key out;
 
-	if (found && nat_back_is_ours(out, found, now)) {
+	if (!p || !node)
+		return DROP_NAT_NO_MAPPING;
+	nat_key_of(&out, &p->t, DIRECTION_EGRESS);
+	__u64 now = bpf_ktime_get_ns();
+	struct nat_entry *found = bpf_map_lookup_elem(&nat, &out);
+
+	if (found && nat_back_is_ours(&out, found, now)) {
 		nat_touch(found, now);
 		node->addr = found->addr;
 		node->port = found->port;
 		return 0;
 	}
-	if (!nat_allocate(out, node, now))
+	if (!nat_allocate(&out, node, now))
 		return DROP_NAT_NO_MAPPING;
 	struct nat_entry e = {.addr = node->addr, .port = node->port, .used = now};
 
-	return bpf_map_update_elem(&nat, out, &e, BPF_ANY) ? DROP_NAT_NO_MAPPING : 0;
+	return bpf_map_update_elem(&nat, &out, &e, BPF_ANY) ? DROP_NAT_NO_MAPPING : 0;
 }
 
 /* Answers to who called the pod from outside keep the address that was called. */
@@ -180,7 +184,6 @@ __noinline int masquerade_error(struct __sk_buff *skb, struct packet *p)
 /* A pod's packet leaves the node. Returns 0 or the reason to drop. */
 __noinline int masquerade(struct __sk_buff *skb, struct packet *p)
 {
-	struct nat_key out;
 	struct end node = {};
 
 	if (!p)
@@ -196,8 +199,7 @@ __noinline int masquerade(struct __sk_buff *skb, struct packet *p)
 	/* ICMP that no answer will come for. */
 	if (!(p->flags & PACKET_PORTS) && !is_echo_request(p))
 		return rewrite(skb, p, &node, END_SOURCE);
-	nat_key_of(&out, &p->t, DIRECTION_EGRESS);
-	int reason = nat_bind(&out, &node);
+	int reason = nat_bind(p, &node);
 
 	return reason ? reason : rewrite(skb, p, &node, END_SOURCE);
 }
