@@ -105,6 +105,7 @@ int bpf_link_get_next_id(uint32_t start_id, uint32_t *next_id);
 int bpf_prog_get_fd_by_id(uint32_t id);
 int bpf_map_get_fd_by_id(uint32_t id);
 int bpf_link_get_fd_by_id(uint32_t id);
+int bpf_btf_get_fd_by_id(uint32_t id);
 
 int fim_tc_qdisc(int ifindex);
 int fim_tc_attach(int ifindex, int egress, int prog_fd, uint32_t handle, uint32_t prio, int replace, uint32_t *prog_id);

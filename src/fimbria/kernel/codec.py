@@ -50,8 +50,9 @@ def _is_big_endian(typedefs: tuple[str, ...]) -> bool:
 class _Builder:
     """Collects one struct's format, the expressions that rebuild it, and those that take it apart."""
 
-    def __init__(self, btf: Btf) -> None:
+    def __init__(self, btf: Btf, cls: type, twin: type) -> None:
         self.btf = btf
+        self.makers: dict[type, type] = {cls: twin}
         self.format: list[str] = []
         self.position = 0
         self.slots = 0
@@ -117,7 +118,25 @@ def _struct(b: _Builder, found: Type, cls: type, source: str, what: str) -> str:
     b.skip_to(base + found.size, what)
     by_name = dict(a for a in arguments if isinstance(a, tuple))
     order = [by_name[name] for name in fields if name in by_name] + [a for a in arguments if isinstance(a, str)]
-    return f"{b.known(cls)}({', '.join(order)})"
+    return f"{b.known(b.makers.get(cls, cls))}({', '.join(order)})"
+
+
+def _twin(cls: type) -> type:
+    """A class of the same memory layout whose instances are made five times as fast, or `cls` itself.
+
+    A frozen dataclass sets each field through object.__setattr__. An instance of the twin is filled by plain
+    assignments and then becomes one of `cls` by its `__class__`, which Python allows where the slots are the same.
+    """
+    params = getattr(cls, "__dataclass_params__", None)
+    slots = cls.__dict__.get("__slots__", ())
+    if params is None or not params.frozen or not params.init or hasattr(cls, "__post_init__"):
+        return cls
+    if cls.__bases__ != (object,) or tuple(slots) != tuple(f.name for f in dataclasses.fields(cls)):
+        return cls
+    text = f"def __init__(self, {', '.join(slots)}):\n" + "".join(f"    self.{n} = {n}\n" for n in slots) + "    pass\n"
+    scope: dict[str, Any] = {}
+    exec(compile(text, "<codec>", "exec"), scope)  # noqa: S102 built from identifiers only
+    return type(cls.__name__, (), {"__slots__": slots, "__init__": scope["__init__"]})
 
 
 def _keyword_only(cls: Any, name: str) -> bool:
@@ -209,7 +228,8 @@ class Codec(Generic[T]):
         self.name = name
         try:
             found = btf.resolve(btf.named(name).id)
-            builder = _Builder(btf)
+            twin = _twin(cls)
+            builder = _Builder(btf, cls, twin)
             build = _struct(builder, found.type, cls, "r", name)
         except BtfError as e:
             raise LayoutError(f"{name}: {e}") from e
@@ -217,7 +237,9 @@ class Codec(Generic[T]):
         self.size = found.type.size
         if compiled.size != self.size:
             raise LayoutError(f"{name}: {compiled.size} bytes laid out, {self.size} expected")
-        self._encode_all, self._decode_all = _generate(builder, build, compiled, self._refuse)
+        self._encode_all, self._decode_all = _generate(
+            builder, build, compiled, self._refuse, cls if twin is not cls else None
+        )
 
     def _refuse(self, row: object) -> bytes:
         raise RowError(f"{self.name}: a value of the wrong length in {row!r}")
@@ -257,7 +279,7 @@ class Codec(Generic[T]):
 
 
 def _generate(
-    b: _Builder, build: str, compiled: struct.Struct, refuse: Callable[[object], bytes]
+    b: _Builder, build: str, compiled: struct.Struct, refuse: Callable[[object], bytes], become: type | None
 ) -> tuple[Callable[[Sequence[Any]], bytes], Callable[[Any], list[Any]]]:
     """Two functions whose text depends on names out of the dataclass and the BTF, all of them Python identifiers."""
     pack = f"pack({', '.join(b.pack)})"
@@ -266,10 +288,13 @@ def _generate(
     values = ", ".join(f"v{i}" for i in range(b.slots)) + ","
     text = (
         f"def encode_all(rows):\n    return join([{pack} for r in rows])\n"
-        f"def decode_all(data):\n    return [{build} for {values} in unpack(data)]\n"
+        f"def decode_all(data):\n    rows = [{build} for {values} in unpack(data)]\n"
+        + ("    for r in rows:\n        r.__class__ = become\n" if become else "")
+        + "    return rows\n"
     )
     scope: dict[str, Any] = {
         **b.names, "pack": compiled.pack, "join": b"".join, "refuse": refuse, "unpack": compiled.iter_unpack,
+        "become": become,
     }  # fmt: skip
     exec(compile(text, "<codec>", "exec"), scope)  # noqa: S102 built from identifiers only
     return scope["encode_all"], scope["decode_all"]

@@ -256,13 +256,14 @@ class Map(Fd):
         raise (MapFull if full else MapError)(-result, operation, self.name, key, done)
 
 
-@dataclass(frozen=True, slots=True)
-class MapBtf:
-    """The BTF object and the type numbers that describe a map's key and value."""
+class MapBtf(Fd):
+    """The type information of a map's key and value, to be given to maps made like it: bpftool then shows fields."""
 
-    fd: int
-    key_type_id: int
-    value_type_id: int
+    def __init__(self, like: Map) -> None:
+        """Opens the type information that `like` was made with. Raises BpfError (ENOENT when it has none)."""
+        super().__init__(check(lib.bpf_btf_get_fd_by_id(like.info.btf_id), f"BTF of map {like.name}"))
+        self.key_type_id = like.info.btf_key_type_id
+        self.value_type_id = like.info.btf_value_type_id
 
 
 def create_map(  # noqa: PLR0917 the order of bpf(2)

@@ -9,8 +9,10 @@ import struct
 import pytest
 
 from fimbria.kernel.bpf import (
+    BpfError,
     BpfObject,
     Map,
+    MapBtf,
     MapError,
     MapFlag,
     MapFull,
@@ -171,6 +173,14 @@ def test_an_outer_map_of_our_own() -> None:
         with pytest.raises(MapError) as caught:
             outer.update(u32(3), u32(wrong.fd))
         assert caught.value.errno == errno.EINVAL
+
+
+def test_a_map_made_like_another_keeps_its_types(loaded: BpfObject) -> None:
+    with loaded.map("m_hash") as like, MapBtf(like) as btf, create_map(MapType.HASH, 8, 8, 4, btf=btf) as m:
+        assert m.info.btf_id == like.info.btf_id != 0
+        assert m.info.btf_value_type_id == like.info.btf_value_type_id != 0
+    with create_map(MapType.HASH, 8, 8, 4, name="fim_plain") as plain, pytest.raises(BpfError, match="BTF of map"):
+        MapBtf(plain)
 
 
 def test_a_frozen_map_stays_as_it_is() -> None:
