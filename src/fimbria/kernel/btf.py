@@ -215,10 +215,16 @@ class Btf:
         return self.type(found)
 
     def named(self, name: str) -> Type:
-        """A type by what it is called in C: `struct x`, `union x`, `enum x`, or a typedef's name."""
+        """A type by what it is called in C: `struct x`, `union x`, `enum x`, or a typedef's name.
+
+        A bare name that is no typedef means the struct.
+        """
         first, _, rest = name.partition(" ")
         if not rest:
-            return self.find(Kind.TYPEDEF, name)
+            try:
+                return self.find(Kind.TYPEDEF, name)
+            except BtfError:
+                return self.find(Kind.STRUCT, name)
         if first == "enum":
             try:
                 return self.find(Kind.ENUM, rest)

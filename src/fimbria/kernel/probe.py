@@ -56,11 +56,9 @@ def cgroup2_mount(mounts: str | None = None) -> str | None:
 def bpffs_mounted(path: str) -> bool:
     """True when `path` lies on a BPF file system."""
     text = Path("/proc/self/mountinfo").read_text()
-    best = max(
-        ((point, kind) for point, kind in _mounts(text) if path == point or path.startswith(point.rstrip("/") + "/")),
-        key=lambda m: len(m[0]),
-        default=("", ""),
-    )
+    under = [m for m in _mounts(text) if path == m[0] or path.startswith(m[0].rstrip("/") + "/")]
+    # Of several mounts at one point the last one listed is on top.
+    best = max(enumerate(under), key=lambda m: (len(m[1][0]), m[0]), default=(0, ("", "")))[1]
     return best[1] == "bpf"
 
 

@@ -128,6 +128,18 @@ def test_maps_are_shared_between_objects(compiled: dict[str, bytes]) -> None:
         assert shared.lookup(struct.pack("=I", 1)) == struct.pack("=Q", 3)
 
 
+def test_a_map_of_maps_is_shared_with_what_is_in_it(compiled: dict[str, bytes], loaded: BpfObject) -> None:
+    with loaded.map("m_outer") as outer, create_map(MapType.HASH, 4, 4, 16) as inner:
+        inner.update(struct.pack("=I", 7), struct.pack("=I", 99))
+        outer.update(struct.pack("=I", 7), struct.pack("=I", inner.fd))
+        with BpfObject(compiled["kernel"], "second") as obj:
+            obj.set_constants(CONSTANTS)
+            obj.reuse({"m_outer": outer})
+            obj.load()
+            with obj.program("cls_inner") as program:
+                assert prog_test_run(program.fd, bytes(64)).retval == 99
+
+
 def test_a_map_of_another_shape_is_not_reused(compiled: dict[str, bytes]) -> None:
     with create_map(MapType.ARRAY, 4, 8, 5) as other, BpfObject(compiled["kernel"], "kernel") as obj:
         with pytest.raises(MapError, match="m_array") as caught:

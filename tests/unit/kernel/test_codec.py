@@ -273,6 +273,11 @@ class B6:
     b: bytes
 
 
+def test_a_bare_name_means_the_struct(make: Make) -> None:
+    btf = make(4, ("a", "u32", 0))
+    assert Codec(btf, "x", One).encode(One(1)) == Codec(btf, "struct x", One).encode(One(1))
+
+
 def test_layout_hashes_tell_meanings_apart(make: Make) -> None:
     plain = [("a", "u32", 0), ("b", "u16", 4), ("pad", "u16", 6)]
     variants = [
