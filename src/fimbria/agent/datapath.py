@@ -50,8 +50,8 @@ class Layouts:
     def __init__(self) -> None:
         """Raises LayoutError if a dataclass and its struct differ, OSError if the object isn't there."""
         btf = Btf.from_elf((objects_folder() / "layout.bpf.o").read_bytes())
-        self._codecs = {name: Codec(btf, name, cls) for name, cls in STRUCTS.items()}
-        digest = hashlib.sha256("".join(layout_hash(btf, name) for name in sorted(STRUCTS)).encode())
+        self._codecs = {name: Codec(btf, f"struct {name}", cls) for name, cls in STRUCTS.items()}
+        digest = hashlib.sha256("".join(layout_hash(btf, f"struct {name}") for name in sorted(STRUCTS)).encode())
         self.hash = digest.hexdigest()[:16]
 
     def __getitem__(self, name: str) -> Codec[Any]:
