@@ -4,6 +4,7 @@
 #include "lib/forward.h"
 #include "lib/identity.h"
 #include "lib/parse.h"
+#include "lib/refuse.h"
 #include "lib/route.h"
 #include "lib/service_packet.h"
 #include "lib/source.h"

@@ -98,8 +98,3 @@ __noinline int service_translate(struct __sk_buff *skb, struct packet *p, struct
 	to.port = backend->port;
 	return rewrite(skb, p, &to, END_DESTINATION);
 }
-
-__noinline int refuse(struct __sk_buff *skb, struct packet *p, struct endpoint *ep)
-{
-	return TC_ACT_SHOT;
-}

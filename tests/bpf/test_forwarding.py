@@ -4,7 +4,7 @@ import socket
 from collections.abc import Iterator
 
 import pytest
-from lab import WORLD_ADDR, Lab, Mode, lab, ping, tcp_peer, tcp_service, udp_peer
+from lab import TCP, UDP, WORLD_ADDR, Lab, Mode, lab, ping, tcp_peer, tcp_service, udp_peer
 
 MODES = [Mode(overlay, fast, tcx) for overlay in (True, False) for fast in (True, False) for tcx in (True, False)]
 PAIRS = [("a", "b"), ("a", "c"), ("d", "b")]
@@ -72,3 +72,16 @@ def test_large_datagrams_arrive_in_fragments(net: Lab, family: int) -> None:
         assert udp_peer(net.pod(server).space, net.pod(client).space, family, net.pod(server).addr[family], 4000)
     # The first answer may be too big for the pod's device, which the world must be told by an error it understands.
     assert any(ping(net.pod("a").space, family, WORLD_ADDR[family], size=4000, timeout=1) for _ in range(2))
+
+
+@pytest.mark.parametrize("family", [4, 6])
+def test_service_without_backends_refuses_at_once(net: Lab, family: int) -> None:
+    pod, front = net.pod("a"), ("10.96.0.11" if family == 4 else "fd96::11", 80)
+    for proto in (socket.IPPROTO_TCP, socket.IPPROTO_UDP):
+        net.node_of("a").dp.service(8, *front, proto, [])
+    with pod.space.socket(family, TCP) as c, pytest.raises(ConnectionRefusedError):
+        c.connect(front)
+    with pod.space.socket(family, UDP) as c, pytest.raises(ConnectionRefusedError):
+        c.connect(front)
+        c.send(b"?")
+        c.recv(1)
