@@ -8,7 +8,6 @@ from collections.abc import Iterable
 from typing import Final
 
 from fimbria.apply.network import mapped, plain
-from fimbria.compute.network import OVERLAY_MAC
 from fimbria.kernel import link
 from fimbria.kernel.netlink import NetlinkError, NetlinkSocket
 from fimbria.model.network import DeviceSet
@@ -100,12 +99,12 @@ class NodeDevices:
         if device is None:
             self._create_overlay(mtu)
         device = self._get(OVERLAY_DEVICE)
-        if not device.up or device.mtu != mtu or device.mac != OVERLAY_MAC:
-            self._netlink.do(link.change(device.index, mac=OVERLAY_MAC), link.change(device.index, up=True, mtu=mtu))
+        if not device.up or device.mtu != mtu:
+            self._netlink.do(link.change(device.index, up=True, mtu=mtu))
         return device
 
     def _create_overlay(self, mtu: int) -> None:
-        spec = link.Vxlan(OVERLAY_DEVICE, port=self._port, mtu=mtu, mac=OVERLAY_MAC, udp_csum=False, zero_csum6=True)
+        spec = link.Vxlan(OVERLAY_DEVICE, port=self._port, mtu=mtu, udp_csum=False, zero_csum6=True)
         try:
             self._netlink.do(link.create(spec))
         except NetlinkError as error:

@@ -4,7 +4,8 @@ Rules
 1. Every pod has a route of its own over its veth, and a permanent neighbour, so the host's stack reaches it.
 2. Every block of this node is `unreachable` as a whole: an address whose pod is gone answers at once.
 3. In overlay mode blocks of other nodes lead to the overlay device over a gateway that exists only as a neighbour: the
-   program there finds the node by the destination. All overlay devices have the same MAC, so every node accepts it.
+   program there finds the node by the destination. No device has the gateway's MAC: a VXLAN device takes a frame from
+   its own MAC for a loop, and the program on the receiving side makes the frame the node's own.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ from fimbria.model.network import DeviceSet, NeighbourKey, Route
 from fimbria.model.node import Node
 from fimbria.model.rows import NO_ADDR
 
-OVERLAY_MAC: Final = bytes.fromhex("02f100000001")
+GATEWAY_MAC: Final = bytes.fromhex("02f100000001")
 GATEWAY4: Final = V4_MAPPED + bytes((169, 254, 241, 1))
 GATEWAY6: Final = bytes.fromhex("fe8000000000000000000000000000f1")
 
@@ -53,8 +54,8 @@ def remote_block_routes(node: Node, this_node: Node, devices: DeviceSet) -> Iter
 def overlay_neighbours(devices: DeviceSet) -> Iterator[tuple[NeighbourKey, bytes]]:
     """The gateway on the overlay device."""
     if devices.overlay:
-        yield NeighbourKey(devices.overlay, GATEWAY4), OVERLAY_MAC
-        yield NeighbourKey(devices.overlay, GATEWAY6), OVERLAY_MAC
+        yield NeighbourKey(devices.overlay, GATEWAY4), GATEWAY_MAC
+        yield NeighbourKey(devices.overlay, GATEWAY6), GATEWAY_MAC
 
 
 def routers(node: Node) -> tuple[bytes, bytes]:
