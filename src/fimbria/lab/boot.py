@@ -1,7 +1,8 @@
 """Becomes pid 1 of a node: `python -m fimbria.lab.boot LAB NODE CGROUP`, run by `lab up`; prints the node's pid.
 
-The node sees the machine's files, with overlays where a node writes (/etc, /opt, /var), its own /run, /sys, /proc, bpffs and its own
-part of the cgroup tree at /sys/fs/cgroup. All mounts are private to it and go when its last process ends.
+The node sees the machine's files, with overlays where a node writes (/etc, /opt, /var), its own /run, /sys, /proc,
+bpffs and its own part of the cgroup tree at /sys/fs/cgroup. All mounts are private to it and go when its last process
+ends.
 """
 
 import os
@@ -18,7 +19,8 @@ OVERLAYS = ("etc", "opt", "var")
 def _private_run(paths: Paths, node: str) -> None:
     """An empty /run that holds nothing but the lab's own state.
 
-    What other labs have mounted below /run must go first: a copy of their namespaces' mounts would keep them alive after their end.
+    What other labs have mounted below /run must go first: a copy of their namespaces' mounts would keep them alive
+    after their end.
     """
     staging = paths.disk(node) / "run"
     staging.mkdir(exist_ok=True)

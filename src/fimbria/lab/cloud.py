@@ -1,7 +1,8 @@
 """What a cloud provider does around the nodes: `python -m fimbria.lab.cloud --lab NAME`.
 
-It carries API connections between the machine and the lab (in both directions: kubectl on the machine to the embedded server, or the
-lab's nodes to a server on the machine), and with native routing it keeps the fabric's route table equal to the pod ranges of the nodes.
+It carries API connections between the machine and the lab (in both directions: kubectl on the machine to the embedded
+server, or the lab's nodes to a server on the machine), and with native routing it keeps the fabric's route table
+equal to the pod ranges of the nodes.
 """
 
 import argparse
@@ -39,8 +40,12 @@ def readdressed(kubeconfig: str, base: Path, host: str, port: int) -> str:
             parts = urlsplit(cluster["server"])
             if parts.scheme == "https":
                 cluster.setdefault("tls-server-name", parts.hostname)
-            cluster["server"] = urlunsplit((parts.scheme, f"[{host}]:{port}" if ":" in host else f"{host}:{port}", "", "", ""))
-        sections = [e["cluster"] for e in document["clusters"]] + [e.get("user") or {} for e in document.get("users") or ()]
+            cluster["server"] = urlunsplit(
+                (parts.scheme, f"[{host}]:{port}" if ":" in host else f"{host}:{port}", "", "", "")
+            )
+        sections = [e["cluster"] for e in document["clusters"]] + [
+            e.get("user") or {} for e in document.get("users") or ()
+        ]
     except (TypeError, KeyError) as e:
         raise LabError(f"not a kubeconfig: {e} is missing") from None
     for section in sections:
@@ -65,7 +70,8 @@ def server_of(kubeconfig: str) -> tuple[str, int]:
 
 
 def open_api(spec: LabSpec, paths: Paths) -> Forwarder:
-    """Writes the kubeconfig of the side that can't reach the server by itself, and returns the forwarder that it leads to."""
+    """Writes the kubeconfig of the side that can't reach the server by itself, and returns the forwarder that it
+    leads to."""
     control = paths.netns("control")
     if not spec.kubeconfig:
         listening = listener(None, "127.0.0.1", 0)

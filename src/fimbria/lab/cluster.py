@@ -8,15 +8,14 @@ import sys
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
 from functools import partial
 from importlib import resources
 from pathlib import Path
+from typing import Any
 
 from fimbria.lab import components, fabric, kernel, state
 from fimbria.lab.errors import LabError
-from fimbria.lab.kernel import Process
-from fimbria.lab.layout import NETNS_DIR, PREFIX, STATE_ROOT, LabSpec, Paths, check_name
+from fimbria.lab.layout import NETNS_DIR, PREFIX, STATE_ROOT, LabSpec, Member, Paths, check_name
 from fimbria.lab.manifests import Manifest, parse
 from fimbria.lab.objects import Objects, apply_all
 from fimbria.sources.k8s import config
@@ -103,14 +102,18 @@ async def _prepare_api(paths: Paths) -> None:
                     raise LabError(f"the API server doesn't answer: {e}") from None
             await asyncio.sleep(0.05)
         failures: list[str] = []
-        await apply_all(client, definitions(), lambda m, said: failures.append(said) if said.startswith("error") else None)
+        await apply_all(
+            client, definitions(), lambda m, said: failures.append(said) if said.startswith("error") else None
+        )
         if failures:
             raise LabError(failures[0])
 
 
 def definitions() -> list[Manifest]:
     """The custom resource definitions that ship with the package."""
-    files = sorted((f for f in resources.files("fimbria.crds").iterdir() if f.name.endswith(".yaml")), key=lambda f: f.name)
+    files = sorted(
+        (f for f in resources.files("fimbria.crds").iterdir() if f.name.endswith(".yaml")), key=lambda f: f.name
+    )
     return [m for f in files for m in parse(f.read_text(), f.name)]
 
 
@@ -141,7 +144,9 @@ async def _wait_nodes(spec: LabSpec, paths: Paths, ready: bool) -> None:
             if time.monotonic() > deadline:
                 culprit = f"{missing[0]}/{'agent' if ready and missing[0] in known else 'runner'}"
                 words = components.tail(components.log_path(paths, culprit))
-                raise LabError(f"{', '.join(missing)}: not ready after {NODE_PATIENCE:.0f} s; last words of {culprit}: {words}")
+                raise LabError(
+                    f"{', '.join(missing)}: not ready after {NODE_PATIENCE:.0f} s; last words of {culprit}: {words}"
+                )
             await asyncio.sleep(0.1)
 
 
@@ -167,7 +172,8 @@ def boot(paths: Paths, node: str) -> None:
 
 
 def run_in(lab: str, member: str, argv: Sequence[str], stdin: str | None = None) -> subprocess.CompletedProcess[str]:
-    """Runs a command inside a node, the control plane's, the world's or the fabric's namespace, and captures what it says."""
+    """Runs a command inside a node, the control plane's, the world's or the fabric's namespace, and captures what it
+    says."""
     prefix = components.enter(Paths(lab), member)
     return subprocess.run(
         [*prefix, "--", *argv], input=stdin, capture_output=True, text=True, check=False, env=components.ENVIRONMENT
@@ -241,14 +247,51 @@ def _remove_directory(paths: Paths) -> None:
 # --- status ----------------------------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True)
-class ProcessStatus:
-    name: str
-    process: Process
-    running: bool
+def status(lab: str) -> dict[str, Any]:
+    """A picture of the lab as plain values; `healthy` if everything that was started runs. Raises LabError if there
+    is no such lab."""
+    spec, paths = state.load(lab), Paths(lab)
+    nodes: dict[str, Node] = {}
+    error = ""
+    try:
+        nodes = asyncio.run(_nodes(paths))
+    except (ApiError, LabError) as e:
+        error = str(e)
+    processes = [{"name": n, "pid": p.pid, "running": p.alive()} for n, p in state.processes(paths).items()]
+    shown = [_node_picture(spec.node(n), nodes.get(n)) for n in spec.node_names]
+    healthy = not error and all(p["running"] for p in processes) and all(n["ready"] or not spec.agents for n in shown)
+    return {
+        "name": lab,
+        "routing": spec.routing,
+        "pools": [p for p in (spec.ipv4_pool, spec.ipv6_pool) if p],
+        "nodes": shown,
+        "processes": processes,
+        "api_error": error,
+        "healthy": healthy,
+        "kubeconfig": str(paths.host_kubeconfig),
+    }
 
 
-def process_states(lab: str) -> list[ProcessStatus]:
-    """Raises LabError if there is no such lab."""
-    state.load(lab)
-    return [ProcessStatus(name, p, p.alive()) for name, p in state.processes(Paths(lab)).items()]
+async def _nodes(paths: Paths) -> dict[str, Node]:
+    async with api(paths) as client:
+        return {n.metadata.name: n for n in (await client.list(NODES)).items}
+
+
+def _node_picture(member: Member, node: Node | None) -> dict[str, Any]:
+    conditions = node.status.conditions or () if node else ()
+    message = next((c.message for c in conditions if c.type == "Ready"), "not registered")
+    return {
+        "name": member.name,
+        "addresses": [member.ipv4, member.ipv6],
+        "ready": node is not None and is_ready(node),
+        "message": message,
+    }
+
+
+def start(lab: str, name: str) -> None:
+    """Starts a process of the lab that isn't running. Raises LabError."""
+    spec, paths = state.load(lab), Paths(lab)
+    known = components.table(spec, paths)
+    if name not in known:
+        raise LabError(f"lab {lab} has no process {name}; it has {', '.join(known)}")
+    components.start(paths, name, known[name].argv())

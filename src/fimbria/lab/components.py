@@ -1,4 +1,5 @@
-"""The processes of a lab: what is started where, with which command line. A small table, so that a changed flag is one line."""
+"""The processes of a lab: what is started where, with which command line. A small table, so that a changed flag is
+one line."""
 
 import importlib.util
 import os
@@ -121,7 +122,8 @@ def observer(node: str) -> Component:
 
 
 def table(spec: LabSpec, paths: Paths) -> dict[str, Component]:
-    """Every process by its name MEMBER/COMPONENT, in the order in which they start. What isn't installed isn't there."""
+    """Every process by its name MEMBER/COMPONENT, in the order in which they start. What isn't installed isn't
+    there."""
     all_: dict[str, Component] = {}
     if not spec.kubeconfig:
         all_["control/apiserver"] = api_server(spec, paths)
@@ -156,7 +158,7 @@ def enter(paths: Paths, member: str) -> list[str]:
 
 def start(paths: Paths, name: str, argv: Sequence[str], extra_env: dict[str, str] | None = None) -> kernel.Process:
     """Starts a background process that outlives the caller. Raises LabError if it already runs or can't be started."""
-    member = name.split("/")[0]
+    member = name.split("/", maxsplit=1)[0]
     known = state.recall(paths, name)
     if known and known.alive():
         raise LabError(f"{name} is already running (pid {known.pid})")

@@ -1,7 +1,7 @@
 """The routed network between the nodes: a router namespace with a cable to each member.
 
-The router drops what a cloud's would: packets from an address that isn't the sender's (rp_filter for IPv4, rules for IPv6, which has
-no rp_filter), and packets to pods, unless native routing made their ranges known.
+The router drops what a cloud's would: packets from an address that isn't the sender's (rp_filter for IPv4, rules for
+IPv6, which has no rp_filter), and packets to pods, unless native routing made their ranges known.
 """
 
 from collections.abc import Iterable
@@ -27,10 +27,12 @@ ROUTER_SYSCTLS = QUIET6 | {
 
 def router_lines(spec: LabSpec, paths: Paths) -> list[str]:
     """`ip -batch` lines for the router; they also create the members' ends."""
-    lines = ["link set lo up"]
+    # like any router: who asks for what nobody knows hears "unreachable"; only forged sources are met with silence
+    lines = ["link set lo up", "-6 route add unreachable default metric 4096"]
     for m in spec.members():
         lines += [
-            f"link add {m.name} mtu {spec.mtu} type veth peer name eth0 mtu {spec.mtu} netns {paths.netns_name(m.name)}",
+            f"link add {m.name} mtu {spec.mtu} type veth"
+            f" peer name eth0 mtu {spec.mtu} netns {paths.netns_name(m.name)}",
             f"link set {m.name} up",
             f"address add {m.gateway4}/{m.ipv4_prefix} dev {m.name}",
             f"-6 address add {m.gateway6}/{m.ipv6_prefix} dev {m.name} nodad",

@@ -104,7 +104,8 @@ def ip(*args: str) -> None:
 
 
 def ip_batch(netns: str, lines: Sequence[str]) -> None:
-    """Lines as `ip -batch` takes them, which knows no options in a line: those that begin with "-6 " follow in a second process."""
+    """Lines as `ip -batch` takes them, which knows no options in a line: those that begin with "-6 " follow in a
+    second process."""
     for family, batch in (
         ("-4", [x for x in lines if not x.startswith("-6 ")]),
         ("-6", [x[3:] for x in lines if x.startswith("-6 ")]),
@@ -127,7 +128,8 @@ def _ip(args: Sequence[str], stdin: str) -> None:
 
 @dataclass(frozen=True)
 class Process:
-    """A process that can't be mistaken for a later one with the same number. `start` in clock ticks since boot (proc(5), stat, field 22)."""
+    """A process that can't be mistaken for a later one with the same number. `start` in clock ticks since boot
+    (proc(5), stat, field 22)."""
 
     pid: int
     start: int
@@ -148,7 +150,7 @@ class Process:
         try:
             if not self.alive():
                 return False
-            signal.pidfd_send_signal(fd, number)  # type: ignore[attr-defined]
+            signal.pidfd_send_signal(fd, number)
             return True
         except ProcessLookupError:
             return False
@@ -188,7 +190,8 @@ def cgroup_root() -> Path:
 
 
 def cgroup_kill(group: Path, timeout: float = 10.0) -> None:
-    """Ends everything in the subtree at once and removes it. Raises LabError if something doesn't die in `timeout` seconds."""
+    """Ends everything in the subtree at once and removes it. Raises LabError if something doesn't die in `timeout`
+    seconds."""
     if not group.exists():
         return
     (group / "cgroup.kill").write_text("1")
@@ -201,7 +204,8 @@ def cgroup_kill(group: Path, timeout: float = 10.0) -> None:
 
 
 def cgroup_remove(group: Path) -> None:
-    """Removes an empty subtree. The kernel releases a dead process's cgroup a moment after its death, hence the retries."""
+    """Removes an empty subtree. The kernel releases a dead process's cgroup a moment after its death, hence the
+    retries."""
     for directory, _, _ in os.walk(group, topdown=False):
         for _ in range(200):
             try:

@@ -1,8 +1,9 @@
 """Names, addresses and paths of a lab. Pure: everything follows from the lab's name and settings.
 
-The fabric is a router with one point-to-point subnet per node (`fabric_ipv4` and `fabric_ipv6`, subnet number = node number), one for
-the control plane, and one towards an "outside world" with documentation addresses (RFC 5737, RFC 3849). The world has routes to the
-nodes and none to pods, so that what reaches it from a pod and gets an answer was masqueraded.
+The fabric is a router with one point-to-point subnet per node (`fabric_ipv4` and `fabric_ipv6`, subnet number = node
+number), one for the control plane, and one towards an "outside world" with documentation addresses (RFC 5737, RFC
+3849). The world has routes to the nodes and none to pods, so that what reaches it from a pod and gets an answer was
+masqueraded.
 """
 
 import re
@@ -155,13 +156,14 @@ def _check_networks(spec: LabSpec) -> None:
         raise LabError("at least one pod pool is needed: both IPv4 and IPv6 are empty")
     for i, (what, net) in enumerate(nets):
         for other_what, other in nets[:i]:
-            if net.version == other.version and net.overlaps(other):  # type: ignore[arg-type]
+            if net.version == other.version and net.overlaps(other):
                 raise LabError(f"{what} {net} overlaps {other_what} {other}")
 
 
 @dataclass(frozen=True)
 class Paths:
-    """Where a lab keeps what it has. Everything carries the lab's name, so that it is found without the state directory."""
+    """Where a lab keeps what it has. Everything carries the lab's name, so that it is found without the state
+    directory."""
 
     lab: str
 

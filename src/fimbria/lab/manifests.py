@@ -14,8 +14,18 @@ from fimbria.lab.errors import LabError
 LAST_APPLIED = "kubectl.kubernetes.io/last-applied-configuration"
 
 # What others need comes first; kinds that aren't named come in between.
-FIRST = ("Namespace", "CustomResourceDefinition", "ServiceAccount", "ClusterRole", "ClusterRoleBinding", "Role", "RoleBinding",
-         "ConfigMap", "Secret", "Service")
+FIRST = (
+    "Namespace",
+    "CustomResourceDefinition",
+    "ServiceAccount",
+    "ClusterRole",
+    "ClusterRoleBinding",
+    "Role",
+    "RoleBinding",
+    "ConfigMap",
+    "Secret",
+    "Service",
+)
 LAST = ("Pod", "ReplicaSet", "Deployment", "StatefulSet", "DaemonSet", "Job")
 
 
@@ -58,7 +68,11 @@ def parse(text: str, where: str) -> list[Manifest]:
 
 
 def _objects(value: Any, where: str) -> list[Manifest]:
-    if not isinstance(value, dict) or not isinstance(value.get("kind"), str) or not isinstance(value.get("apiVersion"), str):
+    if (
+        not isinstance(value, dict)
+        or not isinstance(value.get("kind"), str)
+        or not isinstance(value.get("apiVersion"), str)
+    ):
         raise LabError(f"{where}: not a Kubernetes object: apiVersion and kind are needed")
     if value["kind"] == "List":
         return [m for i, item in enumerate(value.get("items") or (), 1) for m in _objects(item, f"{where}, item {i}")]
@@ -85,6 +99,7 @@ def load(paths: Iterable[Path]) -> list[Manifest]:
 
 def ordered(manifests: Iterable[Manifest]) -> list[Manifest]:
     """In the order to create them in; reversed, the order to delete them in. Stable within a kind."""
+
     def rank(m: Manifest) -> int:
         if m.kind in FIRST:
             return FIRST.index(m.kind)
@@ -103,9 +118,10 @@ def for_create(value: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def merge_patch(current: Mapping[str, Any], wanted: Mapping[str, Any]) -> dict[str, Any]:
-    """The JSON merge patch (RFC 7386) that sets everything in `wanted` and removes what the last apply set and `wanted` doesn't name.
+    """The JSON merge patch (RFC 7386) that sets everything in `wanted` and removes what the last apply set and
+    `wanted` doesn't name.
 
-    Empty if nothing would change. Lists are replaced whole.
+    Empty if nothing would change. Lists are replaced whole, items of an equally long list keep what the server added.
     """
     new = for_create(wanted)
     note = ((current.get("metadata") or {}).get("annotations") or {}).get(LAST_APPLIED)
@@ -125,6 +141,24 @@ def _difference(current: Mapping[str, Any], new: Mapping[str, Any], last: Mappin
             inner = _difference(old, value, before if isinstance(before, dict) else {})
             if inner:
                 patch[key] = inner
-        elif value != old:
-            patch[key] = value
+        elif not _same(old, value):
+            patch[key] = _merged(old, value)
     return patch
+
+
+def _same(old: Any, new: Any) -> bool:
+    """Whether `old` says all that `new` says; what a server adds by default makes no difference."""
+    if isinstance(old, dict) and isinstance(new, dict):
+        return all(k in old and _same(old[k], v) for k, v in new.items())
+    if isinstance(old, list) and isinstance(new, list):
+        return len(old) == len(new) and all(map(_same, old, new))
+    return bool(old == new)
+
+
+def _merged(old: Any, new: Any) -> Any:
+    """`new`, with what the server added to the items of a list that kept its length."""
+    if isinstance(old, dict) and isinstance(new, dict):
+        return old | {k: _merged(old.get(k), v) for k, v in new.items()}
+    if isinstance(old, list) and isinstance(new, list) and len(old) == len(new):
+        return list(map(_merged, old, new))
+    return new

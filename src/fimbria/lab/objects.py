@@ -40,8 +40,9 @@ class Kind:
 class Objects(ApiClient):
     """A client for kinds that are only known at run time."""
 
-    async def request(self, method: str, path: str, body: Any = None, content_type: str = "application/json",
-                      **params: str) -> dict[str, Any]:
+    async def request(
+        self, method: str, path: str, body: Any = None, content_type: str = "application/json", **params: str
+    ) -> dict[str, Any]:
         """Raises ApiError."""
         data = None if body is None else json.dumps(body, default=str).encode()
         answer = await self._call(method, f"{method} {path}", path, params=params, body=data, content_type=content_type)
@@ -54,8 +55,15 @@ class Objects(ApiClient):
         """Everything the server has, preferred versions only, subresources left out."""
         groups = (await self.request("GET", "/apis")).get("groups") or ()
         versions = ["v1", *(g["preferredVersion"]["groupVersion"] for g in groups)]
-        answers = await asyncio.gather(*(self.request("GET", f"/{'api' if '/' not in v else 'apis'}/{v}") for v in versions))
-        return [_kind(v, r) for v, a in zip(versions, answers, strict=True) for r in a.get("resources") or () if "/" not in r["name"]]
+        answers = await asyncio.gather(
+            *(self.request("GET", f"/{'api' if '/' not in v else 'apis'}/{v}") for v in versions)
+        )
+        return [
+            _kind(v, r)
+            for v, a in zip(versions, answers, strict=True)
+            for r in a.get("resources") or ()
+            if "/" not in r["name"]
+        ]
 
     async def find(self, word: str) -> Kind:
         """By kind, plural, singular or short name, with or without .group. Raises LabError."""
@@ -108,8 +116,9 @@ class Objects(ApiClient):
     async def table(self, path: str, **params: str) -> dict[str, Any]:
         """A list or object as the server would have it shown (meta.k8s.io/v1 Table)."""
         url = yarl.URL(self.config.server + path, encoded=True).with_query({k: v for k, v in params.items() if v})
-        async with self._open().get(url, headers={**self._authorization(), "Accept": TABLE},
-                                    server_hostname=self.config.tls_server_name or None) as response:
+        async with self._open().get(
+            url, headers={**self._authorization(), "Accept": TABLE}, server_hostname=self.config.tls_server_name or None
+        ) as response:
             if response.status != 200:
                 raise await self._refusal(f"get {path}", response)
             value: dict[str, Any] = json.loads(await response.read())
@@ -117,22 +126,32 @@ class Objects(ApiClient):
 
 
 def _kind(group_version: str, r: Mapping[str, Any]) -> Kind:
-    return Kind(group_version, r["name"], r["kind"], r.get("singularName") or r["kind"].lower(), tuple(r.get("shortNames") or ()),
-                bool(r["namespaced"]))
+    return Kind(
+        group_version,
+        r["name"],
+        r["kind"],
+        r.get("singularName") or r["kind"].lower(),
+        tuple(r.get("shortNames") or ()),
+        bool(r["namespaced"]),
+    )
 
 
-async def apply_all(client: Objects, manifests: Iterable[Manifest], tell: Callable[[Manifest, str], None],
-                    namespace: str = "default") -> int:
+async def apply_all(
+    client: Objects, manifests: Iterable[Manifest], tell: Callable[[Manifest, str], None], namespace: str = "default"
+) -> int:
     """Every object, also after one that failed. Returns the number of failures; `tell` hears the outcome of each."""
     return await _each(client.apply, ordered(manifests), tell, namespace)
 
 
-async def remove_all(client: Objects, manifests: Iterable[Manifest], tell: Callable[[Manifest, str], None],
-                     namespace: str = "default") -> int:
+async def remove_all(
+    client: Objects, manifests: Iterable[Manifest], tell: Callable[[Manifest, str], None], namespace: str = "default"
+) -> int:
     return await _each(client.remove, ordered(manifests)[::-1], tell, namespace)
 
 
-async def _each(step: Callable[..., Any], manifests: Iterable[Manifest], tell: Callable[[Manifest, str], None], namespace: str) -> int:
+async def _each(
+    step: Callable[..., Any], manifests: Iterable[Manifest], tell: Callable[[Manifest, str], None], namespace: str
+) -> int:
     failures = 0
     for m in manifests:
         try:

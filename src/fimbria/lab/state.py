@@ -1,6 +1,7 @@
-"""What a lab remembers in its state directory: settings and processes. The directory is a tmpfs of its own, so that node disks can be
-overlays wherever /run is, and so that one unmount removes all of it."""
+"""What a lab remembers in its state directory: settings and processes. The directory is a tmpfs of its own, so that
+node disks can be overlays wherever /run is, and so that one unmount removes all of it."""
 
+import contextlib
 import fcntl
 import json
 import os
@@ -21,35 +22,38 @@ INIT = "init"
 def locked(lab: str) -> Iterator[None]:
     """Keeps two commands from building or removing the same lab at once. Raises LabError if another is at it."""
     STATE_ROOT.mkdir(mode=0o700, exist_ok=True)
-    fd = os.open(STATE_ROOT, os.O_RDONLY | os.O_DIRECTORY)
-    lock = os.open(f".{lab}.lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600, dir_fd=fd)
+    path = STATE_ROOT / f".{lab}.lock"
+    lock = _take_lock(lab, path)
     try:
+        yield
+    finally:
+        if not Paths(lab).state.exists():
+            path.unlink()
+        os.close(lock)
+        with contextlib.suppress(OSError):
+            STATE_ROOT.rmdir()  # refused while other labs are there
+
+
+def _take_lock(lab: str, path: Path) -> int:
+    while True:
+        lock = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
+            os.close(lock)
             raise LabError(f"another command is bringing lab {lab} up or down right now") from None
-        yield
-        if not Paths(lab).state.exists():
-            os.unlink(f".{lab}.lock", dir_fd=fd)
-    finally:
-        os.close(lock)
-        os.close(fd)
-    _remove_root_if_empty()
-
-
-def _remove_root_if_empty() -> None:
-    try:
-        STATE_ROOT.rmdir()
-    except OSError:
-        return  # other labs are there
+        if path.exists() and os.path.samestat(os.fstat(lock), path.stat()):
+            return lock
+        os.close(lock)  # its owner removed the file between our opening and locking it
 
 
 def create(spec: LabSpec) -> None:
     paths = Paths(spec.name)
     paths.state.mkdir(mode=0o700)
     kernel.mount("tmpfs", paths.state, "tmpfs", kernel.MS_NOSUID | kernel.MS_NODEV, "mode=700")
-    for directory in (paths.logs, paths.processes, paths.database.parent, *(paths.disk(n) for n in spec.node_names)):
-        directory.mkdir(mode=0o700, parents=True)
+    nodes = [paths.disk(n) for n in spec.node_names]
+    for directory in (paths.logs, paths.processes, paths.database.parent, nodes[0].parent, *nodes):
+        directory.mkdir(mode=0o700)
     write(paths.spec, json.dumps(spec.to_json()))
 
 

@@ -1,8 +1,9 @@
-"""Runs CNI plugins as a container runtime does: specification 1.1.0, and the cache format of libcni, whose tools can then read it.
+"""Runs CNI plugins as a container runtime does: specification 1.1.0, and the cache format of libcni, whose tools can
+then read it.
 
-Network configuration: the first *.conflist, *.conf or *.json of a directory in lexical order (libcni's rule). ADD runs the plugins in
-order, each with its predecessor's result; DEL runs them in reverse with the cached result of ADD and goes on working when the
-configuration has changed since, because it is cached too.
+Network configuration: the first *.conflist, *.conf or *.json of a directory in lexical order (libcni's rule). ADD
+runs the plugins in order, each with its predecessor's result; DEL runs them in reverse with the cached result of ADD
+and goes on working when the configuration has changed since, because it is cached too.
 """
 
 import asyncio
@@ -21,7 +22,8 @@ _NAME = re.compile(r"[a-zA-Z0-9][a-zA-Z0-9_.\-]*")
 
 
 class CniError(Exception):
-    """A plugin's error result (`code` as in the specification, section "Error"), or 0 for what the runtime itself found wrong."""
+    """A plugin's error result (`code` as in the specification, section "Error"), or 0 for what the runtime itself
+    found wrong."""
 
     def __init__(self, text: str, code: int = 0) -> None:
         super().__init__(text)
@@ -52,7 +54,8 @@ class Attachment:
 
 
 def parse_list(raw: bytes, where: str) -> NetworkList:
-    """Raises CniError naming the file and what is wrong with it. A single plugin's configuration becomes a list of one."""
+    """Raises CniError naming the file and what is wrong with it. A single plugin's configuration becomes a list of
+    one."""
     try:
         conf = json.loads(raw)
     except ValueError as e:
@@ -145,7 +148,8 @@ def version_at_least(version: str, least: str) -> bool:
 
 
 def result_addresses(result: Mapping[str, Any], ifname: str = "eth0") -> list[str]:
-    """The container's addresses without prefix length, in the plugin's order. Raises CniError for a result that can't be used."""
+    """The container's addresses without prefix length, in the plugin's order. Raises CniError for a result that can't
+    be used."""
     ips = result.get("ips") or []
     interfaces = result.get("interfaces") or []
     if not isinstance(ips, list) or not isinstance(interfaces, list):
@@ -167,7 +171,8 @@ def result_addresses(result: Mapping[str, Any], ifname: str = "eth0") -> list[st
 
 
 class Runtime:
-    """Executes plugins. `path` is searched in order; results are cached as files below `cache`; `timeout` in seconds for one plugin."""
+    """Executes plugins. `path` is searched in order; results are cached as files below `cache`; `timeout` in seconds
+    for one plugin."""
 
     def __init__(self, path: Sequence[Path], cache: Path, timeout: float = 60.0) -> None:
         self._path = path
@@ -198,7 +203,8 @@ class Runtime:
             await self._execute("CHECK", network, plugin, attachment, cached[1])
 
     async def delete(self, network: NetworkList | None, attachment: Attachment) -> None:
-        """Undoes an ADD with the configuration it was done with; `network` serves if nothing was cached. Raises CniError."""
+        """Undoes an ADD with the configuration it was done with; `network` serves if nothing was cached. Raises
+        CniError."""
         cached = self._load(attachment)
         network, result = cached if cached else (network, None)
         if network is None:
@@ -216,7 +222,8 @@ class Runtime:
                 await self._execute("STATUS", network, plugin, None, None)
 
     async def collect(self, network: NetworkList, valid: Sequence[Attachment]) -> None:
-        """GC: tells the plugins which attachments are still valid (1.1.0), and deletes cached ones that aren't. Raises CniError."""
+        """GC: tells the plugins which attachments are still valid (1.1.0), and deletes cached ones that aren't.
+        Raises CniError."""
         keep = {(a.container_id, a.ifname) for a in valid}
         for stale in self._cached_attachments():
             if (stale.container_id, stale.ifname) not in keep:

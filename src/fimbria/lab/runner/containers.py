@@ -1,7 +1,7 @@
 """Containers and pod sandboxes as processes and files, so that a new runner finds what an old one started.
 
-A pod's directory (DIRECTORY/<pod uid>/) holds sandbox.json, the files mounted into it, and per container and attempt a directory with
-what its shim wrote: `shim` (pid and start time), `pid`, and at the end `exit`.
+A pod's directory (DIRECTORY/<pod uid>/) holds sandbox.json, the files mounted into it, and per container and attempt
+a directory with what its shim wrote: `shim` (pid and start time), `pid`, and at the end `exit`.
 """
 
 import asyncio
@@ -43,6 +43,19 @@ class Running:
     directory: Path
     shim: Process
     pid: int
+
+
+@dataclass(frozen=True)
+class Start:
+    """A container to start. `binds` are SOURCE:TARGET files mounted over the node's."""
+
+    name: str
+    attempt: int
+    argv: Sequence[str]
+    env: Mapping[str, str]
+    cwd: str
+    hostname: str
+    binds: Sequence[str]
 
 
 class Store:
@@ -117,47 +130,43 @@ def delete_netns(path: str) -> None:
         name.unlink(missing_ok=True)
 
 
-async def launch(
-    store: Store,
-    sandbox: Sandbox,
-    container: str,
-    attempt: int,
-    argv: Sequence[str],
-    env: Mapping[str, str],
-    cwd: str,
-    hostname: str,
-    binds: Sequence[str],
-) -> Running:
+async def launch(store: Store, sandbox: Sandbox, container: Start) -> Running:
     """Starts a container below a shim. Raises LabError if it can't be set up."""
-    directory = store.container(sandbox.uid, container, attempt)
+    directory = store.container(sandbox.uid, container.name, container.attempt)
     directory.mkdir(parents=True, mode=0o700)
-    group = store.cgroup / sandbox.uid / container
-    group.mkdir(exist_ok=True)
-    log = store.log(sandbox, container)
-    options = ["--dir", str(directory), "--cgroup", str(group), "--log", str(log), "--cwd", cwd]
-    if sandbox.netns:
-        options += ["--netns", sandbox.netns, "--hostname", hostname]
-    for bind in binds:
-        options += ["--bind", bind]
-    # Not through asyncio: the shim is no child of the loop, it may outlive us and is watched by pidfd like an adopted one.
-    shim = subprocess.Popen(
-        [kernel.binary("labrun"), "shim", *options, "--", *argv],
-        env=dict(env),
-        cwd="/",  # noqa: ASYNC220
-        stdin=subprocess.DEVNULL,
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.DEVNULL,
-    )
+    shim = await asyncio.to_thread(_start_shim, store, sandbox, container, directory)
     for _ in range(500):
         if (directory / "pid").exists():
             found = find(directory)
             if found:
                 return found
         if shim.poll() is not None:
-            raise LabError(f"container {container} could not be set up: {_last_line(log)}")
+            log = store.log(sandbox, container.name)
+            raise LabError(f"container {container.name} could not be set up: {_last_line(log)}")
         await asyncio.sleep(0.002)
     shim.kill()
-    raise LabError(f"container {container} wasn't set up in time")
+    raise LabError(f"container {container.name} wasn't set up in time")
+
+
+def _start_shim(store: Store, sandbox: Sandbox, container: Start, directory: Path) -> "subprocess.Popen[bytes]":
+    """Not through asyncio: the shim may outlive us, and is watched by pidfd like one that we adopted."""
+    group = store.cgroup / sandbox.uid / container.name
+    group.mkdir(exist_ok=True)
+    log = store.log(sandbox, container.name)
+    options = ["--dir", str(directory), "--cgroup", str(group), "--log", str(log), "--cwd", container.cwd]
+    if sandbox.netns:
+        options += ["--netns", sandbox.netns, "--hostname", container.hostname]
+    for bind in container.binds:
+        options += ["--bind", bind]
+    null = subprocess.DEVNULL
+    return subprocess.Popen(
+        [kernel.binary("labrun"), "shim", *options, "--", *container.argv],
+        env=dict(container.env),
+        cwd="/",
+        stdin=null,
+        stdout=null,
+        stderr=null,
+    )
 
 
 def _last_line(log: Path) -> str:
@@ -185,19 +194,29 @@ async def wait(running: Running) -> int:
                 await _readable(fd)
         finally:
             os.close(fd)
-    with contextlib.suppress(ChildProcessError):
-        os.waitpid(running.shim.pid, os.WNOHANG)  # if it is our child
+    _reap(running.shim.pid)
     return exit_code(running)
+
+
+def _reap(pid: int) -> None:
+    """If it is our child, and not one of a former runner that init takes care of."""
+    with contextlib.suppress(ChildProcessError):
+        os.waitpid(pid, os.WNOHANG)
 
 
 async def _readable(fd: int) -> None:
     loop = asyncio.get_running_loop()
     future: asyncio.Future[None] = loop.create_future()
-    loop.add_reader(fd, lambda: future.done() or future.set_result(None))
+    loop.add_reader(fd, _set, future)
     try:
         await future
     finally:
         loop.remove_reader(fd)
+
+
+def _set(future: asyncio.Future[None]) -> None:
+    if not future.done():
+        future.set_result(None)
 
 
 def exit_code(running: Running) -> int:
@@ -226,8 +245,9 @@ def _signal(running: Running, number: int) -> None:
         os.kill(running.pid, number)
 
 
-async def execute(running: Running, argv: Sequence[str], timeout: float) -> int:
-    """Runs a command inside a container (exec probes); the exit code, or 124 after `timeout` seconds."""
+async def execute(running: Running, argv: Sequence[str], patience: float) -> int:
+    """Runs a command inside a container (exec probes); the exit code, or 124 after `patience` seconds."""
+    null = subprocess.DEVNULL
     process = await asyncio.create_subprocess_exec(
         kernel.binary("labrun"),
         "enter",
@@ -235,12 +255,12 @@ async def execute(running: Running, argv: Sequence[str], timeout: float) -> int:
         str(running.pid),
         "--",
         *argv,
-        stdin=subprocess.DEVNULL,
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.DEVNULL,
+        stdin=null,
+        stdout=null,
+        stderr=null,
     )
     try:
-        async with asyncio.timeout(timeout):
+        async with asyncio.timeout(patience):
             return await process.wait()
     except TimeoutError:
         process.kill()

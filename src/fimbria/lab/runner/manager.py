@@ -1,4 +1,5 @@
-"""Keeps the node's workers equal to the pods that the API server assigns to it, and tells the API server how they are."""
+"""Keeps the node's workers equal to the pods that the API server assigns to it, and tells the API server how they
+are."""
 
 import asyncio
 import logging
@@ -41,7 +42,8 @@ class Manager:
         self._tasks: set[asyncio.Task[None]] = set()
 
     async def run(self) -> None:
-        """For ever. Nothing is done before the list of pods is complete: a pod that isn't listed yet isn't an orphan."""
+        """For ever. Nothing is done before the list of pods is complete: a pod that isn't listed yet isn't an
+        orphan."""
         await self._pods.wait_synced()
         subscription = self._pods.subscribe(initial=True)
         known = {s.uid: s for s in self._host.store.sandboxes()}

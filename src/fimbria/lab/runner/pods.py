@@ -1,10 +1,12 @@
 """One pod on this node, from its sandbox to its removal.
 
 Rules
-1. The sandbox comes first: namespace, CNI ADD, sandbox.json. What is on disk is never made again, so a new runner adopts it.
+1. The sandbox comes first: namespace, CNI ADD, sandbox.json. What is on disk is never made again, so a new runner
+   adopts it.
 2. Init containers run one after the other, each to success (a sidecar only has to start); then all others at once.
 3. A container that ends is started again as restartPolicy says, after a pause that doubles up to a limit.
-4. The end: SIGTERM to all, SIGKILL after the grace period, CNI DEL until it succeeds, and only then is the directory forgotten.
+4. The end: SIGTERM to all, SIGKILL after the grace period, CNI DEL until it succeeds, and only then is the directory
+   forgotten.
 5. A runner that ends kills nothing.
 """
 
@@ -19,7 +21,7 @@ from fimbria.lab import kernel
 from fimbria.lab.errors import LabError
 from fimbria.lab.runner import cni, containers, probes
 from fimbria.lab.runner.cni import Attachment, CniError, Runtime
-from fimbria.lab.runner.containers import Running, Sandbox, Store
+from fimbria.lab.runner.containers import Running, Sandbox, Start, Store
 from fimbria.lab.runner.spec import (
     Addresses,
     ContainerSpec,
@@ -84,7 +86,7 @@ class PodWorker:
         return phase(self.plan, self._states) in ("Succeeded", "Failed")
 
     def status(self, before: list[Mapping[str, Any]]) -> dict[str, Any]:
-        return status(self.plan, self._states, self.addresses, self._started, now(), before)
+        return status(self.plan, self._states, self.addresses, started=self._started, now=now(), before=before)
 
     async def run(self, known: Sandbox | None) -> None:
         """Until every container is done for good; `known` is the sandbox that a former runner made."""
@@ -137,7 +139,7 @@ class PodWorker:
         except CniError as e:
             log.warning("%s/%s: %s", sandbox.namespace, sandbox.name, e)
         await asyncio.to_thread(containers.delete_netns, sandbox.netns)
-        self._host.store.remove(sandbox.uid)
+        await asyncio.to_thread(self._host.store.remove, sandbox.uid)
 
     def _config_or_none(self) -> cni.NetworkList | None:
         try:
@@ -204,17 +206,10 @@ class PodWorker:
                 if self.plan.host_network
                 else [f"{directory}/hosts:/etc/hosts", f"{directory}/resolv.conf:/etc/resolv.conf"]
             )
-            return await containers.launch(
-                store,
-                sandbox,
-                container.name,
-                attempt,
-                command(container, env),
-                env,
-                container.cwd,
-                self.plan.hostname,
-                binds,
+            start = Start(
+                container.name, attempt, command(container, env), env, container.cwd, self.plan.hostname, binds
             )
+            return await containers.launch(store, sandbox, start)
         except (LabError, OSError) as e:
             log.warning("%s/%s: %s", self.plan.namespace, self.plan.name, e)
             self._set(container, state="waiting", reason="CreateContainerError", message=str(e))

@@ -161,7 +161,7 @@ def _probe(c: Mapping[str, Any]) -> Probe | None:
     p = c.get("readinessProbe")
     if not p:
         return None
-    common = {
+    common: dict[str, Any] = {
         "initial_delay": p.get("initialDelaySeconds") or 0,
         "period": p.get("periodSeconds") or 10,
         "timeout": p.get("timeoutSeconds") or 1,
@@ -169,11 +169,11 @@ def _probe(c: Mapping[str, Any]) -> Probe | None:
         "failures": p.get("failureThreshold") or 3,
     }
     if p.get("tcpSocket"):
-        return Probe("tcp", port=_port(c, p["tcpSocket"].get("port")), **common)
+        return Probe("tcp", _port(c, p["tcpSocket"].get("port")), "/", (), **common)
     if p.get("httpGet"):
-        return Probe("http", port=_port(c, p["httpGet"].get("port")), path=p["httpGet"].get("path") or "/", **common)
+        return Probe("http", _port(c, p["httpGet"].get("port")), p["httpGet"].get("path") or "/", (), **common)
     if p.get("exec"):
-        return Probe("exec", command=tuple(p["exec"].get("command") or ()), **common)
+        return Probe("exec", 0, "/", tuple(p["exec"].get("command") or ()), **common)
     raise LabError(f"container {c.get('name')}: the readiness probe is none of tcpSocket, httpGet, exec")
 
 
@@ -261,7 +261,8 @@ class ContainerState:
 
 
 def phase(pod: PodPlan, states: Mapping[str, ContainerState]) -> str:
-    """Pending until all init containers are done and one container has started; then Running; at the end Succeeded or Failed."""
+    """Pending until all init containers are done and one container has started; then Running; at the end Succeeded or
+    Failed."""
     init = [states[c.name] for c in pod.containers if c.init and not c.sidecar]
     main = [states[c.name] for c in pod.containers if not c.init]
     if any(s.done and s.exit_code for s in init) and pod.restart_policy == "Never":
@@ -279,11 +280,13 @@ def status(
     pod: PodPlan,
     states: Mapping[str, ContainerState],
     addresses: Addresses,
+    *,
     started: str,
     now: str,
     before: Sequence[Mapping[str, Any]],
 ) -> dict[str, Any]:
-    """The status object to merge; `before` are the conditions that stand there now, whose times are kept while nothing changes."""
+    """The status object to merge; `before` are the conditions that stand there now, whose times are kept while
+    nothing changes."""
     main = [c for c in pod.containers if not c.init or c.sidecar]
     current = phase(pod, states)
     ready = current == "Running" and all(states[c.name].ready for c in main)
