@@ -6,7 +6,7 @@
 #include "lib/parse.h"
 #include "lib/refuse.h"
 #include "lib/route.h"
-#include "lib/service_packet.h"
+#include "lib/translate.h"
 #include "lib/source.h"
 
 char LICENSE[] SEC("license") = "Dual BSD/GPL";
