@@ -241,7 +241,14 @@ class Registry:
         for name in ("kind", "apiVersion"):
             if changed.get(name) != current[name]:
                 raise errors.bad_request(f"a patch may not change {name}")
-        new = self._decode(res, changed, write)
+        try:
+            new = self._decode(res, changed, write)
+        except ApiError as error:
+            if "strict decoding error" not in error.message:
+                raise
+            detail = error.message[error.message.index("strict decoding error") :]
+            problem = FieldError("patch", "FieldValueInvalid", f"Invalid value: {detail}")
+            raise errors.invalid_object(res, "", [problem]) from None
         if new["metadata"].get("name") != key.name:
             message = f"the name of the object ({new['metadata'].get('name')}) does not match the name on the URL"
             raise errors.bad_request(f"{message} ({key.name})")
