@@ -22,6 +22,8 @@ from fimbria.kernel.bpf import (
     Program,
     TcSlot,
     attach_cgroup,
+    attach_netns,
+    attach_xdp,
     clsact,
     link_ids,
     map_ids,
@@ -32,6 +34,7 @@ from fimbria.kernel.bpf import (
     tc_detach,
     tc_query,
 )
+from fimbria.kernel.link import change
 from fimbria.kernel.netlink import NetlinkSocket
 
 EGRESS = AttachType.TCX_EGRESS
@@ -44,6 +47,7 @@ class Pair(Protocol):
     b: int
     a_socket: NetlinkSocket
     a_index: int
+    b_index: int
 
 
 @pytest.fixture
@@ -128,6 +132,31 @@ def test_a_cgroup_program_rules_its_subtree_only(loaded: BpfObject, cgroup: Path
             assert [int(x) for x in run.stdout.split()] == [errno.EPERM, errno.ECONNREFUSED]
             assert counter(counts, 2) == 2
         assert query_cgroup(cgroup, AttachType.CGROUP_INET4_CONNECT).programs == ()
+
+
+def test_generic_xdp(loaded: BpfObject, pair: Pair) -> None:
+    with loaded.program("xdp_count") as program, loaded.map("m_array") as counts:
+        with netns.run(pair.b, lambda: attach_xdp(program, pair.b_index, flags=2)) as link:
+            info = link.info()
+            assert (info.ifindex, info.attach_type) == (pair.b_index, AttachType.XDP)
+            send(pair, 5)
+        assert counter(counts, 3) >= 5
+
+
+def test_socket_lookup_of_one_namespace(loaded: BpfObject, pair: Pair) -> None:
+    def connect(port: int) -> int:
+        with socket.socket() as server, socket.socket() as client:
+            server.bind(("127.0.0.1", port))
+            server.listen()
+            client.settimeout(2)
+            return client.connect_ex(("127.0.0.1", port))
+
+    pair.a_socket.do(change(1, up=True))
+    with loaded.program("lookup_refuse") as program:
+        with attach_netns(program, pair.a):
+            assert netns.run(pair.a, lambda: connect(7777)) == errno.ECONNREFUSED
+            assert netns.run(pair.a, lambda: connect(7778)) == 0
+        assert netns.run(pair.a, lambda: connect(7777)) == 0
 
 
 def test_iteration_finds_what_is_there(loaded: BpfObject, cgroup: Path) -> None:

@@ -123,4 +123,15 @@ SEC("cgroup/connect4") int sock_connect4(struct bpf_sock_addr *ctx)
 	return ctx->user_port != __builtin_bswap16(9); // refuses the discard port
 }
 
+SEC("xdp") int xdp_count(struct xdp_md *ctx)
+{
+	count(3);
+	return XDP_PASS;
+}
+
+SEC("sk_lookup") int lookup_refuse(struct bpf_sk_lookup *ctx)
+{
+	return ctx->local_port == 7777 ? SK_DROP : SK_PASS;
+}
+
 char _license[] SEC("license") = "GPL";
