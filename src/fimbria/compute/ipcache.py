@@ -10,8 +10,9 @@ Rules
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Iterable
+from collections.abc import Iterable
 from dataclasses import dataclass, field
+from typing import Any
 
 from fimbria.model.address import Prefix, is_v4
 from fimbria.model.endpoint import LocalEndpoint, RemoteEndpoint
@@ -25,6 +26,7 @@ REMOTE_POD, REMOTE_NODE, REMOTE_TUNNEL = 1, 2, 4
 
 Claim = tuple[PrefixKey, Remote]
 Rank = tuple[int, str]
+Source = tuple[str, Any]
 
 
 def prefix_key(prefix: Prefix) -> PrefixKey:
@@ -38,9 +40,9 @@ class IpcacheCompute:
 
     this_node: str
     overlay: bool
-    _claims: dict[Hashable, tuple[Claim, ...]] = field(default_factory=dict)
-    _ranks: dict[Hashable, Rank] = field(default_factory=dict)
-    _by_key: dict[PrefixKey, tuple[Hashable, ...]] = field(default_factory=dict)
+    _claims: dict[Source, tuple[Claim, ...]] = field(default_factory=dict)
+    _ranks: dict[Source, Rank] = field(default_factory=dict)
+    _by_key: dict[PrefixKey, tuple[Source, ...]] = field(default_factory=dict)
     _interned: dict[Remote, Remote] = field(default_factory=dict)
 
     def set_node(self, name: str, node: Node | None) -> set[PrefixKey]:
@@ -72,6 +74,10 @@ class IpcacheCompute:
         best = max(sources, key=self._ranks.__getitem__) if len(sources) > 1 else sources[0]
         return next(r for k, r in self._claims[best] if k == key)
 
+    def sources(self, key: PrefixKey) -> tuple[tuple[str, Any], ...]:
+        """Who claims a prefix, the winner first: ("local", id), ("pod", (namespace, name)) or ("node", name)."""
+        return tuple(sorted(self._by_key.get(key, ()), key=self._ranks.__getitem__, reverse=True))
+
     def __len__(self) -> int:
         return len(self._by_key)
 
@@ -96,7 +102,7 @@ class IpcacheCompute:
         row = Remote(identity, flags | (REMOTE_TUNNEL if tunnel != NO_ADDR else 0), tunnel)
         return self._interned.setdefault(row, row)
 
-    def _set(self, source: Hashable, rank: Rank, claims: Iterable[Claim]) -> set[PrefixKey]:
+    def _set(self, source: Source, rank: Rank, claims: Iterable[Claim]) -> set[PrefixKey]:
         new = tuple(claims)
         old = self._claims.get(source, ())
         if new == old and self._ranks.get(source) == rank:

@@ -1,0 +1,92 @@
+# Two commands on a fresh machine: `make demo` and `make test`. `make help` lists the rest.
+SHELL := bash
+PYTHON ?= python3
+VENV := .venv
+PY := $(VENV)/bin/python
+PYTEST := $(PY) -m pytest
+FIMBRIA := $(PY) -m fimbria.cli.main
+KERNELS ?= 6.1 6.12
+export PYTHONPATH := $(CURDIR)/src
+
+.PHONY: help
+help: ## this list
+	@awk -F':.*## ' '/^[a-z-]+:.*## /{printf "  %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+
+# --- set-up and build ---
+
+.PHONY: setup setup-test venv build bpf native wheel
+setup:
+	@scripts/setup
+
+setup-test:
+	@scripts/setup --test
+
+$(VENV)/.stamp: requirements.lock
+	@echo "python: installing locked dependencies into $(VENV)"
+	@test -x $(PY) || $(PYTHON) -m venv $(VENV)
+	@$(VENV)/bin/pip install -q --disable-pip-version-check --require-hashes -r requirements.lock
+	@touch $@
+
+venv: $(VENV)/.stamp
+
+bpf: setup
+	@$(MAKE) -s -C bpf
+
+native: setup venv
+	@$(MAKE) -s -C src/fimbria/cni/shim
+	@$(MAKE) -s -C src/fimbria/lab
+	@$(PY) -m fimbria.kernel.build_libbpf
+
+build: bpf native ## compile BPF objects, the CNI shim and the libbpf extension
+
+wheel: build ## a wheel with everything a node needs, in dist/
+	@$(PY) -m hatchling build -t wheel
+
+# --- the demo ---
+
+.PHONY: demo demo-down
+demo: build ## set everything up and show the main job; leaves the lab running
+	@$(FIMBRIA) lab demo
+
+demo-down: ## remove every trace of the demo
+	@$(FIMBRIA) lab down --all
+
+# --- tests ---
+
+.PHONY: test lint test-unit test-bpf test-lab test-kube test-vm
+test: setup-test build lint test-unit test-bpf test-lab test-kube test-vm ## everything that CI runs
+	@echo "all tests passed"
+
+lint: venv
+	@$(PY) -m ruff check src tests scripts
+	@$(PY) -m ruff format --check src tests scripts
+	@$(PY) -m mypy
+	@$(VENV)/bin/lint-imports
+
+test-unit: build ## pure tests: unit, property, flow stories
+	@$(PYTEST) -q tests/unit tests/properties tests/flow
+
+test-bpf: setup-test build ## programs in this kernel, packet by packet
+	@$(PYTEST) -q tests/bpf
+
+test-lab: setup-test build ## several nodes in namespaces: kill, restart, upgrade, drift
+	@$(PYTEST) -q tests/lab
+
+test-kube: setup-test build ## the API suite and the main story against the real API server
+	@$(PYTEST) -q tests/kube
+
+test-vm: setup-test build ## other kernels in a virtual machine
+	@$(PYTEST) -q tests/vm
+
+# --- figures ---
+
+.PHONY: bench
+bench: setup-test build ## measure against baselines; writes docs/benchmarks.md and .json
+	@$(PY) -m tests.bench
+
+.PHONY: lock clean
+lock: ## pin dependencies anew
+	@$(VENV)/bin/uv pip compile -q --upgrade --generate-hashes --python-version 3.11 --group dev pyproject.toml -o requirements.lock
+
+clean: ## remove what was built
+	rm -rf $(VENV) src/fimbria/_bpf src/fimbria/_bin src/fimbria/kernel/*.so dist build

@@ -1,0 +1,330 @@
+"""The agent's state as plain JSON-shaped values, for the local API. Nothing here changes anything."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterable
+from dataclasses import asdict
+from typing import TYPE_CHECKING, Any, Final
+
+from fimbria.agent.datapath import map_codecs
+from fimbria.apply.attach import DeviceHook
+from fimbria.model.address import Prefix, is_v4, pack, unpack
+from fimbria.model.identity import RESERVED_LABELS
+from fimbria.model.policy import Direction
+from fimbria.model.rows import NO_ADDR, PrefixKey
+
+if TYPE_CHECKING:
+    from fimbria.agent.main import Agent
+
+Row = dict[str, Any]
+DIRECTIONS: Final = ("ingress", "egress")
+_REMOTE_FLAGS: Final = {1: "pod", 2: "node", 4: "tunnel", 8: "no-masquerade"}
+_PROTOCOLS: Final = {1: "ICMP", 6: "TCP", 17: "UDP", 58: "ICMPv6", 132: "SCTP"}
+
+
+def status(agent: Agent) -> Row:
+    """Health at a glance."""
+    disconnected = {i.resource.plural: i.error for i in agent.sources.informers if not i.connected}
+    node = agent.tables.nodes.get(agent.config.node_name)
+    return {
+        "node": agent.config.node_name,
+        "ready": agent.ready.is_set(),
+        "ready_after_seconds": round(agent.ready_after, 3),
+        "uptime_seconds": round(time.time() - agent.started, 1),
+        "api_server": {"server": agent.client.config.server, "connected": not disconnected, "errors": disconnected},
+        "routing": agent.config.routing,
+        "attach": agent.attach,
+        "fast_path": agent.config.fast_path,
+        "masquerade": agent.config.masquerade,
+        "devices": asdict(agent.devices) if agent.devices else None,
+        "pod_cidrs": [str(c) for c in node.pod_cidrs] if node else [],
+        "ipam": {
+            family: {
+                "used": sum(1 for a in agent.pool.owners if v4 == is_v4(a)),
+                "capacity": agent.pool.capacity(v4=v4),
+            }
+            for family, v4 in (("ipv4", True), ("ipv6", False))
+        },
+        "node_problem": node.problem if node else "",
+        "endpoints": len(agent.tables.endpoints),
+        "identities": len(agent.tables.identities),
+        "policies": sum(len(t) for t in policy_tables(agent)),
+        "nodes": len(agent.tables.nodes),
+        "services": len(agent.tables.services),
+        "rows": {s.rows.name: len(s.rows.desired) for s in agent.loop.stages},
+        "failures": {k: [str(r) for r in v.values()] for k, v in agent.loop.failures().items()},
+        "repaired": {s.rows.name: s.repaired for s in agent.loop.stages if s.repaired},
+        "policy_problems": {str(p): [str(x) for x in found] for p, found in agent.sources.problems.items() if found},
+        "foreign_programs": foreign(agent),
+    }
+
+
+def foreign(agent: Agent) -> dict[str, list[str]]:
+    """Programs of others at the hooks we use."""
+    links = next((s.target for s in agent.loop.stages if s.rows.name == "device_links"), None)
+    found: dict[str, list[str]] = {}
+    for hook in agent.rows.device_links.desired if links is not None else ():
+        assert isinstance(hook, DeviceHook)
+        try:
+            others = links.foreign(hook)  # type: ignore[union-attr]
+        except OSError:
+            continue
+        if others:
+            found[str(hook)] = others
+    return found
+
+
+def nodes(agent: Agent) -> list[Row]:
+    """All nodes of the cluster."""
+    return [
+        {
+            "name": n.name,
+            "local": n.name == agent.config.node_name,
+            "addresses": [unpack(a) for a in n.addrs],
+            "routers": [unpack(a) for a in n.routers],
+            "pod_cidrs": [str(c) for c in n.pod_cidrs],
+            "problem": n.problem,
+        }
+        for n in sorted(agent.tables.nodes.values(), key=lambda n: n.name)
+    ]
+
+
+def endpoints(agent: Agent) -> list[Row]:
+    """Pods of this node."""
+    return [_endpoint(agent, i) for i in sorted(agent.tables.endpoints)]
+
+
+def _endpoint(agent: Agent, endpoint_id: int) -> Row:
+    e = agent.tables.endpoints[endpoint_id]
+    decided = agent.tables.endpoint_identities.get(endpoint_id)
+    row = agent.rows.endpoints.desired.get(e.ifindex)
+    policies = {d: [] for d in DIRECTIONS} if row is None else _enforced(agent, endpoint_id)
+    return {
+        "id": e.id,
+        "pod": e.pod,
+        "namespace": e.namespace,
+        "container_id": e.container_id,
+        "interface": e.host_ifname,
+        "ifindex": e.ifindex,
+        "ipv4": unpack(e.addr4),
+        "ipv6": unpack(e.addr6),
+        "mac": e.pod_mac.hex(":"),
+        "identity": decided.number if decided else 0,
+        "labels": sorted(f"{k}={v}" for k, v in decided.labels.items()) if decided else [],
+        "policy_set": row.policy_set if row else 0,
+        "enforced_by": policies,
+        "failure": agent.loop.failure("endpoints", e.ifindex) or "",
+    }
+
+
+def _enforced(agent: Agent, endpoint_id: int) -> dict[str, list[str]]:
+    return {d.name.lower(): [str(p) for p in agent.engine.policy.denying(str(endpoint_id), d)] for d in Direction}
+
+
+def identities(agent: Agent) -> list[Row]:
+    """All identities of the cluster, reserved ones included."""
+    rows = [{"id": int(n), "labels": sorted(_texts(labels.items()))} for n, labels in RESERVED_LABELS.items()]
+    return rows + [
+        {"id": n, "labels": sorted(_texts(i.labels.items()))} for n, i in sorted(agent.tables.identities.items())
+    ]
+
+
+def ipcache(agent: Agent) -> list[Row]:
+    """Who owns an address, as wanted."""
+    rows = sorted(agent.rows.ipcache.desired.items(), key=lambda r: (r[0].addr, r[0].prefixlen))
+    return [
+        {
+            "prefix": str(Prefix(key.addr, key.prefixlen)),
+            "identity": row.identity,
+            "tunnel": unpack(row.tunnel),
+            "flags": [name for bit, name in _REMOTE_FLAGS.items() if row.flags & bit],
+        }
+        for key, row in rows
+    ]
+
+
+def services(agent: Agent) -> list[Row]:
+    """Frontends with their backends."""
+    found = []
+    backends, slots = agent.rows.backends.desired, agent.rows.service_slots.desired
+    by_service: dict[int, list[int]] = {}
+    for slot, backend in slots.items():
+        by_service.setdefault(slot.service, []).append(backend)
+    for key, frontend in agent.rows.frontends.desired.items():
+        named = agent.engine.services.service_of(frontend.service)
+        members = [backends[b] for b in by_service.get(frontend.service, ()) if b in backends]
+        found.append(
+            {
+                "id": frontend.service,
+                "service": str(named[0]) if named else "",
+                "port": named[1].name if named else "",
+                "frontend": _addr_port(key.addr, key.port),
+                "protocol": _PROTOCOLS.get(key.proto, str(key.proto)),
+                "backends": sorted(_addr_port(b.addr, b.port) for b in members),
+                "warnings": list(agent.engine.services.warnings(named[0])) if named else [],
+            }
+        )
+    return sorted(found, key=lambda r: (r["service"], r["frontend"]))
+
+
+def policies(agent: Agent) -> list[Row]:
+    """Policies known here, what is wrong with them, and which local pods they select."""
+    selected: dict[str, set[str]] = {}
+    for endpoint_id, e in agent.tables.endpoints.items():
+        if agent.tables.endpoint_identities.get(endpoint_id) is None:
+            continue
+        for names in _enforced(agent, endpoint_id).values():
+            for name in names:
+                selected.setdefault(name, set()).add(e.label)
+    rows = []
+    for table in policy_tables(agent):
+        for policy in table.values():
+            problems = agent.sources.problems.get(policy.id, ())
+            name = str(policy.id)
+            rows.append(
+                {
+                    "kind": policy.id.kind,
+                    "namespace": policy.id.namespace,
+                    "name": policy.id.name,
+                    "rules": sum(len(s.rules) for s in policy.specs),
+                    "selects": sorted(selected.get(name, ())),
+                    "problems": [str(p) for p in problems],
+                }
+            )
+    return rows
+
+
+def maps(agent: Agent) -> list[Row]:
+    """The datapath's maps with their fill, where that can be told cheaply."""
+    wanted = {s.rows.name: len(s.rows.desired) for s in agent.loop.stages}
+    return [
+        {
+            "name": name,
+            "id": m.info.id,
+            "type": m.info.type,
+            "key_size": m.key_size,
+            "value_size": m.value_size,
+            "max_entries": m.max_entries,
+            "wanted": wanted.get(name),
+        }
+        for name, m in sorted(agent.datapath.maps.items())
+    ]
+
+
+def map_rows(agent: Agent, name: str) -> list[Row]:
+    """Every row of a map, read from the kernel. Raises KeyError for an unknown map."""
+    bpf_map = agent.datapath.maps[name]
+    if name == "policy_sets":
+        target = next(s.target for s in agent.loop.stages if s.rows.name == name)
+        return [
+            {"set": number, "key": asdict(k), "entry": asdict(v)}
+            for number, content in sorted(target.read().items())
+            for k, v in content.items()
+        ]
+    if name == "metrics":
+        return metrics_rows(agent)
+    codecs = map_codecs(agent.layouts).get(name)
+    if codecs is None:
+        return [{"key": k.hex(), "value": v.hex()} for k, v in bpf_map.items()] if bpf_map.key_size else []
+    keys, values = bpf_map.dump()
+    pairs = zip(codecs[0].decode_many(keys), codecs[1].decode_many(values), strict=True)
+    return [{"key": _shown(k), "value": _shown(v)} for k, v in pairs]
+
+
+def metrics_rows(agent: Agent) -> list[Row]:
+    """Packets and bytes by reason and direction, summed over the CPUs."""
+    bpf_map, codec = agent.datapath.maps["metrics"], agent.layouts["metric"]
+    rows = []
+    for key, slot in bpf_map.items():
+        index = int.from_bytes(key, "little")
+        cpus = [codec.decode(value) for value in bpf_map.split_percpu(slot)]
+        packets, size = sum(c.packets for c in cpus), sum(c.bytes for c in cpus)
+        if packets:
+            rows.append({"reason": index // 2, "direction": DIRECTIONS[index % 2], "packets": packets, "bytes": size})
+    return rows
+
+
+def resolve(agent: Agent, wanted: dict[str, Any]) -> dict[str, dict[str, Any]]:
+    """Names for numbers and addresses. Raises ValueError, TypeError for a malformed request."""
+    return {
+        "addrs": {a: _who(agent, pack(a)) for a in wanted.get("addrs", ())},
+        "identities": {str(n): _identity(agent, int(n)) for n in wanted.get("identities", ())},
+        "rules": {str(n): _rule(agent, int(n)) for n in wanted.get("rules", ())},
+        "services": {str(n): _service(agent, int(n)) for n in wanted.get("services", ())},
+        "endpoints": {str(n): _local(agent, int(n)) for n in wanted.get("endpoints", ())},
+    }
+
+
+def _who(agent: Agent, addr: bytes) -> Row | None:
+    for claim in agent.engine.ipcache.sources(PrefixKey(128, addr)):
+        kind, key = claim
+        if kind == "local":
+            e = agent.tables.endpoints.get(key)
+            if e is not None:
+                return {"kind": "pod", "namespace": e.namespace, "name": e.pod, "node": agent.config.node_name}
+        if kind == "pod":
+            return {"kind": "pod", "namespace": key[0], "name": key[1], "node": ""}
+        if kind == "node":
+            return {"kind": "node", "namespace": "", "name": key, "node": key}
+    return None
+
+
+def _identity(agent: Agent, number: int) -> list[str]:
+    reserved = RESERVED_LABELS.get(number)
+    if reserved is not None:
+        return sorted(_texts(reserved.items()))
+    known = agent.tables.identities.get(number)
+    return sorted(_texts(known.labels.items())) if known else []
+
+
+def _rule(agent: Agent, number: int) -> Row | None:
+    origin = agent.engine.policy.explain(number)
+    if origin is None:
+        return None
+    p = origin.policy
+    return {"kind": p.kind, "namespace": p.namespace, "name": p.name, "path": origin.path}
+
+
+def _service(agent: Agent, number: int) -> Row | None:
+    named = agent.engine.services.service_of(number)
+    return {"namespace": named[0].namespace, "name": named[0].name, "port": named[1].port} if named else None
+
+
+def _local(agent: Agent, endpoint_id: int) -> Row | None:
+    e = agent.tables.endpoints.get(endpoint_id)
+    if e is None:
+        return None
+    known = agent.tables.endpoint_identities.get(endpoint_id) is not None
+    enforced = _enforced(agent, endpoint_id) if known else {}
+    return {"namespace": e.namespace, "name": e.pod, "interface": e.host_ifname, "enforced_by": enforced}
+
+
+def policy_tables(agent: Agent) -> tuple[Any, ...]:
+    """The three tables of policies."""
+    t = agent.tables
+    return t.network_policies, t.cilium_policies, t.clusterwide_policies
+
+
+def _texts(items: Iterable[tuple[str, str]]) -> Iterable[str]:
+    return (f"{k}={v}" if v else k for k, v in items)
+
+
+def _addr_port(addr: bytes, port: int) -> str:
+    text = unpack(addr)
+    return f"[{text}]:{port}" if ":" in text else f"{text}:{port}"
+
+
+def _shown(value: Any) -> Any:
+    if isinstance(value, bytes):
+        return unpack(value) if len(value) == 16 else value.hex(":")
+    if isinstance(value, int):
+        return value
+    row = asdict(value)
+    return {k: _field(v) for k, v in row.items()}
+
+
+def _field(value: Any) -> Any:
+    if isinstance(value, bytes):
+        return "" if value == NO_ADDR else (unpack(value) if len(value) == 16 else value.hex(":"))
+    return value
