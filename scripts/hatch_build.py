@@ -14,8 +14,8 @@ from typing import Any
 
 from hatchling.builders.hooks.plugin.interface import BuildHookInterface
 
-NATIVE = ("bpf", "cni-shim")
-PRODUCTS = {"bpf": "src/fimbria/_bpf/*.o", "cni-shim": "src/fimbria/_bin/*", "src": "src/fimbria/kernel/*.abi3.so"}
+NATIVE = ("bpf", "src/fimbria/cni/shim", "src/fimbria/lab")
+PRODUCTS = ("src/fimbria/_bpf/pod.bpf.o", "src/fimbria/_bin/fimbria-cni", "src/fimbria/kernel/_libbpf.abi3.so")
 
 
 def wheel_tag() -> str:
@@ -24,10 +24,9 @@ def wheel_tag() -> str:
     return f"cp311-abi3-{platform}"
 
 
-def build_steps(root: Path) -> list[list[str]]:
-    """The commands to run in `root`: a Makefile each for BPF objects and the CNI shim, then the extension."""
-    makes = [["make", "-C", name] for name in NATIVE if (root / name / "Makefile").exists()]
-    return [*makes, [sys.executable, "src/fimbria/kernel/build_libbpf.py"]]
+def build_steps() -> list[list[str]]:
+    """The commands to run in the root: BPF objects, the CNI shim and the lab's tools by make, then the extension."""
+    return [*(["make", "-C", name] for name in NATIVE), [sys.executable, "src/fimbria/kernel/build_libbpf.py"]]
 
 
 class NativeBuildHook(BuildHookInterface):  # type: ignore[type-arg]
@@ -38,10 +37,10 @@ class NativeBuildHook(BuildHookInterface):  # type: ignore[type-arg]
         if self.target_name != "wheel":
             return
         root = Path(self.root)
-        for step in build_steps(root):
+        for step in build_steps():
             subprocess.run(step, cwd=root, check=True)
-        for source, pattern in PRODUCTS.items():
-            if (root / source).exists() and not any(root.glob(pattern)):
-                raise RuntimeError(f"the build left no {pattern}")
+        for product in PRODUCTS:
+            if not (root / product).exists():
+                raise RuntimeError(f"the build left no {product}")
         build_data["pure_python"] = False
         build_data["tag"] = wheel_tag()
