@@ -107,15 +107,24 @@ def lab() -> None:
 @click.option(
     "--agents/--no-agents", default=True, help="Start Fimbria itself, or leave the nodes without a network plugin."
 )
+@click.option(
+    "--agent-option",
+    "agent_options",
+    multiple=True,
+    metavar="NAME=VALUE",
+    help="A setting for all agents, for example attach=clsact; repeatable.",
+)
+@click.option("--controllers", is_flag=True, help="With --kubeconfig: run controllers, for a server that has none.")
 def up(**options: Any) -> None:
     """Build a lab and start everything in it."""
     from fimbria.lab import cluster
 
     spec = LabSpec(**options | {"kubeconfig": options["kubeconfig"] or ""})
+    begin = time.monotonic()
     with errors(), Steps() as step:
         _interruptible()
         cluster.up(spec, step)
-    click.echo(_what_next(spec))
+    click.echo(_what_next(spec, time.monotonic() - begin))
 
 
 def _interruptible() -> None:
@@ -128,12 +137,12 @@ def _interruptible() -> None:
         signal.signal(number, stop)
 
 
-def _what_next(spec: LabSpec) -> str:
+def _what_next(spec: LabSpec, took: float) -> str:
     option = "" if spec.name == DEFAULTS.name else f" --name {spec.name}"
     network = (
         "" if spec.agents else "The nodes have no network plugin; they become Ready when one is in /etc/cni/net.d.\n"
     )
-    return f"""Lab {spec.name} is up: {spec.nodes} nodes, {spec.routing} routing.
+    return f"""Lab {spec.name} is up after {took:.1f} s: {spec.nodes} nodes, {spec.routing} routing.
 {network}
   fimbria lab status{option}
   fimbria lab apply{option} -f FILE.yaml

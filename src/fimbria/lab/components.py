@@ -68,11 +68,8 @@ def controllers(paths: Paths) -> Component:
 
 
 def operator(spec: LabSpec, paths: Paths) -> Component:
-    args = ["--kubeconfig", str(paths.kubeconfig)]
-    if spec.ipv4_pool:
-        args += ["--ipv4-pool", spec.ipv4_pool, "--ipv4-mask", str(spec.ipv4_mask)]
-    if spec.ipv6_pool:
-        args += ["--ipv6-pool", spec.ipv6_pool, "--ipv6-mask", str(spec.ipv6_mask)]
+    args = ["--kubeconfig", str(paths.kubeconfig), "--ipv4-pool", spec.ipv4_pool, "--ipv6-pool", spec.ipv6_pool]
+    args += ["--ipv4-mask", str(spec.ipv4_mask), "--ipv6-mask", str(spec.ipv6_mask)]
     return Component("operator", "fimbria.operator", tuple(args))
 
 
@@ -113,6 +110,7 @@ def agent(spec: LabSpec, paths: Paths, node: str) -> Component:
             NODE_CGROUP,
             "--routing",
             spec.routing,
+            *(f"--{option}" for option in spec.agent_options),
         ),
     )
 
@@ -127,6 +125,7 @@ def table(spec: LabSpec, paths: Paths) -> dict[str, Component]:
     all_: dict[str, Component] = {}
     if not spec.kubeconfig:
         all_["control/apiserver"] = api_server(spec, paths)
+    if not spec.kubeconfig or spec.controllers:
         all_["control/controllers"] = controllers(paths)
     all_[f"{MACHINE}/cloud"] = cloud(paths)
     if spec.agents:

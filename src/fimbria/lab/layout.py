@@ -19,7 +19,7 @@ STATE_ROOT = Path("/run/fimbria-lab")
 NETNS_DIR = Path("/run/netns")
 PREFIX = "fimbria-lab-"
 WORLD4, WORLD6 = IPv4Network("198.51.100.0/24"), IPv6Network("2001:db8::/64")
-ROUTER_HOST, MEMBER_HOST = 1, 10  # host parts in every subnet of the fabric
+ROUTER_HOST, MEMBER4_HOST, MEMBER6_HOST = 1, 10, 0x10  # host parts in every subnet of the fabric
 CONTROL_SUBNET, MAX_NODES = 254, 200
 API_PORT = 6443
 ROUTINGS = ("overlay", "native")
@@ -44,7 +44,9 @@ class Member:
 class LabSpec:
     """Settings of a lab, as text so that they can be stored. Networks in CIDR notation, `mtu` in bytes.
 
-    `kubeconfig` is the file of another API server to use, or "" for the embedded one.
+    `kubeconfig` is the file of another API server to use, or "" for the embedded one. `agent_options` are NAME=VALUE,
+    passed to every agent as --NAME=VALUE. `controllers` starts the lab's own (Deployments, EndpointSlices, scheduling)
+    also beside another API server, for one that has no controller manager.
     """
 
     name: str = "fimbria"
@@ -61,6 +63,8 @@ class LabSpec:
     service_ipv6: str = "fd00:96::/112"
     kubeconfig: str = ""
     agents: bool = True
+    agent_options: tuple[str, ...] = ()
+    controllers: bool = False
 
     def check(self) -> None:
         """Raises LabError with the first thing that is wrong."""
@@ -110,8 +114,8 @@ class LabSpec:
 def _at(name: str, net4: IPv4Network, net6: IPv6Network) -> Member:
     return Member(
         name,
-        str(net4[MEMBER_HOST]),
-        str(net6[MEMBER_HOST << 4 if name == "world" else MEMBER_HOST]),
+        str(net4[MEMBER4_HOST]),
+        str(net6[MEMBER6_HOST]),
         net4.prefixlen,
         net6.prefixlen,
         str(net4[ROUTER_HOST]),

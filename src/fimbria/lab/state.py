@@ -68,7 +68,8 @@ def write(path: Path, text: str) -> None:
 def load(lab: str) -> LabSpec:
     """Raises LabError if there is no such lab."""
     try:
-        return LabSpec(**json.loads(Paths(lab).spec.read_text()))
+        values = json.loads(Paths(lab).spec.read_text())
+        return LabSpec(**values | {"agent_options": tuple(values["agent_options"])})
     except FileNotFoundError:
         raise LabError(f"there is no lab {lab}: fimbria lab up --name {lab}") from None
     except PermissionError:
