@@ -165,7 +165,8 @@ class ApiClient:
             "continue": token,
         }
         what = f"list {resource.describe(namespace)}"
-        return await self._call("GET", what, resource.path(namespace), params=params)
+        # The first page waits its turn; the next ones follow each other anyway, and starting up is made of them.
+        return await self._call("GET", what, resource.path(namespace), params=params, paced=not token)
 
     @asynccontextmanager
     async def watch(
@@ -308,10 +309,13 @@ class ApiClient:
         params: Params | None = None,
         body: bytes | None = None,
         content_type: str = "application/json",
+        paced: bool = True,
     ) -> bytes:
         backoff = Backoff(0.5, 10.0, self._random)
         token_renewed = False
         while True:
+            if paced or backoff.attempts:
+                await self._take_turn()
             try:
                 return await self._attempt(method, what, self._url(path, params or {}), body, content_type)
             except Unauthorized:
@@ -328,7 +332,6 @@ class ApiClient:
                 await self._sleep(delay)
 
     async def _attempt(self, method: str, what: str, url: URL, body: bytes | None, content_type: str) -> bytes:
-        await self._take_turn()
         headers = self._authorization()
         if body is not None:
             headers["Content-Type"] = content_type

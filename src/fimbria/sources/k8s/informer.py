@@ -226,7 +226,7 @@ class Informer(Generic[T, K, V]):
                     self.last_contact = self._clock()
                     for event in decoder.feed(chunk):
                         if first and not isinstance(event, Failed):
-                            self._check_history(item_of(event))
+                            self._check_history(event)
                             first = False
                         self._apply(event)
         finally:
@@ -237,10 +237,11 @@ class Informer(Generic[T, K, V]):
         if lived < STABLE:
             raise StreamError(f"watch {self._resource.describe(self._scope)}: the server ended it after {lived:.1f} s")
 
-    def _check_history(self, item: T | Bad) -> None:
-        # Versions of one resource only grow (comparable as numbers since Kubernetes 1.35 says so, in fact always).
-        version = item_meta(item).resource_version
-        if version.isdecimal() and self._version.isdecimal() and int(version) < int(self._version):
+    def _check_history(self, event: Event[T] | Bad) -> None:
+        # Versions of one resource only grow, except that some servers send a deleted object as it was before.
+        version = item_meta(item_of(event)).resource_version
+        both = event.type != "DELETED" and version.isdecimal() and self._version.isdecimal()
+        if both and int(version) < int(self._version):
             what = f"watch {self._resource.describe(self._scope)}"
             raise Gone(what, 410, text=f"the server is at version {version}, before our {self._version}")
 

@@ -206,6 +206,17 @@ async def test_rate_limit_spreads_requests(api: Scripted) -> None:
     assert pauses.asked == [0.5, 1.0]
 
 
+async def test_further_pages_do_not_wait(api: Scripted) -> None:
+    pauses = Pauses()
+    api.on("list", *(listing([], 1, "more") for _ in range(5)), listing([], 1), listing([], 1))
+    config = ClusterConfig(api.url)
+    async with ApiClient(config, component="t", rate=1.0, burst=1, sleep=pauses, clock=lambda: 0.0) as client:
+        await client.list(PODS)
+        assert pauses.asked == []
+        await client.list(PODS)
+        assert pauses.asked == [1.0]
+
+
 async def test_nobody_listens() -> None:
     async with ApiClient(ClusterConfig("http://127.0.0.1:1"), component="test") as client:
         with pytest.raises(errors.Unavailable, match=r'get Node "n": no answer: .*127\.0\.0\.1'):

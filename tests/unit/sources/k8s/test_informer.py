@@ -345,6 +345,14 @@ async def test_server_with_another_history_is_listed_anew(fix: Fixture) -> None:
     assert fix.versions() == ["1000", "5"]
 
 
+async def test_deleted_object_with_its_old_version_is_no_other_history(fix: Fixture) -> None:
+    fix.api.on("list", listing([pod("a", 900), pod("b", 901)], 1000))
+    fix.api.on("watch", Stream().send(event("DELETED", pod("a", 900))))
+    async with fix.running() as informer:
+        await fix.shows(b="n1")
+        assert informer.lists == 1
+
+
 async def test_version_refused_again_and_again_is_given_up(fix: Fixture) -> None:
     fix.api.on("list", listing([pod("old", 900)], 1000), listing([pod("new", 3)], 5))
     fix.api.on("watch", *(fails(504, "Timeout", "Too large resource version") for _ in range(3)))
