@@ -94,6 +94,7 @@ async def keep_routes(spec: LabSpec, paths: Paths, nodes: Table[str, tuple[str, 
     known: Routes = frozenset()
     subscription = nodes.subscribe()
     await nodes.wait_synced()
+    await asyncio.to_thread(kernel.ip_batch, paths.netns_name(fabric.ROUTER), fabric.forget_routes())
     while True:
         subscription.drain()
         wanted: Routes = frozenset((c, n) for n, cidrs in nodes.items() for c in cidrs if n in spec.node_names)

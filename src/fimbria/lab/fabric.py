@@ -94,7 +94,7 @@ def _without_route(cidr: str, node: str) -> list[str]:
         return [f"route del {cidr} dev {node} proto {ROUTE_PROTO}"]
     return [
         f"-6 route del {cidr} dev {node} proto {ROUTE_PROTO}",
-        f"-6 rule del pref {GUARD_PASS} iif {node} from {cidr} lookup main",
+        f"-6 rule del pref {GUARD_PASS} iif {node} from {cidr} lookup main protocol {ROUTE_PROTO}",
     ]
 
 
@@ -103,5 +103,14 @@ def _with_route(m: Member, cidr: str) -> list[str]:
         return [f"route replace {cidr} via {m.ipv4} dev {m.name} proto {ROUTE_PROTO}"]
     return [
         f"-6 route replace {cidr} via {m.ipv6} dev {m.name} proto {ROUTE_PROTO}",
-        f"-6 rule add pref {GUARD_PASS} iif {m.name} from {cidr} lookup main",
+        f"-6 rule add pref {GUARD_PASS} iif {m.name} from {cidr} lookup main protocol {ROUTE_PROTO}",
+    ]
+
+
+def forget_routes() -> list[str]:
+    """`ip -batch` lines that remove whatever native routing put here: a new watcher starts from nothing."""
+    return [
+        f"route flush proto {ROUTE_PROTO}",
+        f"-6 route flush proto {ROUTE_PROTO}",
+        f"-6 rule flush protocol {ROUTE_PROTO}",
     ]
