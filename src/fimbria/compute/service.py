@@ -254,7 +254,7 @@ class ServiceCompute:
             self._claims[frontend] = tuple(sorted((*self._claims.get(frontend, ()), key)))
         for each in sorted(rebuild):
             self._rebuild(each, delta)
-        for frontend in sorted(old.ports.keys() - self._claims.keys(), key=_sort_key):
+        for frontend in [f for f in old.ports if f not in self._claims]:
             self._remove(frontend, delta)
 
     def _rebuild(self, key: ServiceKey, delta: Delta) -> None:
@@ -262,7 +262,7 @@ class ServiceCompute:
         for frontend, port in state.ports.items():
             if self._claims[frontend][0] != key:
                 continue
-            target = self._targets.get(frontend) or self._new_target(frontend)
+            target = self._targets.get(frontend) or self._new_target(frontend, delta)
             members: dict[BackendKey, Presence] = {}
             for slice_ in state.slices.values():
                 for backend, step in self._contributions(state.service, frontend, port, slice_):
@@ -274,9 +274,12 @@ class ServiceCompute:
             target.set_members(members)
             self._arrange(frontend, target, None, delta)
 
-    def _new_target(self, frontend: FrontendKey) -> _Target:
+    def _new_target(self, frontend: FrontendKey, delta: Delta) -> _Target:
         number = self.services.take(frontend)
         target = self._targets[frontend] = _Target(number, self._restored.pop(number, ()))
+        # Restored slots are news to whoever collects the deltas; those of no use go again when it is arranged.
+        for slot, backend in enumerate(target.order):
+            delta.put(SLOTS, SlotKey(number, slot), self.backends.get(backend))
         return target
 
     def _remove(self, frontend: FrontendKey, delta: Delta) -> None:
@@ -368,22 +371,15 @@ class ServiceCompute:
         for backend in come[both:]:
             order.append(backend)
             self._place(target, len(order) - 1, backend, delta)
-        self._show(frontend, target, delta)
+        row = Frontend(target.number, len(order), FRONTEND_CLUSTER_IP)
+        if row != target.row:
+            target.row = row
+            delta.put(FRONTENDS, frontend, row)
 
     def _place(self, target: _Target, slot: int, backend: BackendKey, delta: Delta) -> None:
         target.order[slot] = backend
         target.index[backend] = slot
         delta.put(SLOTS, SlotKey(target.number, slot), self.backends.take(backend))
-
-    def _show(self, frontend: FrontendKey, target: _Target, delta: Delta) -> None:
-        row = Frontend(target.number, len(target.order), FRONTEND_CLUSTER_IP)
-        if target.row is None:
-            # Restored slots are news to whoever collects the deltas.
-            for slot, backend in enumerate(target.order):
-                delta.put(SLOTS, SlotKey(target.number, slot), self.backends.take(backend))
-        if row != target.row:
-            target.row = row
-            delta.put(FRONTENDS, frontend, row)
 
     def _list(self, backend: BackendKey, delta: Delta) -> None:
         users = self._users.get(backend, 0)
@@ -413,7 +409,3 @@ def _frontends(service: Service) -> dict[FrontendKey, ServicePort]:
         for port in service.ports:
             found.setdefault(FrontendKey(addr, port.port, port.proto), port)
     return found
-
-
-def _sort_key(frontend: FrontendKey) -> tuple[bytes, int, int]:
-    return frontend.addr, frontend.port, frontend.proto
