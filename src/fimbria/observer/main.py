@@ -82,7 +82,7 @@ class Observer:
         readable = asyncio.Event()
         loop.add_reader(ring.fd, readable.set)
         try:
-            while path.exists():
+            while self._newest_map() == path:
                 with suppress(TimeoutError):
                     await asyncio.wait_for(readable.wait(), 2.0)
                 readable.clear()
