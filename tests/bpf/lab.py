@@ -380,3 +380,31 @@ def checksum(data: bytes) -> int:
     return ~total & 0xFFFF
 
 
+
+
+def hop(client: Space, family: int, target: str, ttl: int) -> str:
+    """Who says that a packet's time is up."""
+    proto, exceeded = (socket.IPPROTO_ICMP, 11) if family == 4 else (socket.IPPROTO_ICMPV6, 3)
+    level, option = (socket.IPPROTO_IP, socket.IP_TTL) if family == 4 else (socket.IPPROTO_IPV6, socket.IPV6_UNICAST_HOPS)
+    with client.socket(family, socket.SOCK_RAW, proto) as errors, client.socket(family, UDP) as c:
+        c.setsockopt(level, option, ttl)
+        c.sendto(b"?", (target, 33434))
+        while True:
+            data, peer = errors.recvfrom(2048)
+            if data[(data[0] & 15) * 4 if family == 4 else 0] == exceeded:
+                return str(peer[0])
+
+
+def path_mtu(c: socket.socket, family: int, target: tuple[str, int]) -> int:
+    """What the socket learns of the way when it may not fragment."""
+    level = socket.IPPROTO_IP if family == 4 else socket.IPPROTO_IPV6
+    discover, mtu = (10, 14) if family == 4 else (23, 24)  # IP_MTU_DISCOVER, IP_MTU and their IPv6 twins
+    c.connect(target)
+    c.setsockopt(level, discover, 2)
+    for _ in range(20):
+        with contextlib.suppress(OSError):
+            c.send(b"x" * 1440)
+        if (learned := c.getsockopt(level, mtu)) < 1500:
+            return learned
+        time.sleep(0.05)
+    return 1500

@@ -4,9 +4,17 @@ import socket
 from collections.abc import Iterator
 
 import pytest
-from lab import TCP, UDP, WORLD_ADDR, Lab, Mode, lab, ping, tcp_peer, tcp_service, udp_peer
+from datapath import ENFORCE_INGRESS, INGRESS, POD, READY, TUNNEL, WORLD, addr, prefix
+from lab import (
+    IDENTITY, TCP, UDP, WORLD_ADDR, Lab, Mode, exchange, hop, lab, path_mtu, ping, tcp_peer, tcp_service, udp_peer,
+)  # fmt: skip
 
-MODES = [Mode(overlay, fast, tcx) for overlay in (True, False) for fast in (True, False) for tcx in (True, False)]
+from fimbria.kernel.probe import has_tcx
+from fimbria.model import rows
+
+# Linux before 6.6 has no tcx: there is nothing to test of it then.
+HOOKS = (True, False) if has_tcx() else (False,)
+MODES = [Mode(overlay, fast, tcx) for overlay in (True, False) for fast in (True, False) for tcx in HOOKS]
 PAIRS = [("a", "b"), ("a", "c"), ("d", "b")]
 
 
@@ -85,3 +93,89 @@ def test_service_without_backends_refuses_at_once(net: Lab, family: int) -> None
         c.connect(front)
         c.send(b"?")
         c.recv(1)
+
+
+@pytest.mark.parametrize("family", [4, 6])
+def test_nobody_listening_is_said_at_once(net: Lab, family: int) -> None:
+    for name in ("b", "c"):
+        target = (net.pod(name).addr[family], 9)
+        with net.pod("a").space.socket(family, TCP) as c, pytest.raises(ConnectionRefusedError):
+            c.connect(target)
+        with net.pod("a").space.socket(family, UDP) as c, pytest.raises(ConnectionRefusedError):
+            c.connect(target)
+            c.send(b"?")
+            c.recv(1)
+
+
+@pytest.mark.parametrize("family", [4, 6])
+def test_an_address_without_a_pod_is_unreachable_at_once(net: Lab, family: int) -> None:
+    node, other = net.nodes
+    if net.mode.overlay:
+        remote = rows.Remote(WORLD, POD | TUNNEL, addr(other.addr[4]))
+        node.dp.put("ipcache", prefix(other.cidr[family]), remote)
+    for near in (node, other):
+        gone = near.router[family] + "99"
+        with net.pod("a").space.socket(family, TCP) as c, pytest.raises(OSError, match=r"No route to host|unreachable"):
+            c.connect((gone, 80))
+
+
+@pytest.mark.parametrize("family", [4, 6])
+@pytest.mark.parametrize(("ttl", "answering"), [(1, 0), (2, 1)])
+def test_time_exceeded_comes_from_each_node(net: Lab, family: int, ttl: int, answering: int) -> None:
+    if not net.mode.overlay and ttl == 2:
+        expected = {net.nodes[0].addr[family][:-1] + "1"}
+    else:
+        node = net.nodes[answering]
+        expected = {node.router[family], node.addr[family]}
+    assert hop(net.pod("a").space, family, net.pod("c").addr[family], ttl) in expected
+
+
+@pytest.mark.parametrize("family", [4, 6])
+def test_a_packet_too_big_for_the_way_is_answered(net: Lab, family: int) -> None:
+    pod, node, server = net.pod("a"), net.nodes[0], net.pod("c")
+    device = "fimvx" if net.mode.overlay else "eth0"
+    try:
+        pod.space.ip("link set eth0 mtu 1500")
+        node.space.ip(f"link set {pod.device} mtu 1500")
+        if not net.mode.overlay:
+            node.space.ip(f"link set {device} mtu 1450")
+        with pod.space.socket(family, UDP) as c:
+            assert path_mtu(c, family, (server.addr[family], 9)) == 1450
+    finally:
+        pod.space.ip("link set eth0 mtu 1450")
+        node.space.ip(f"link set {pod.device} mtu 1450")
+        node.space.ip(f"link set {device} mtu {1450 if net.mode.overlay else 1500}")
+
+
+@pytest.mark.parametrize("family", [4, 6])
+@pytest.mark.parametrize("server", ["b", "c"])
+def test_policy_is_enforced_and_lifted_on_a_connection(net: Lab, server: str, family: int) -> None:
+    node, pod, client = net.node_of(server), net.pod(server), net.pod("a")
+    node.dp.policy_set(5, {})
+    with pod.space.socket(family, TCP) as listener, client.space.socket(family, TCP) as c:
+        listener.bind((pod.addr[family], 0))
+        listener.listen()
+        c.connect(listener.getsockname()[:2])
+        s, _ = listener.accept()
+        with s:
+            s.settimeout(3)
+            exchange(c, s, b"before")
+            node.endpoint(pod, READY | ENFORCE_INGRESS, 5)
+            node.rejudge()
+            c.send(b"during")
+            s.settimeout(0.3)
+            with pytest.raises(TimeoutError):
+                s.recv(10)
+            allow = rows.PolicyKey(48, IDENTITY["a"], INGRESS, socket.IPPROTO_TCP, 0)
+            node.dp.policy_set(5, {allow: rows.PolicyEntry(1, 0, 900)})
+            s.settimeout(5)
+            assert s.recv(10) == b"during"
+            exchange(s, c, b"answer")
+    with client.space.socket(family, UDP) as c:
+        c.settimeout(0.2)
+        c.connect((pod.addr[family], 9))
+        c.send(b"?")
+        with pytest.raises(TimeoutError):
+            c.recv(1)
+    node.endpoint(pod)
+    node.rejudge()
