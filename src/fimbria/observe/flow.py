@@ -99,6 +99,8 @@ class FlowBuilder:
 
     def _policy(self, e: Event, body: Json, dropped: bool) -> None:
         """The rule behind a verdict; for a drop by default, the policies that make it the default."""
+        if e.ct_state == REPLY:
+            return  # allowed by its connection, whose rule stands in the flow that opened it
         direction = "egress" if e.direction == EGRESS else "ingress"
         rule = self.names.rule(e.rule) if e.rule else None
         if rule:
