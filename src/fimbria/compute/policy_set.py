@@ -180,11 +180,14 @@ class PolicySet:
 
     def entries(self) -> dict[PolicyKey, PolicyEntry]:
         """The whole map."""
-        return {
-            PolicyKey(cell.prefixlen, peer, cell.direction, cell.proto, cell.port): PolicyEntry(*entry)
-            for peer, shape in self.shapes.items()
-            for cell, entry in shape.items()
-        }
+        rows: dict[int, list[tuple[Cell, PolicyEntry]]] = {}  # by shape, which many peers share
+        entries = {}
+        for peer, shape in self.shapes.items():
+            if id(shape) not in rows:
+                rows[id(shape)] = [(cell, PolicyEntry(*entry)) for cell, entry in shape.items()]
+            for cell, row in rows[id(shape)]:
+                entries[PolicyKey(cell.prefixlen, peer, cell.direction, cell.proto, cell.port)] = row
+        return entries
 
     def __len__(self) -> int:
         return sum(map(len, self.shapes.values()))
