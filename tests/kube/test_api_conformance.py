@@ -89,8 +89,7 @@ def test_no_token_is_unauthorized(server: Client) -> None:
 
 
 def test_unknown_paths_are_404(server: Client) -> None:
-    refusal(server, 404, "NotFound", "GET", "/api/v1/nosuchthings/x") if server.kind == "embedded" else None
-    assert server.call("GET", "/api/v1/nosuchthings").code == 404
+    refusal(server, 404, "NotFound", "GET", "/api/v1/nosuchthings")
     assert server.call("GET", "/apis/no.such.group/v1").code == 404
 
 
@@ -196,7 +195,7 @@ def test_broken_json_is_bad_request(server: Client, ns: str) -> None:
 
 
 def test_yaml_bodies(server: Client, ns: str) -> None:
-    body = b"apiVersion: v1\nkind: ConfigMap\nmetadata: {name: y}\ndata: {a: b}\n"
+    body = b"apiVersion: v1\nkind: ConfigMap\nmetadata: {name: yaml}\ndata: {a: b}\n"
     assert server.raw("POST", cm(ns), body, {"Content-Type": "application/yaml"}).code == 201
 
 
@@ -441,6 +440,16 @@ def test_list_at_an_exact_version(server: Client, ns: str) -> None:
     assert len(server.get(cm(ns), resourceVersion="0")["items"]) >= 0
 
 
+def test_wrong_options_are_invalid(server: Client, ns: str) -> None:
+    status = refusal(server, 422, "Invalid", "GET", cm(ns), resourceVersion="5", resourceVersionMatch="Bogus")
+    assert invalid_fields(status) == ["resourceVersionMatch"]
+    refusal(server, 422, "Invalid", "GET", cm(ns), resourceVersionMatch="Exact")
+    status = refusal(server, 422, "Invalid", "POST", cm(ns), {"metadata": {"name": "a"}}, fieldValidation="Bogus")
+    assert invalid_fields(status) == ["fieldValidation"]
+    make(server, ns, "b")
+    refusal(server, 422, "Invalid", "DELETE", cm(ns, "b"), {"propagationPolicy": "Bogus"})
+
+
 def test_list_across_namespaces(server: Client, ns: str) -> None:
     make(server, ns, "everywhere")
     found = server.get("/api/v1/configmaps", fieldSelector="metadata.name=everywhere,metadata.namespace=" + ns)
@@ -522,7 +531,12 @@ def test_watch_list_ends_its_state_with_a_bookmark(server: Client, ns: str) -> N
     make(server, ns, "a")
     make(server, ns, "b")
     watcher = server.watch(cm(ns), sendInitialEvents="true", allowWatchBookmarks="true", resourceVersionMatch="NotOlderThan")
-    assert {watcher.next()[1]["metadata"]["name"] for _ in range(2)} == {"a", "b"}
+    kind, obj = watcher.next()
+    if server.kind == "real" and kind == "ERROR":
+        # Debian's etcd 3.4 can't say how far a watch has come: clients must go back to list and watch
+        assert "RequestWatchProgress is disabled" in obj["message"]
+        return
+    assert {obj["metadata"]["name"], watcher.next()[1]["metadata"]["name"]} == {"a", "b"}
     kind, obj = watcher.next()
     assert kind == "BOOKMARK" and obj["kind"] == "ConfigMap"
     assert obj["metadata"]["annotations"] == {"k8s.io/initial-events-end": "true"}
@@ -532,13 +546,6 @@ def test_watch_list_ends_its_state_with_a_bookmark(server: Client, ns: str) -> N
 def test_watch_list_needs_its_options(server: Client, ns: str) -> None:
     assert server.call("GET", cm(ns), watch="1", sendInitialEvents="true").code == 422
     assert server.call("GET", cm(ns), watch="1", resourceVersion="1", resourceVersionMatch="NotOlderThan").code == 422
-
-
-def test_watch_from_the_forgotten_past_is_gone(server: Client, ns: str) -> None:
-    if server.kind == "real":
-        pytest.skip("the real server forgets after five minutes; the embedded one's bound is tested below")
-    kind, obj = server.watch("/api/v1/namespaces", resourceVersion="1").next()
-    assert (kind, obj.get("code")) in (("ERROR", 410), ("ADDED", None))
 
 
 def test_many_watchers_see_the_same(server: Client, ns: str) -> None:
@@ -1052,7 +1059,7 @@ def test_deleted_definition_takes_its_objects_along(server: Client, ns: str) -> 
         (lambda body: body["spec"].update(scope="Global"), "spec.scope"),
         (lambda body: body["spec"]["versions"][0].update(storage=False), "spec.versions"),
         (lambda body: body["spec"]["versions"][0]["schema"]["openAPIV3Schema"]["properties"].update(x={}),
-         "spec.versions[0].schema.openAPIV3Schema.properties[x].type"),
+         "spec.validation.openAPIV3Schema.properties[x].type"),
     ],
 )  # fmt: skip
 def test_invalid_definitions(server: Client, change: Any, field: str) -> None:
@@ -1341,7 +1348,7 @@ def test_kubectl_wait_and_watch(server: Client, kubectl: Kubectl, ns: str) -> No
     server.post(core(ns, "pods"), pod_body("q"))
     threading.Timer(0.5, server.delete, (core(ns, "pods", "q"),)).start()
     out = kubectl("get", "pods", "-n", ns, "-w", "--output-watch-events", "--request-timeout=3s")
-    assert [line.split()[0] for line in out.splitlines() if " q " in line] == ["ADDED", "DELETED"]
+    assert [line.split()[0] for line in out.splitlines() if " q " in line] == ["ADDED", "MODIFIED", "DELETED"]
 
 
 def test_kubectl_delete_waits_for_a_finalizer(server: Client, kubectl: Kubectl, ns: str) -> None:

@@ -263,7 +263,7 @@ def _patcher(res: Resource, kind: str, body: Any) -> Callable[[Obj], Obj]:
             else:
                 changed = patch.strategic_patch(obj, _object(body), openapi.TYPES[res.type_name])
         except patch.PatchError as error:
-            if error.malformed:
+            if error.malformed and kind != requests.JSON_PATCH:
                 raise errors.bad_request(str(error)) from None
             message = f"the server rejected our request due to an error in our request: {error}"
             raise ApiError(422, "Invalid", message) from None
@@ -287,7 +287,7 @@ def _parse_watch(
         problems.append(errors.forbidden_field("resourceVersionMatch", "sendInitialEvents requires setting "
                                                "resourceVersionMatch to NotOlderThan"))  # fmt: skip
     if problems:
-        raise ApiError(422, "Invalid", f'ListOptions.meta.k8s.io "" is invalid: {problems[0].text}')
+        raise errors.invalid_options("ListOptions", problems[0])
     bookmarks = requests.flag(query, "allowWatchBookmarks")
     if initial is not None:
         wants = requests.flag(query, "sendInitialEvents")

@@ -48,18 +48,20 @@ class CrdStrategy(Strategy):
             versions = [one.get("name", "") for one in spec["versions"]]
             errors.append(invalid("spec.versions", versions, "must have exactly one version marked as storage version"))
         for at, version in enumerate(spec["versions"]):
-            errors += _validate_version(version, f"spec.versions[{at}]")
+            # kube-apiserver moves the schema of an only version to spec.validation before it looks at it
+            field = f"spec.versions[{at}]"
+            where = "spec.validation" if len(spec["versions"]) == 1 else f"{field}.schema"
+            errors += _validate_version(version, field, f"{where}.openAPIV3Schema")
         if old and old["spec"]["scope"] != spec["scope"]:
             errors.append(validation.immutable("spec.scope", spec["scope"]))
         return errors
 
 
-def _validate_version(version: Obj, field: str) -> list[FieldError]:
+def _validate_version(version: Obj, field: str, where: str) -> list[FieldError]:
     errors = validation.dns_label(version.get("name", ""), f"{field}.name")
     root = (version.get("schema") or {}).get("openAPIV3Schema")
-    where = f"{field}.schema.openAPIV3Schema"
     if not isinstance(root, dict):
-        return [*errors, required(where, "schemas are required")]
+        return [*errors, required(f"{field}.schema.openAPIV3Schema", "schemas are required")]
     if root.get("type") != "object":
         errors.append(invalid(f"{where}.type", root.get("type"), "must be object at the root"))
     errors += _validate_structure(root, where)

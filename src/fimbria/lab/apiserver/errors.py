@@ -30,7 +30,7 @@ def invalid(field: str, value: Any, detail: str) -> FieldError:
 
 
 def not_supported(field: str, value: Any, supported: list[str]) -> FieldError:
-    choice = ", ".join(f'"{one}"' for one in sorted(supported))
+    choice = ", ".join(f'"{one}"' for one in supported)
     return FieldError(field, "FieldValueNotSupported", f"Unsupported value: {quoted(value)}: supported values: {choice}")
 
 
@@ -105,6 +105,13 @@ def invalid_object(res: Resource, name: str, errors: list[FieldError]) -> ApiErr
     causes = [{"reason": one.reason, "message": one.message, "field": one.field} for one in errors]
     details |= {"kind": res.kind, "causes": causes}
     return ApiError(422, "Invalid", f'{kind} "{name}" is invalid: {joined}', details)
+
+
+def invalid_options(kind: str, problem: FieldError) -> ApiError:
+    """What is wrong with a request's own options, such as ListOptions."""
+    cause = {"reason": problem.reason, "message": problem.message, "field": problem.field}
+    details = {"group": "meta.k8s.io", "kind": kind, "causes": [cause]}
+    return ApiError(422, "Invalid", f'{kind}.meta.k8s.io "" is invalid: {problem.text}', details)
 
 
 def bad_request(message: str) -> ApiError:

@@ -89,20 +89,25 @@ def _state(shelf: Shelf, rv: int, now_rv: int, token: _Token | None) -> dict[Key
 
 def _list_version(query: Mapping[str, str], now_rv: int, limit: int) -> int:
     rv, match = version(query), query.get("resourceVersionMatch", "")
+    problem: errors.FieldError | None = None
     if match not in ("", "Exact", "NotOlderThan"):
-        raise errors.bad_request(f'resourceVersionMatch: Unsupported value: "{match}"')
-    if match and rv is None:
-        raise errors.bad_request("resourceVersionMatch: Forbidden: resourceVersionMatch is forbidden unless "
-                                 "resourceVersion is provided")  # fmt: skip
-    if match == "Exact" and not rv:
-        raise errors.bad_request('resourceVersionMatch: Forbidden: resourceVersionMatch "exact" is forbidden for '
-                                 'resourceVersion "0"')  # fmt: skip
+        problem = errors.not_supported("resourceVersionMatch", match, ["Exact", "NotOlderThan", ""])
+    elif match and rv is None:
+        problem = _forbidden_match("resourceVersionMatch is forbidden unless resourceVersion is provided")
+    elif match == "Exact" and not rv:
+        problem = _forbidden_match('resourceVersionMatch "exact" is forbidden for resourceVersion "0"')
+    if problem:
+        raise errors.invalid_options("ListOptions", problem)
     if rv and rv > now_rv:
         message = f"Too large resource version: {rv}, current: {now_rv}"
         details = {"causes": [{"reason": "ResourceVersionTooLarge", "message": "Too large resource version"}],
                    "retryAfterSeconds": 1}  # fmt: skip
         raise ApiError(504, "Timeout", message, details)
     return rv if rv and (match == "Exact" or (limit and not match)) else now_rv
+
+
+def _forbidden_match(detail: str) -> errors.FieldError:
+    return errors.forbidden_field("resourceVersionMatch", detail)
 
 
 def version(query: Mapping[str, str]) -> int | None:

@@ -48,13 +48,13 @@ def _port(port: Obj, field: str) -> list[FieldError]:
     number, end = port.get("port"), port.get("endPort")
     if number is None:
         if end is not None:
-            errors.append(required(f"{field}.port", "must be specified when `endPort` is specified"))
+            errors.append(invalid(f"{field}.endPort", end, "may not be specified when `port` is not specified"))
         return errors
     errors += validation.port_or_name(number, f"{field}.port")
     if end is None:
         return errors
     if isinstance(number, str):
-        errors.append(required(f"{field}.port", "must be an integer when `endPort` is specified"))
+        errors.append(invalid(f"{field}.endPort", end, "may not be specified when `port` is non-numeric"))
         return errors
     if end < number:
         errors.append(invalid(f"{field}.endPort", end, "must be greater than or equal to `port`"))

@@ -125,7 +125,7 @@ class Registry:
         meta = obj["metadata"]
         self._check_namespace(res, namespace, meta)
         if meta.get("resourceVersion"):
-            raise errors.bad_request("resourceVersion should not be set on objects to be created")
+            raise ApiError(500, "InternalError", "resourceVersion should not be set on objects to be created")
         if not meta.get("name") and meta.get("generateName"):
             meta["name"] = generated_name(meta["generateName"])
         self._admit_into(res, namespace, meta.get("name", ""))
@@ -317,9 +317,12 @@ class Registry:
         self._check_deletion(res, key, old["metadata"], options)
         new = begin_deletion(res, old, options, datetime.now(UTC))
         if new is None:
+            last = _last_state(res, old, datetime.now(UTC))
             if not options.dry_run:
-                self._remove(res, key, old)
-            return served(res, old), True
+                if last is not old:
+                    self._store(res, key, last, old, False)
+                self._remove(res, key, last)
+            return served(res, last), True
         if new == old:
             return served(res, old), False
         return self._store(res, key, new, old, options.dry_run), False
@@ -398,6 +401,18 @@ def _is_released(res: Resource, obj: Obj) -> bool:
     if not meta.get("deletionTimestamp") or meta.get("finalizers") or meta.get("deletionGracePeriodSeconds"):
         return False
     return not (res.qualified == "namespaces" and (obj.get("spec") or {}).get("finalizers"))
+
+
+def _last_state(res: Resource, old: Obj, now: datetime) -> Obj:
+    """What watchers see of an object just before it goes: kinds with a grace period show that it is being deleted."""
+    meta = old["metadata"]
+    if res.strategy.grace(old, 0) is None or (meta.get("deletionTimestamp") and not meta["deletionGracePeriodSeconds"]):
+        return old
+    new = copy.deepcopy(old)
+    new["metadata"] |= {"deletionTimestamp": timestamp(now), "deletionGracePeriodSeconds": 0}
+    if not meta.get("deletionTimestamp") and meta.get("generation"):
+        new["metadata"]["generation"] += 1
+    return new
 
 
 _GC_FINALIZERS = {"Orphan": "orphan", "Foreground": "foregroundDeletion"}

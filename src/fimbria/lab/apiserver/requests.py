@@ -65,14 +65,15 @@ def number(query: Mapping[str, str], name: str) -> int | None:
 def write_options(query: Mapping[str, str], user_agent: str) -> Write:
     strictness = query.get("fieldValidation") or "Warn"
     if strictness not in ("Strict", "Warn", "Ignore"):
-        raise errors.bad_request(f'fieldValidation: Unsupported value: "{strictness}"')
+        problem = errors.not_supported("fieldValidation", strictness, ["", "Ignore", "Strict", "Warn"])
+        raise errors.invalid_options("CreateOptions", problem)
     manager = query.get("fieldManager") or user_agent.partition("/")[0] or "unknown"
     return Write(_dry_run(query.get("dryRun")), strictness, manager, flag(query, "force"))
 
 
 def _dry_run(value: Any) -> bool:
     if value not in (None, "", "All", [], ["All"]):
-        raise errors.bad_request(f'dryRun: Unsupported value: "{value}": supported values: "All"')
+        raise errors.invalid_options("CreateOptions", errors.not_supported("dryRun", value, ["All"]))
     return bool(value)
 
 
@@ -84,7 +85,8 @@ def deletion(query: Mapping[str, str], body: Any) -> Deletion:
     grace = number(query, "gracePeriodSeconds") if grace is None else grace
     policy = options.get("propagationPolicy") or query.get("propagationPolicy")
     if policy not in (None, "", "Orphan", "Background", "Foreground"):
-        raise errors.bad_request(f'invalid propagationPolicy "{policy}"')
+        supported = ["Foreground", "Background", "Orphan", "nil"]
+        raise errors.invalid_options("DeleteOptions", errors.not_supported("propagationPolicy", policy, supported))
     if options.get("orphanDependents") or (not policy and flag(query, "orphanDependents")):
         policy = "Orphan"
     dry_run = _dry_run(options.get("dryRun")) or _dry_run(query.get("dryRun"))

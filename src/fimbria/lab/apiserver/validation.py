@@ -141,7 +141,7 @@ def port_or_name(value: Any, field: str) -> list[FieldError]:
 def one_of(value: Any, field: str, supported: list[str]) -> list[FieldError]:
     if value in supported:
         return []
-    return [not_supported(field, value, supported)] if value else [required(field)]
+    return [not_supported(field, value, sorted(supported))] if value else [required(field)]
 
 
 def parse_cidr(value: Any) -> ipaddress.IPv4Network | ipaddress.IPv6Network | None:

@@ -1,0 +1,106 @@
+"""What only the embedded server can be asked: death by kill -9, a bounded history, its sockets."""
+
+from __future__ import annotations
+
+import http.client
+import socket
+import stat
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+pytestmark = pytest.mark.timeout(120)
+Obj = dict[str, Any]
+
+
+def cm(name: str = "") -> str:
+    return "/api/v1/namespaces/default/configmaps" + (f"/{name}" if name else "")
+
+
+def test_kill_loses_nothing_and_versions_go_on(embedded_server: Any) -> None:
+    client = embedded_server.start()
+    made = [client.post(cm(), {"metadata": {"name": f"a{number}"}}) for number in range(20)]
+    last = client.delete(cm("a0"))
+    newest = int(client.get(cm())["metadata"]["resourceVersion"])
+    embedded_server.kill()
+    client = embedded_server.start()
+    assert last["status"] == "Success" and client.call("GET", cm("a0")).code == 404
+    assert client.get(cm("a7"))["metadata"] == made[7]["metadata"]
+    assert int(client.get(cm())["metadata"]["resourceVersion"]) >= newest
+    assert int(client.post(cm(), {"metadata": {"name": "next"}})["metadata"]["resourceVersion"]) > newest
+
+
+def test_watch_over_a_restart(embedded_server: Any) -> None:
+    client = embedded_server.start()
+    old = client.post(cm(), {"metadata": {"name": "a"}})["metadata"]["resourceVersion"]
+    new = client.post(cm(), {"metadata": {"name": "b"}})["metadata"]["resourceVersion"]
+    embedded_server.kill()
+    client = embedded_server.start()
+    kind, status = client.watch(cm(), resourceVersion=old).next()
+    assert (kind, status["code"], status["reason"]) == ("ERROR", 410, "Expired")
+    watcher = client.watch(cm(), resourceVersion=new)
+    client.post(cm(), {"metadata": {"name": "c"}})
+    assert watcher.next()[1]["metadata"]["name"] == "c"
+
+
+def test_history_is_bounded(embedded_server: Any) -> None:
+    client = embedded_server.start()
+    for number in range(5):
+        client.post(cm(), {"metadata": {"name": f"p{number}"}})
+    page = client.get(cm(), limit=2)
+    rv = page["metadata"]["resourceVersion"]
+    for number in range(120):
+        client.patch(cm("p0"), {"data": {"n": str(number)}})
+    kind, status = client.watch(cm(), resourceVersion=rv).next()
+    assert (kind, status["code"]) == ("ERROR", 410)
+    answer = client.call("GET", cm(), resourceVersion=rv, resourceVersionMatch="Exact")
+    assert (answer.code, answer.body["reason"]) == (410, "Expired")
+    answer = client.call("GET", cm(), limit="2", **{"continue": page["metadata"]["continue"]})
+    assert (answer.code, answer.body["reason"]) == (410, "Expired")
+    rest = client.get(cm(), **{"continue": answer.body["metadata"]["continue"]})
+    assert {"p2", "p3", "p4"} <= {item["metadata"]["name"] for item in rest["items"]}
+
+
+def test_a_watcher_that_does_not_read_is_cut_off(embedded_server: Any) -> None:
+    client = embedded_server.start()
+    rv = client.get(cm())["metadata"]["resourceVersion"]
+    watcher = client.watch(cm(), resourceVersion=rv)
+    big = "x" * 200_000
+    client.post(cm(), {"metadata": {"name": "big"}, "data": {"k": big}})
+    for number in range(150):
+        client.patch(cm("big"), {"data": {"n": str(number)}})
+    kinds = []
+    while True:
+        kind, obj = watcher.next()
+        kinds.append(kind)
+        if kind == "ERROR":
+            assert obj["code"] == 410
+            break
+    assert len(kinds) < 150 and watcher.ended()
+
+
+class UnixConnection(http.client.HTTPConnection):
+    def __init__(self, path: Path):
+        super().__init__("localhost")
+        self._path = path
+
+    def connect(self) -> None:
+        self.sock = socket.socket(socket.AF_UNIX)
+        self.sock.connect(str(self._path))
+
+
+def test_unix_socket_is_private_and_needs_no_token(embedded_server: Any, tmp_path: Path) -> None:
+    path = tmp_path / "api.sock"
+    embedded_server._options += ("--listen", f"unix:{path}")
+    embedded_server.start()
+    deadline = time.monotonic() + 5
+    while not path.exists() and time.monotonic() < deadline:
+        time.sleep(0.02)
+    assert stat.S_IMODE(path.stat().st_mode) == 0o600
+    assert stat.S_IMODE(embedded_server.kubeconfig.stat().st_mode) == 0o600
+    connection = UnixConnection(path)
+    connection.request("GET", "/api/v1/namespaces/default")
+    assert connection.getresponse().status == 200
+    connection.close()
