@@ -14,8 +14,9 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
-from typing import Any, Final, Protocol, TypeVar
+from typing import Any, Final
 
+from fimbria.decide.numbers import Numbers
 from fimbria.model.address import is_v4, unpack
 from fimbria.model.rows import Backend, Frontend, FrontendKey, SlotKey
 from fimbria.model.service import EndpointSlice, Service, ServiceKey, ServicePort
@@ -25,7 +26,6 @@ SLOTS: Final = "service_slots"
 FRONTENDS: Final = "frontends"
 FRONTEND_CLUSTER_IP: Final = 1
 
-K = TypeVar("K")
 BackendKey = tuple[bytes, int, int]  # address, port, protocol
 Presence = tuple[int, int, int]  # in how many slices: listed, ready, serving while terminating
 
@@ -33,34 +33,6 @@ _LISTED: Final[Presence] = (1, 0, 0)
 _READY: Final[Presence] = (1, 1, 0)
 _TERMINATING: Final[Presence] = (1, 0, 1)
 _ABSENT: Final[Presence] = (0, 0, 0)
-
-
-class Numbering(Protocol[K]):
-    """Decides which number a key has (`fimbria.decide.numbers.Numbers`)."""
-
-    def take(self, key: K, /) -> int:
-        """The number of a key, from now on in use."""
-        ...
-
-    def get(self, key: K, /) -> int | None:
-        """The number of a key, if it has one."""
-        ...
-
-    def key(self, number: int, /) -> K | None:
-        """The key of a number, if any has it."""
-        ...
-
-    def release(self, key: K, /) -> int | None:
-        """Free a key's number."""
-        ...
-
-    def restore(self, rows: Iterable[tuple[K, int]], spent: Iterable[int] = (), /) -> list[tuple[K, int]]:
-        """Take over numbers from an earlier life; returns those that could not be kept."""
-        ...
-
-    def settle(self) -> dict[K, int]:
-        """Free the restored numbers that were not taken again."""
-        ...
 
 
 def _three_maps() -> dict[str, dict[Any, Any]]:
@@ -141,7 +113,7 @@ _NO_STATE: Final = _State(Service(ServiceKey("", "")), {}, {})
 class ServiceCompute:
     """Incremental by service: `update` returns what changed, `all_rows` the whole; both always agree."""
 
-    def __init__(self, node: str, services: Numbering[FrontendKey], backends: Numbering[BackendKey]) -> None:
+    def __init__(self, node: str, services: Numbers[FrontendKey], backends: Numbers[BackendKey]) -> None:
         """`node` is this node's name, as endpoints state it."""
         self.node = node
         self.services = services
