@@ -80,3 +80,9 @@ def ptp_lab(make_lab: MakeLab) -> Lab:
     lab = make_lab(nodes=2, agents=False)
     install_ptp(lab)
     return lab
+
+
+@pytest.fixture(scope="module")
+def agent_lab(make_lab: MakeLab) -> Lab:
+    """Three nodes with everything of ours running, overlay routing."""
+    return make_lab()

@@ -11,6 +11,7 @@ import base64
 import json
 import os
 import re
+import signal
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -253,14 +254,15 @@ class Runtime:
         prev: Mapping[str, Any] | None,
     ) -> dict[str, Any] | None:
         program = self.find(plugin["type"])
-        process = await asyncio.create_subprocess_exec(
-            program,
-            stdin=asyncio.subprocess.PIPE,
-            stdout=asyncio.subprocess.PIPE,
-            stderr=asyncio.subprocess.PIPE,
-            env=environment(command, self._path, attachment),
-        )
         what = f"plugin {plugin['type']}, {command}"
+        pipe = asyncio.subprocess.PIPE
+        try:
+            process = await asyncio.create_subprocess_exec(
+                program, stdin=pipe, stdout=pipe, stderr=pipe, env=environment(command, self._path, attachment),
+                start_new_session=True,
+            )  # fmt: skip
+        except OSError as e:
+            raise CniError(f"{what}: {e.strerror}") from None
         try:
             async with asyncio.timeout(self._timeout):
                 out, err = await process.communicate(plugin_config(network, plugin, attachment, prev))
@@ -268,7 +270,7 @@ class Runtime:
             raise CniError(f"{what}: no answer in {self._timeout:.0f} s") from None
         finally:
             if process.returncode is None:
-                process.kill()
+                os.killpg(process.pid, signal.SIGKILL)  # with what it started, which would keep our pipes open
                 await process.wait()
         return _interpret(what, process.returncode or 0, out, err)
 

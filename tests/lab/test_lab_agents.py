@@ -1,0 +1,97 @@
+"""The lab with the real agents, operator and controllers: pods reach each other, processes can be ended and started."""
+
+import json
+import signal
+from collections.abc import Callable
+
+import pytest
+
+from fimbria.lab import cluster, kernel
+from fimbria.lab.handle import Lab
+
+APP = """
+apiVersion: apps/v1
+kind: Deployment
+metadata: {name: web}
+spec:
+  replicas: 3
+  selector: {matchLabels: {app: web}}
+  template:
+    metadata: {labels: {app: web}}
+    spec:
+      terminationGracePeriodSeconds: 1
+      containers: [{name: main, image: fimbria/labtool, readinessProbe: {tcpSocket: {port: 9000}}}]
+---
+apiVersion: v1
+kind: Service
+metadata: {name: web}
+spec: {selector: {app: web}, ports: [{port: 80, targetPort: 8080}]}
+---
+apiVersion: v1
+kind: Pod
+metadata: {name: client}
+spec:
+  nodeName: node1
+  terminationGracePeriodSeconds: 1
+  containers: [{name: main, image: fimbria/labtool, command: [labtool, sleep]}]
+"""
+
+
+def start_app(lab: Lab) -> list[str]:
+    """Names of the web pods, all Ready."""
+    lab.apply(APP)
+
+    def web() -> list[str]:
+        pods = lab.request("GET", "/api/v1/namespaces/default/pods", labelSelector="app=web")["items"]
+        return [p["metadata"]["name"] for p in pods] if len(pods) == 3 else []
+
+    names = lab.wait("three web pods", web)
+    lab.wait_ready([*names, "client"])
+    return names
+
+
+@pytest.mark.parametrize("routing", ["overlay", "native"])
+def test_pods_and_services_across_nodes(make_lab: Callable[..., Lab], routing: str) -> None:
+    lab = make_lab(routing=routing)
+    names = start_app(lab)
+    nodes = {lab.pod(n)["spec"]["nodeName"] for n in names}
+    assert len(nodes) > 1, "the controllers spread pods"
+    for name in names:
+        for address in lab.addresses(name):
+            answer = lab.probe("client", "http", address, 8080)
+            assert answer["result"] == "ok", (routing, address, answer)
+            assert answer["answer"]["name"] == name
+            assert any(own in answer["answer"]["peer"] for own in lab.addresses("client")), (
+                "pods see each other's own address"
+            )
+    service = lab.request("GET", "/api/v1/namespaces/default/services/web")["spec"]["clusterIP"]
+    seen = lab.wait("all backends", lambda: _backends(lab, service) == set(names) and names)
+    assert seen
+    for address in (lab.spec.world.ipv4, lab.spec.world.ipv6):
+        assert lab.probe("client", "icmp", address)["result"] == "ok", "masqueraded, so the world can answer"
+
+
+def _backends(lab: Lab, service: str) -> set[str]:
+    tool = kernel.binary("labtool")
+    lines = lab.run("client", tool, "probe", "http", service, "80", "--count", "30").stdout.splitlines()
+    return {json.loads(line).get("answer", {}).get("name") for line in lines}
+
+
+def test_processes_killed_under_traffic(agent_lab: Lab) -> None:
+    lab = agent_lab
+    names = start_app(lab)
+    far = next(n for n in names if lab.pod(n)["spec"]["nodeName"] != "node1")
+    where = lab.pod(far)["spec"]["nodeName"]
+    options = ("--seconds", "60", "--stall", "1000")
+    tool, address = kernel.binary("labtool"), lab.addresses(far)[0]
+    streams = [lab.start("client", tool, "stream", "tcp", address, "9000", *options),
+               lab.start("client", tool, "stream", "udp", address, "9001", *options)]  # fmt: skip
+    for process in ("control/operator", "control/apiserver", "node1/agent", f"{where}/agent", "node1/runner"):
+        lab.kill(process, signal.SIGKILL)
+    for process in ("control/apiserver", "control/operator", "node1/agent", f"{where}/agent", "node1/runner"):
+        lab.restart(process)
+    lab.wait("everything runs and is ready", lambda: cluster.status(lab.spec.name)["healthy"])
+    for stream in streams:
+        stream.send_signal(signal.SIGTERM)
+        out, _ = stream.communicate(timeout=20)
+        assert json.loads(out.splitlines()[-1])["ok"] is True, out
