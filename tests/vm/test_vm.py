@@ -139,3 +139,9 @@ def test_a_test_file_runs_in_the_guest(place: Path) -> None:
     summary = suite.run_tests("6.12", HERE / "sample_suite.py")
     assert summary.counts == {"passed": 1, "failed": 1, "skipped": 1}, summary.output
     assert summary.rc == 1
+
+
+@pytest.mark.parametrize("kernel", KERNELS)
+def test_programs_load(kernel: str, place: Path) -> None:
+    result = machine.run(kernel, ["python", "tests/bpf/load_all.py"], timeout=600)
+    assert result.rc == 0, result.output
