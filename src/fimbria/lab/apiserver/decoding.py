@@ -13,13 +13,15 @@ MAX_DEPTH = 100
 _SCALARS: dict[str, tuple[type, ...]] = {
     "s": (str,),
     "t": (str,),
+    "T": (str,),
+    "B": (str,),
     "i": (int,),
     "n": (int, float),
     "q": (str, int, float),
     "is": (str, int),
     "b": (bool,),
 }
-_NAMES = {"s": "string", "t": "time", "i": "int", "n": "float", "q": "quantity", "is": "int or string", "b": "bool"}
+_NAMES = {"s": "string", "t": "time", "T": "time", "B": "bytes", "i": "int", "n": "float", "q": "quantity", "is": "int or string", "b": "bool"}
 
 
 def prune(obj: Obj, kind: Type, described: str) -> list[str]:

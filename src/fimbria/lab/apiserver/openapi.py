@@ -14,6 +14,8 @@ _PARAMETERS = ("dryRun", "fieldManager", "fieldValidation", "force")
 _SCALARS: dict[str, Obj] = {
     "s": {"type": "string"},
     "t": {"type": "string", "format": "date-time"},
+    "T": {"type": "string", "format": "date-time"},
+    "B": {"type": "string", "format": "byte"},
     "i": {"type": "integer", "format": "int64"},
     "n": {"type": "number"},
     "b": {"type": "boolean"},

@@ -8,7 +8,7 @@ from typing import Any
 
 import yaml
 
-from fimbria.lab.apiserver import errors
+from fimbria.lab.apiserver import errors, protobuf
 from fimbria.lab.apiserver.errors import ApiError
 from fimbria.lab.apiserver.model import Obj, decode
 from fimbria.lab.apiserver.registry import Deletion, Write
@@ -103,9 +103,11 @@ def parse_body(raw: bytes, content_type: str) -> Any:
             return yaml.safe_load(raw)
         if kind in (JSON, JSON_PATCH, MERGE_PATCH, STRATEGIC_PATCH, "", "application/octet-stream", "*/*"):
             return decode(raw)
+        if kind == protobuf.CONTENT_TYPE:
+            return protobuf.decode_object(raw)
     except (ValueError, yaml.YAMLError, RecursionError) as error:
         raise errors.bad_request(f"the body can't be decoded: {error}") from None
-    accepted = f"{JSON}, {YAML}"
+    accepted = f"{JSON}, {YAML}, {protobuf.CONTENT_TYPE}"
     message = "the body of the request was in an unknown format - accepted media types include: "
     raise ApiError(415, "UnsupportedMediaType", message + accepted)
 
