@@ -211,7 +211,7 @@ class PolicyEngine:
         """Raises KeyError for an endpoint that isn't there."""
         return self._policy_of[endpoint]
 
-    def set(self, key: SetKey) -> PolicySet:
+    def policy_set(self, key: SetKey) -> PolicySet:
         """Raises KeyError for a set that no endpoint uses."""
         return self._sets[key]
 
@@ -221,6 +221,14 @@ class PolicyEngine:
     def cidrs(self) -> dict[PrefixKey, Cidr]:
         """The whole `cidrs` map of this node."""
         return {_row(prefix): Cidr(number) for prefix, number in self._numbers.items()}
+
+    def origins(self) -> set[Origin]:
+        """The rules in force on this node: numbers of all others can be given back once this is applied."""
+        return {origin for origins in self._origins.values() for origin in origins.values()}
+
+    def prefixes(self) -> set[Prefix]:
+        """The prefixes known on this node: likewise."""
+        return set(self._numbers)
 
     def explain(self, rule: int) -> Origin | None:
         """Where the rule with this number is written; None if no rule in force on this node has it."""

@@ -2,8 +2,8 @@
 
 A story has `pods` (by name: namespace, labels, addresses, ports), optional `namespaces` (their labels), and `steps`. A
 step applies objects and deletes some, says which `problems` these have, and lists flows as `from -> to PROTOCOL/port`,
-each with what becomes of it: `allowed`, `allowed by RULE`, `denied by RULE` or `denied by default of POLICIES`. Ends of a
-flow are pods, addresses of the world, `host` and `remote-node`. A flow between two pods needs both pods' consent.
+each with what becomes of it: `allowed`, `allowed by RULE`, `denied by RULE` or `denied by default of POLICIES`. Ends of
+a flow are pods, addresses of the world, `host` and `remote-node`. A flow between two pods needs both pods' consent.
 `entries` shows the entries of a pod's set, `sets` how many sets there are.
 """
 
@@ -85,7 +85,7 @@ class Node:
         if not policy.flags & (2 << direction) or (direction is Direction.INGRESS and other == "host"):
             return "allowed"
         assert policy.set is not None
-        entries = self.engine.set(policy.set).entries()
+        entries = self.engine.policy_set(policy.set).entries()
         identity, addresses = self.who(other)
         votes = [self.ask(entries, identity, direction, proto, port)]
         if policy.flags & (8 << direction):
@@ -132,7 +132,7 @@ class Node:
 
     def entries(self, pod: str) -> list[str]:
         key = self.engine.endpoint(pod).set
-        rows = self.engine.set(key).entries().items() if key else ()
+        rows = self.engine.policy_set(key).entries().items() if key else ()
         return sorted(self.show(row, entry) for row, entry in rows)
 
     def show(self, key: PolicyKey, entry: PolicyEntry) -> str:
