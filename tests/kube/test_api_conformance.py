@@ -373,6 +373,75 @@ def test_unknown_patch_type_is_415(server: Client, ns: str) -> None:
     assert server.call("PATCH", cm(ns, "a"), {}, kind="application/json").code == 415
 
 
+# ---- server-side apply
+
+
+def applied(server: Client, path: str, body: Obj, manager: str, code: int = 200, **query: Any) -> Obj:
+    found: Obj = server.expect(code, "PATCH", path, body, kind=APPLY, fieldManager=manager, **query)
+    return found
+
+
+def applied_cm(name: str, **data: str) -> Obj:
+    return {"apiVersion": "v1", "kind": "ConfigMap", "metadata": {"name": name}, "data": data}
+
+
+def test_apply_creates_and_owns(server: Client, ns: str) -> None:
+    made = applied(server, cm(ns, "a"), applied_cm("a", k="1"), "one", 201)
+    entry = made["metadata"]["managedFields"][0]
+    assert (entry["manager"], entry["operation"], entry["fieldsType"]) == ("one", "Apply", "FieldsV1")
+    assert "f:k" in entry["fieldsV1"]["f:data"]
+    again = applied(server, cm(ns, "a"), applied_cm("a", k="1"), "one")
+    assert again["metadata"]["resourceVersion"] == made["metadata"]["resourceVersion"]
+
+
+def test_apply_removes_what_it_no_longer_says(server: Client, ns: str) -> None:
+    applied(server, cm(ns, "a"), applied_cm("a", keep="1", drop="2"), "one", 201)
+    server.patch(cm(ns, "a"), {"data": {"foreign": "3"}})
+    assert applied(server, cm(ns, "a"), applied_cm("a", keep="1"), "one")["data"] == {"keep": "1", "foreign": "3"}
+
+
+def test_apply_conflicts_and_force(server: Client, ns: str) -> None:
+    applied(server, cm(ns, "a"), applied_cm("a", k="1"), "one", 201)
+    status = applied(server, cm(ns, "a"), applied_cm("a", k="2"), "two", 409)
+    cause = status["details"]["causes"][0]
+    assert (status["reason"], cause["reason"], cause["field"]) == ("Conflict", "FieldManagerConflict", ".data.k")
+    assert 'conflict with "one"' in cause["message"]
+    assert applied(server, cm(ns, "a"), applied_cm("a", k="1"), "three")["data"] == {"k": "1"}
+    assert applied(server, cm(ns, "a"), applied_cm("a", k="2"), "two", force="true")["data"] == {"k": "2"}
+    applied(server, cm(ns, "a"), applied_cm("a", k="1"), "one", 409)
+
+
+def test_update_takes_ownership(server: Client, ns: str) -> None:
+    applied(server, cm(ns, "a"), applied_cm("a", k="1"), "one", 201)
+    server.patch(cm(ns, "a"), {"data": {"k": "2"}}, fieldManager="hand")
+    assert applied(server, cm(ns, "a"), applied_cm("a", k="3"), "one", 409)["reason"] == "Conflict"
+
+
+def test_apply_needs_a_manager(server: Client, ns: str) -> None:
+    assert server.call("PATCH", cm(ns, "a"), applied_cm("a"), kind=APPLY).code in (400, 422)
+
+
+def test_apply_merges_lists_by_key(server: Client, ns: str) -> None:
+    path = apis("apps", ns, "deployments", "d")
+    body = deployment_body("d") | {"apiVersion": "apps/v1", "kind": "Deployment"}
+    applied(server, path, body, "one", 201)
+    side = {"name": "side", "image": "example.invalid/b:1"}
+    extra = {"apiVersion": "apps/v1", "kind": "Deployment", "metadata": {"name": "d"},
+             "spec": {"template": {"spec": {"containers": [side]}}}}  # fmt: skip
+    found = applied(server, path, extra, "two")["spec"]["template"]["spec"]["containers"]
+    assert {one["name"] for one in found} == {"c", "side"}
+    extra["spec"] = {"template": {"metadata": {"labels": {"more": "yes"}}}}
+    template = applied(server, path, extra, "two")["spec"]["template"]
+    assert [one["name"] for one in template["spec"]["containers"]] == ["c"] and template["metadata"]["labels"]["more"] == "yes"
+
+
+def test_apply_custom_status(server: Client, ns: str, things: str) -> None:
+    server.post(custom(ns, things), thing("a"))
+    body = {"apiVersion": "fim.example.com/v1", "kind": "Things", "metadata": {"name": "a"}, "status": {"phase": "Up"}}
+    found = applied(server, custom(ns, things, "a") + "/status", body, "agent")
+    assert found["status"] == {"phase": "Up"} and found["spec"]["size"] == 1
+
+
 # ---- lists
 
 
@@ -1273,6 +1342,24 @@ def test_kubectl_apply_life(server: Client, kubectl: Kubectl, ns: str) -> None:
     container = server.get(apis("apps", ns, "deployments", "web"))["spec"]["template"]["spec"]["containers"][0]
     assert container["image"] == "example.invalid/web:2" and container["env"] == [{"name": "B", "value": "2"}]
     assert "deleted" in kubectl("delete", "--wait=false", "-f", "-", stdin=changed)
+
+
+def test_kubectl_server_side_apply(server: Client, kubectl: Kubectl, ns: str) -> None:
+    text = MANIFEST.replace("NS", ns)
+    assert "deployment.apps/web serverside-applied" in kubectl("apply", "--server-side", "-f", "-", stdin=text)
+    changed = text.replace("web:1", "web:2")
+    kubectl("apply", "--server-side", "-f", "-", stdin=changed)
+    container = server.get(apis("apps", ns, "deployments", "web"))["spec"]["template"]["spec"]["containers"][0]
+    assert container["image"] == "example.invalid/web:2" and container["ports"] == [{"containerPort": 80, "protocol": "TCP"}]
+    out = kubectl("apply", "--server-side", "--field-manager=other", "-f", "-", stdin=text, code=1)
+    assert 'conflict with "kubectl"' in out
+    kubectl("apply", "--server-side", "--field-manager=other", "--force-conflicts", "-f", "-", stdin=text)
+
+
+def test_kubectl_moves_from_client_to_server_side_apply(server: Client, kubectl: Kubectl, ns: str) -> None:
+    text = MANIFEST.replace("NS", ns)
+    kubectl("apply", "-f", "-", stdin=text)
+    kubectl("apply", "--server-side", "-f", "-", stdin=text.replace("web:1", "web:2"))
 
 
 def test_kubectl_apply_refuses_unknown_and_invalid_fields(server: Client, kubectl: Kubectl, ns: str) -> None:

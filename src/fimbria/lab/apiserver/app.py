@@ -82,7 +82,8 @@ class Api:
         if res.namespaced and not target.namespace:
             raise errors.method_not_allowed(res)
         raw = await request.read()
-        write = requests.write_options(request.query, request.headers.get("User-Agent", ""))
+        applies = request.headers.get("Content-Type", "").startswith(requests.APPLY_PATCH)
+        write = requests.write_options(request.query, request.headers.get("User-Agent", ""), applies)
         code, body = self._write(request, res, target, raw, write)
         response = self._shaped(request, res, code, body)
         for warning in write.warnings:

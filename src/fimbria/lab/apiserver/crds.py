@@ -9,6 +9,7 @@ from typing import Any
 from fimbria.lab.apiserver import columns, schema, validation
 from fimbria.lab.apiserver.decoding import prune as prune_typed
 from fimbria.lab.apiserver.errors import FieldError, invalid, not_supported, required
+from fimbria.lab.apiserver.fieldsets import Shape, shape_of_custom
 from fimbria.lab.apiserver.model import Obj, Resource
 from fimbria.lab.apiserver.strategy import Strategy
 from fimbria.lab.apiserver.types import Type
@@ -113,6 +114,10 @@ class CustomStrategy(Strategy):
             path.lstrip("."): columns.json_path(path) for path in paths
         }
         self.field_labels = frozenset(self._selectable)
+        self._shape = shape_of_custom(self.schema)
+
+    def shape(self, res: Resource) -> Shape:
+        return self._shape
 
     def decode(self, res: Resource, obj: Obj) -> list[str]:
         described = f'{res.kind} in version "{res.version}" cannot be handled as a {res.kind}'

@@ -9,9 +9,11 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from datetime import UTC, datetime, timedelta
 
+from fimbria.lab.apiserver import apply as ownership
 from fimbria.lab.apiserver import builtin, crds, errors, schema, validation
 from fimbria.lab.apiserver.columns import timestamp
 from fimbria.lab.apiserver.errors import ApiError, FieldError
+from fimbria.lab.apiserver.fieldsets import readable
 from fimbria.lab.apiserver.model import Entry, Key, Obj, Resource, decode, encode
 from fimbria.lab.apiserver.services import Allocations, Network
 from fimbria.lab.apiserver.store import Shelf, Store
@@ -119,8 +121,10 @@ class Registry:
 
     # ---- creating
 
-    def create(self, res: Resource, namespace: str, body: Obj, write: Write) -> Obj:
-        """Stores a new object and returns it. Raises ApiError."""
+    def create(
+        self, res: Resource, namespace: str, body: Obj, write: Write, managed: list[Obj] | None = None
+    ) -> Obj:
+        """Stores a new object and returns it; ``managed`` are its managedFields, if any. Raises ApiError."""
         obj = self._decode(res, body, write)
         meta = obj["metadata"]
         self._check_namespace(res, namespace, meta)
@@ -136,6 +140,8 @@ class Registry:
         meta.pop("generation", None)
         if res.strategy.has_generation:
             meta["generation"] = 1
+        if managed:
+            meta["managedFields"] = managed
         res.strategy.prepare_create(obj)
         problems = _check_name(res, meta) + validation.metadata(meta)
         problems = problems or res.strategy.validate(obj, None)
@@ -255,7 +261,9 @@ class Registry:
         self._check_namespace(res, key.namespace, new["metadata"])
         return self._replace(res, key, new, sub, write)
 
-    def _replace(self, res: Resource, key: Key, new: Obj, sub: str, write: Write) -> Obj:
+    def _replace(
+        self, res: Resource, key: Key, new: Obj, sub: str, write: Write, managed: list[Obj] | None = None
+    ) -> Obj:
         old = self.entry(res, key).object()
         _keep_metadata(res, key, new, old)
         strategy = res.strategy
@@ -274,6 +282,7 @@ class Registry:
             raise errors.invalid_object(res, key.name, problems)
         if strategy.has_generation and sub != "status" and strategy.spec_changed(new, old):
             new["metadata"]["generation"] = old["metadata"].get("generation", 0) + 1
+        _set_owners(res, new, old, managed, ownership.Writer(write.manager, "Update", sub))
         return self._settle(res, key, new, old, write.dry_run)
 
     def _settle(self, res: Resource, key: Key, new: Obj, old: Obj, dry_run: bool) -> Obj:
@@ -307,7 +316,38 @@ class Registry:
         return {"kind": "Status", "apiVersion": "v1", "metadata": {}, "status": "Success", "code": 201}
 
     def apply(self, res: Resource, key: Key, body: Obj, sub: str, write: Write) -> tuple[Obj, bool]:
-        raise errors.unsupported_media("server-side apply isn't supported by the lab's API server yet")
+        """Server-side apply; returns the object, and whether it was created. Raises ApiError, 409 for conflicts."""
+        if not write.manager:
+            problem = errors.required("fieldManager", "is required for apply patch")
+            raise errors.invalid_options("PatchOptions", problem)
+        if not body.get("apiVersion") or not body.get("kind"):
+            raise errors.bad_request("apiVersion and kind must be given in an applied object")
+        applied = self._decode(res, body, write)
+        meta = applied["metadata"]
+        if meta.setdefault("name", key.name) != key.name:
+            message = f"the name of the object ({meta['name']}) does not match the name on the URL ({key.name})"
+            raise errors.bad_request(message)
+        if meta.pop("managedFields", None):
+            raise errors.bad_request("metadata.managedFields must be nil")
+        self._check_namespace(res, key.namespace, meta)
+        entry = self.shelf(res).entries.get(key)
+        if entry is None and sub:
+            raise errors.not_found(res, key.name)
+        live = entry.object() if entry else None
+        if live and meta.get("uid") not in (None, live["metadata"]["uid"]):
+            raise errors.conflict(res, key.name, "the object has another uid")
+        writer = ownership.Writer(write.manager, "Apply", sub)
+        merged, owners, conflicts = ownership.apply(live, applied, res.strategy.shape(res), writer, write.force)
+        if conflicts:
+            raise _apply_conflict(conflicts)
+        moment = timestamp(datetime.now(UTC))
+        if live is None:
+            fields = ownership.managed_fields(owners, {"metadata": {}}, res.api_version, moment)
+            return self.create(res, key.namespace, merged, write, fields), True
+        fields = ownership.managed_fields(owners, live, res.api_version, moment)
+        merged = copy.deepcopy(merged)
+        merged["metadata"]["resourceVersion"] = meta.get("resourceVersion") or live["metadata"]["resourceVersion"]
+        return self._replace(res, key, merged, sub, write, fields), False
 
     # ---- deleting
 
@@ -386,7 +426,7 @@ def _keep_metadata(res: Resource, key: Key, new: Obj, old: Obj) -> None:
     if meta.get("uid") and meta["uid"] != was["uid"]:
         why = f"Precondition failed: UID in precondition: {meta['uid']}, UID in object meta: {was['uid']}"
         raise errors.conflict(res, key.name, why)
-    owned = ("resourceVersion", "uid", "creationTimestamp", "generation", "deletionTimestamp", "generateName",
+    owned = ("managedFields", "resourceVersion", "uid", "creationTimestamp", "generation", "deletionTimestamp", "generateName",
              "deletionGracePeriodSeconds")  # fmt: skip
     for name in owned:
         if name in was:
@@ -394,6 +434,23 @@ def _keep_metadata(res: Resource, key: Key, new: Obj, old: Obj) -> None:
         else:
             meta.pop(name, None)
     meta.pop("selfLink", None)
+
+
+def _set_owners(res: Resource, new: Obj, old: Obj, managed: list[Obj] | None, writer: ownership.Writer) -> None:
+    """Writes managedFields: as an apply decided, or by what an update changed of an object that has owners."""
+    if managed is None and old["metadata"].get("managedFields"):
+        owners = ownership.track(new, old, res.strategy.shape(res), writer)
+        managed = ownership.managed_fields(owners, old, res.api_version, timestamp(datetime.now(UTC)))
+    if managed:
+        new["metadata"]["managedFields"] = managed
+
+
+def _apply_conflict(conflicts: list[ownership.Conflict]) -> ApiError:
+    texts = [f'conflict with "{one.manager}": {readable(one.path)}' for one in conflicts]
+    causes = [{"reason": "FieldManagerConflict", "message": f'conflict with "{one.manager}"', "field": readable(one.path)}
+              for one in conflicts]  # fmt: skip
+    many = f"{len(texts)} conflict{'s' if len(texts) > 1 else ''}"
+    return ApiError(409, "Conflict", f"Apply failed with {many}: " + ", ".join(texts), {"causes": causes})
 
 
 def _is_released(res: Resource, obj: Obj) -> bool:

@@ -62,12 +62,12 @@ def number(query: Mapping[str, str], name: str) -> int | None:
     return int(text)
 
 
-def write_options(query: Mapping[str, str], user_agent: str) -> Write:
+def write_options(query: Mapping[str, str], user_agent: str, applies: bool) -> Write:
     strictness = query.get("fieldValidation") or "Warn"
     if strictness not in ("Strict", "Warn", "Ignore"):
         problem = errors.not_supported("fieldValidation", strictness, ["", "Ignore", "Strict", "Warn"])
         raise errors.invalid_options("CreateOptions", problem)
-    manager = query.get("fieldManager") or user_agent.partition("/")[0] or "unknown"
+    manager = query.get("fieldManager") or ("" if applies else user_agent.partition("/")[0] or "unknown")
     return Write(_dry_run(query.get("dryRun")), strictness, manager, flag(query, "force"))
 
 
@@ -105,7 +105,7 @@ def parse_body(raw: bytes, content_type: str) -> Any:
             return decode(raw)
         if kind == protobuf.CONTENT_TYPE:
             return protobuf.decode_object(raw)
-    except (ValueError, yaml.YAMLError, RecursionError) as error:
+    except (ValueError, OverflowError, OSError, yaml.YAMLError, RecursionError) as error:
         raise errors.bad_request(f"the body can't be decoded: {error}") from None
     accepted = f"{JSON}, {YAML}, {protobuf.CONTENT_TYPE}"
     message = "the body of the request was in an unknown format - accepted media types include: "

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 from fimbria.lab.apiserver import decoding, validation
 from fimbria.lab.apiserver.errors import FieldError, forbidden_field, invalid
+from fimbria.lab.apiserver.fieldsets import Shape, shape_of_type
 from fimbria.lab.apiserver.model import Obj
 from fimbria.lab.apiserver.types import Type
 
@@ -33,6 +34,10 @@ class Strategy:
         """Prunes in place what the type doesn't know and returns those paths. Raises ApiError 400."""
         described = f'{res.kind} in version "{res.version}" cannot be handled as a {res.kind}'
         return decoding.prune(obj, Type(res.type_name), described)
+
+    def shape(self, res: Resource) -> Shape:
+        """How objects merge in server-side apply."""
+        return shape_of_type(Type(res.type_name))
 
     def default(self, obj: Obj) -> None:
         """Fills in defaults in place; called on every decoded object and must be idempotent."""
