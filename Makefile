@@ -46,7 +46,7 @@ wheel: build ## a wheel with everything a node needs, in dist/
 
 .PHONY: demo demo-down
 demo: build ## set everything up and show the main job; leaves the lab running
-	@$(FIMBRIA) lab demo
+	@$(FIMBRIA) demo
 
 demo-down: ## remove every trace of the demo
 	@$(FIMBRIA) lab down --all

@@ -16,7 +16,7 @@ import hashlib
 import logging
 from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import dataclass, field, replace
-from typing import Final
+from typing import Final, TypeVar
 
 from fimbria.agent.engine import Engine
 from fimbria.agent.journal import Journal
@@ -30,6 +30,7 @@ from fimbria.sources.cni.spec import Address, CniError, Code, Interface, Request
 from fimbria.tables import Tables
 
 log = logging.getLogger(__name__)
+T = TypeVar("T")
 ADD_TIMEOUT: Final = 60.0
 POD_TIMEOUT: Final = 15.0
 HOST_PREFIX: Final = "fim"
@@ -205,11 +206,7 @@ class EndpointManager:
 
     async def _connect(self, request: Request, planned: LocalEndpoint, identity: EndpointIdentity) -> bytes:
         self.journal.save_endpoint(planned, identity)
-        try:
-            ifindex = await asyncio.to_thread(self.wiring.connect, planned, request.netns_fd)
-        except WiringError as error:
-            code = Code.INTERFACE_EXISTS if error.errno == errno.EEXIST else Code.IO_FAILURE
-            raise CniError(code, f"cannot make the interface of {_who(request)}", str(error)) from None
+        ifindex = await self._wire(request, self.wiring.create, planned)
         endpoint = replace(planned, ifindex=ifindex)
         self.journal.save_endpoint(endpoint, identity)
         # No await from here to the flush: the engine sees endpoint and identity together.
@@ -220,7 +217,16 @@ class EndpointManager:
         failure = self._failure(endpoint)
         if failure is not None:
             raise CniError(Code.TRY_AGAIN_LATER, f"the datapath of {_who(request)} could not be set up", failure)
+        # Only now may the pod's side send: its programs and its policy are there.
+        await self._wire(request, self.wiring.configure, endpoint)
         return encode_result(self._result(request, endpoint), request.version)
+
+    async def _wire(self, request: Request, step: Callable[[LocalEndpoint, int], T], endpoint: LocalEndpoint) -> T:
+        try:
+            return await asyncio.to_thread(step, endpoint, request.netns_fd)
+        except WiringError as error:
+            code = Code.INTERFACE_EXISTS if error.errno == errno.EEXIST else Code.IO_FAILURE
+            raise CniError(code, f"cannot make the interface of {_who(request)}", str(error)) from None
 
     def _failure(self, endpoint: LocalEndpoint) -> str | None:
         reasons = [self.loop.failure("endpoints", endpoint.ifindex)]

@@ -31,6 +31,7 @@ from fimbria.tables import ObjectKey, Tables
 from fimbria.tables.table import Changes
 
 ENDPOINT_READY: Final = 1
+SPARE_NUMBERS: Final = 1024
 POLICY_TABLES: Final = ("network_policies", "cilium_policies", "clusterwide_policies")
 Content = Mapping[PolicyKey, PolicyEntry]
 
@@ -176,7 +177,7 @@ class Engine:
         changes = self.policy.changes()
         for key in changes.sets:
             number = self.numbers.sets.take(str(key))
-            self.rows.policy_sets.put(number, dict(self.policy.set(key).entries()))
+            self.rows.policy_sets.put(number, dict(self.policy.policy_set(key).entries()))
         for prefix, cidr in changes.cidrs.items():
             if cidr is None:
                 self.rows.cidrs.drop(prefix)
@@ -187,6 +188,16 @@ class Engine:
         for key in changes.gone:
             number = self.numbers.sets.release(str(key)) or 0
             self.rows.policy_sets.drop(number)
+        self._give_back()
+
+    def _give_back(self) -> None:
+        """Free the numbers of rules and prefixes that are gone, when half of them are: amortised, not per change."""
+        for numbers, used in ((self.numbers.rules, self.policy.origins), (self.numbers.cidrs, self.policy.prefixes)):
+            if len(numbers) > SPARE_NUMBERS:
+                kept = {str(key) for key in used()}
+                if len(numbers) > 2 * len(kept):
+                    for key in [k for k, _ in numbers.items() if k not in kept]:
+                        numbers.release(key)
 
     def set_number(self, key: SetKey | None) -> int:
         """The number of a policy set in the kernel; 0 for none."""

@@ -38,32 +38,37 @@ class Wiring:
         """The pod's default gateway of a family."""
         return self.routers[0] if v4 else self.routers[1]
 
-    def connect(self, endpoint: LocalEndpoint, netns_fd: int) -> int:
-        """Make the pair and configure the pod's side; returns the host side's ifindex.
+    def create(self, endpoint: LocalEndpoint, netns_fd: int) -> int:
+        """Make the pair, the pod's side still down; returns the host side's ifindex.
 
         Raises WiringError, with EEXIST if the pod has an interface of that name; nothing is left then.
         """
         self._remove_stale(endpoint)
         pair = link.Veth(
             endpoint.host_ifname, endpoint.ifname, mtu=self.pod_mtu, mac=endpoint.host_mac, peer_mac=endpoint.pod_mac,
-            peer_netns_fd=netns_fd, up=True,
+            peer_netns_fd=netns_fd,
         )  # fmt: skip
         try:
             self.netlink.do(link.create(pair))
         except (NetlinkError, ValueError) as error:
             raise WiringError(getattr(error, "errno", errno.EINVAL), str(error)) from None
-        try:
-            with NetlinkSocket(netns_fd) as pod:
-                self._configure(pod, endpoint)
-        except OSError as error:
-            self.remove(endpoint.host_ifname)
-            raise WiringError(error.errno, f"inside the pod: {error}") from None
         host = link.get(self.netlink, endpoint.host_ifname)
         if host is None:
             raise WiringError(errno.ENODEV, "the pod's network namespace vanished while it was connected")
         self._quiet(endpoint.host_ifname)
-        self.netlink.do(link.change(host.index, alias=f"fimbria: {endpoint.label}"[:200]))
+        try:
+            self.netlink.do(link.change(host.index, up=True, alias=f"fimbria: {endpoint.label}"[:200]))
+        except NetlinkError as error:
+            raise WiringError(error.errno, str(error)) from None
         return host.index
+
+    def configure(self, endpoint: LocalEndpoint, netns_fd: int) -> None:
+        """Addresses and routes inside the pod, and its side up. Raises WiringError."""
+        try:
+            with NetlinkSocket(netns_fd) as pod:
+                self._configure(pod, endpoint)
+        except OSError as error:
+            raise WiringError(error.errno, f"inside the pod: {error}") from None
 
     def _configure(self, pod: NetlinkSocket, endpoint: LocalEndpoint) -> None:
         device = link.get(pod, endpoint.ifname)

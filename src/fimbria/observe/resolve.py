@@ -14,6 +14,7 @@ from fimbria.model.address import unpack
 from fimbria.model.rows import NO_ADDR, Event
 
 log = logging.getLogger(__name__)
+DROP: Final = 1
 TTL: Final = 5.0
 LIMIT: Final = 65536
 Json = dict[str, Any]
@@ -53,6 +54,9 @@ class AgentNames:
             ):  # fmt: skip
                 if number:
                     self._want(wanted, kind, str(number), now)
+            if e.type == DROP and e.endpoint and not e.rule:
+                # Which policies made "denied" the default may have changed a moment ago.
+                wanted["endpoints"].add(str(e.endpoint))
         if any(wanted.values()):
             await self._ask(wanted, now)
 
