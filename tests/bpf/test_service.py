@@ -112,8 +112,9 @@ def test_changes_end_where_a_fresh_start_would(kernel: Kernel, compute: ServiceC
     frontend = FrontendKey(IPS[0], 80, 6)
     for indexes in ((0, 1, 2, 3, 4), (1, 2, 3), (3,), (0, 3, 4), (), (2, 4)):
         kernel.write(compute.update(KEY, SERVICE, slices(*indexes)))
-        found = {kernel.select(frontend, random) for random in range(20)}
-        assert found == ({Backend(ENDPOINTS[True][i], 8080, 6) for i in indexes} or {NO_BACKEND})
+        found: set[Backend | int] = {kernel.select(frontend, random) for random in range(20)}
+        expected: set[Backend | int] = {Backend(ENDPOINTS[True][i], 8080, 6) for i in indexes}
+        assert found == (expected or {NO_BACKEND})
     kernel.write(compute.update(KEY, None))
     assert kernel.select(frontend, 0) == NO_FRONTEND
     assert not any(list(m.items()) for m in kernel.maps.values())

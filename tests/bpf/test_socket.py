@@ -34,7 +34,7 @@ HOOKS = {
     "sock_getpeername6": AttachType.CGROUP_INET6_GETPEERNAME,
 }
 TCP, UDP = socket.SOCK_STREAM, socket.SOCK_DGRAM
-PROTO = {TCP: socket.IPPROTO_TCP, UDP: socket.IPPROTO_UDP}
+PROTO: dict[int, int] = {TCP: socket.IPPROTO_TCP, UDP: socket.IPPROTO_UDP}
 FRONTEND = {4: "10.96.0.10", 6: "fd96::10"}
 OTHER_FRONTEND = {4: "10.96.0.11", 6: "fd96::11"}
 BACKENDS = {4: [f"10.77.0.{n}" for n in range(1, 5)], 6: [f"fd77::{n}" for n in range(1, 5)]}
@@ -197,6 +197,19 @@ def test_tcp_reaches_the_backend_and_believes_in_the_frontend(
         assert source[:2] == (c.getsockname()[0].removeprefix("::ffff:"), c.getsockname()[1])
         assert c.getpeername()[:2] == (at, 80)
         assert accepted.getpeername()[:2] == source[:2]
+
+
+@CASES
+def test_tcp_fast_open_connects_with_its_first_data(services: Services, net: Net, client: int, family: int) -> None:
+    server = net.server(BACKENDS[family][0], TCP)
+    services.frontend((FRONTEND[family], 80), TCP, 7, {3: server.getsockname()[:2]})
+    c = net.open(client, TCP)
+    at = (client_address(client, FRONTEND[family]), 80)
+    c.setblocking(True)  # without a cookie yet, it connects first and then sends
+    c.sendto(b"hello", socket.MSG_FASTOPEN, at)
+    with server.accept()[0] as accepted:
+        assert accepted.recv(16) == b"hello"
+        assert c.getpeername()[:2] == at
 
 
 @CASES
