@@ -4,6 +4,7 @@ and removed."""
 import json
 import os
 import secrets
+import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -13,6 +14,7 @@ from fimbria.lab import cluster, state
 from fimbria.lab.handle import Lab
 from fimbria.lab.layout import LabSpec
 
+sys.path.insert(0, str(Path(__file__).parent))  # tests of this directory share traffic.py
 MakeLab = Callable[..., Lab]
 
 

@@ -234,10 +234,21 @@ def test_native_routing_follows_cilium_nodes(make_lab: Callable[..., Lab]) -> No
         answer = lab.probe("a", "http", address, 8080)
         assert answer["result"] == PROBE_OK
         assert answer["answer"]["peer"].strip("[").startswith(tuple(lab.addresses("a")))
+    for process in ("node2/init", "machine/cloud"):
+        lab.kill(process)
+        lab.restart(process)
+        lab.wait(f"the pod answers after the end of {process}", lambda: _answers(lab, "a", "b"))
     lab.request("DELETE", "/apis/cilium.io/v2/ciliumnodes/node2")
     lab.wait("no routes", lambda: "10.244.2.0/24" not in lab.run("node/fabric", "ip", "route").stdout)
     for address in lab.addresses("b"):
         assert lab.probe("a", "tcp", address, 9000, "--timeout", "300")["result"] in ("unreachable", "timeout")
+
+
+def _answers(lab: Lab, source: str, target: str) -> bool:
+    """Over every address it has now, which after a reboot may be others than before."""
+    addresses = lab.addresses(target)
+    results = [lab.probe(source, "http", a, 8080, "--timeout", "300")["result"] for a in addresses]
+    return bool(results) and set(results) == {"ok"}
 
 
 # --- pods --------------------------------------------------------------------------------------------------------

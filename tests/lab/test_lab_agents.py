@@ -7,6 +7,7 @@ from collections.abc import Callable
 import pytest
 
 from fimbria.lab import cluster, kernel
+from fimbria.lab.errors import LabError
 from fimbria.lab.handle import Lab
 
 APP = """
@@ -95,3 +96,26 @@ def test_processes_killed_under_traffic(agent_lab: Lab) -> None:
         stream.send_signal(signal.SIGTERM)
         out, _ = stream.communicate(timeout=20)
         assert json.loads(out.splitlines()[-1])["ok"] is True, out
+
+
+def test_a_node_that_boots_again(agent_lab: Lab) -> None:
+    lab = agent_lab
+    names = start_app(lab)
+    lab.kill("node1/init")
+    lab.wait("every process of the node is gone", lambda: not _running(lab, "node1/"))
+    lab.restart("node1/init")
+    lab.wait("everything runs and is ready", lambda: cluster.status(lab.spec.name)["healthy"])
+    lab.wait("the client runs again and reaches all", lambda: _reaches(lab, "client", names))
+
+
+def _running(lab: Lab, prefix: str) -> list[str]:
+    processes = cluster.status(lab.spec.name)["processes"]
+    return [p["name"] for p in processes if p["running"] and p["name"].startswith(prefix)]
+
+
+def _reaches(lab: Lab, source: str, names: list[str]) -> bool:
+    try:
+        addresses = [a for name in names for a in lab.addresses(name)]
+        return all(lab.probe(source, "http", a, 8080, "--timeout", "300")["result"] == "ok" for a in addresses)
+    except LabError:
+        return False  # its container isn't running yet

@@ -7,7 +7,10 @@ equal to the pod ranges of the nodes.
 
 import argparse
 import asyncio
+import contextlib
 import logging
+import signal
+import socket
 from pathlib import Path
 from urllib.parse import urlsplit, urlunsplit
 
@@ -24,6 +27,7 @@ from fimbria.sources.k8s.resources import CILIUM_NODES
 from fimbria.sources.k8s.types.cilium import CiliumNode
 from fimbria.tables.table import Table
 
+RETRY = 1.0  # seconds
 log = logging.getLogger("cloud")
 Routes = frozenset[tuple[str, str]]  # (pod CIDR, node)
 
@@ -74,7 +78,7 @@ def open_api(spec: LabSpec, paths: Paths) -> Forwarder:
     leads to."""
     control = paths.netns("control")
     if not spec.kubeconfig:
-        listening = listener(None, "127.0.0.1", 0)
+        listening = _machine_listener(paths)
         text = readdressed(paths.kubeconfig.read_text(), paths.state, *listening.getsockname()[:2])
         state.write(paths.host_kubeconfig, text)
         return Forwarder(listening, control, spec.control.ipv4, API_PORT)
@@ -83,6 +87,14 @@ def open_api(spec: LabSpec, paths: Paths) -> Forwarder:
     state.write(paths.host_kubeconfig, source.read_text())
     state.write(paths.kubeconfig, readdressed(source.read_text(), source.parent, spec.control.ipv4, API_PORT))
     return Forwarder(listening, None, *server_of(source.read_text()))
+
+
+def _machine_listener(paths: Paths) -> socket.socket:
+    """At the port of before, so that kubeconfigs in use stay right; another one if that was taken meanwhile."""
+    if paths.host_kubeconfig.exists():
+        with contextlib.suppress(OSError):
+            return listener(None, *server_of(paths.host_kubeconfig.read_text()))
+    return listener(None, "127.0.0.1", 0)
 
 
 def pod_cidrs(node: CiliumNode) -> tuple[str, ...]:
@@ -94,19 +106,26 @@ async def keep_routes(spec: LabSpec, paths: Paths, nodes: Table[str, tuple[str, 
     known: Routes = frozenset()
     subscription = nodes.subscribe()
     await nodes.wait_synced()
-    await asyncio.to_thread(kernel.ip_batch, paths.netns_name(fabric.ROUTER), fabric.forget_routes())
+    await _change(paths, fabric.forget_routes())
     while True:
         subscription.drain()
         wanted: Routes = frozenset((c, n) for n, cidrs in nodes.items() for c in cidrs if n in spec.node_names)
-        changes = fabric.route_changes(spec, known, wanted)
-        if changes:
-            log.info("routes: %s", "; ".join(changes))
-            try:
-                await asyncio.to_thread(kernel.ip_batch, paths.netns_name(fabric.ROUTER), changes)
-            except LabError as e:
-                log.error("%s", e)
+        try:
+            await _change(paths, fabric.route_changes(spec, known, wanted))
+        except LabError as e:
+            log.error("starting over: %s", e)
+            await asyncio.sleep(RETRY)
+            await _change(paths, fabric.forget_routes())
+            known = frozenset()
+            continue
         known = wanted
         await subscription.wait()
+
+
+async def _change(paths: Paths, lines: list[str]) -> None:
+    if lines:
+        log.info("routes: %s", "; ".join(lines))
+        await asyncio.to_thread(kernel.ip_batch, paths.netns_name(fabric.ROUTER), lines)
 
 
 async def main(lab: str) -> None:
@@ -119,7 +138,14 @@ async def main(lab: str) -> None:
             nodes: Table[str, tuple[str, ...]] = Table("nodes")
             client = await _stay_open(ApiClient(config.load(paths.host_kubeconfig), component="lab-cloud"))
             group.create_task(Informer(client, CILIUM_NODES, nodes, pod_cidrs, key=object_key).run())
-            group.create_task(keep_routes(spec, paths, nodes))
+            watchers = [group.create_task(keep_routes(spec, paths, nodes))]
+
+            def again() -> None:
+                """A node was booted anew: its routes went with its old cable."""
+                watchers.pop().cancel()
+                watchers.append(group.create_task(keep_routes(spec, paths, nodes)))
+
+            asyncio.get_running_loop().add_signal_handler(signal.SIGHUP, again)
 
 
 async def _stay_open(client: ApiClient) -> ApiClient:

@@ -3,6 +3,7 @@
 import asyncio
 import contextlib
 import os
+import signal
 import subprocess
 import sys
 import time
@@ -60,10 +61,10 @@ def _build(spec: LabSpec, group: Path, progress: Progress) -> None:
     paths = Paths(spec.name)
     progress("state and cgroups")
     state.create(spec)
-    for member in (*spec.node_names, "control", "fabric", "world", components.MACHINE):
+    for member in ("control", "fabric", "world", components.MACHINE):
         (group / member / "system").mkdir(parents=True)
     for node in spec.node_names:
-        (group / node / "pods").mkdir()
+        _node_cgroups(group / node)
     progress(f"fabric: {spec.nodes} nodes, control plane and outside world around a router")
     fabric.create(spec, paths)
     progress("nodes: " + ", ".join(spec.node_names))
@@ -90,17 +91,22 @@ def _start_api(spec: LabSpec, paths: Paths, progress: Progress) -> None:
     asyncio.run(_prepare_api(paths))
 
 
+async def _wait_api(client: Objects) -> None:
+    """Raises LabError if the server doesn't answer in time."""
+    deadline = time.monotonic() + API_PATIENCE
+    while True:
+        try:
+            await client.list(NAMESPACES)
+            return
+        except ApiError as e:
+            if time.monotonic() > deadline:
+                raise LabError(f"the API server doesn't answer: {e}") from None
+        await asyncio.sleep(0.05)
+
+
 async def _prepare_api(paths: Paths) -> None:
     async with api(paths) as client:
-        deadline = time.monotonic() + API_PATIENCE
-        while True:
-            try:
-                await client.list(NAMESPACES)
-                break
-            except ApiError as e:
-                if time.monotonic() > deadline:
-                    raise LabError(f"the API server doesn't answer: {e}") from None
-            await asyncio.sleep(0.05)
+        await _wait_api(client)
         failures: list[str] = []
         await apply_all(
             client, definitions(), lambda m, said: failures.append(said) if said.startswith("error") else None
@@ -289,9 +295,43 @@ def _node_picture(member: Member, node: Node | None) -> dict[str, Any]:
 
 
 def start(lab: str, name: str) -> None:
-    """Starts a process of the lab that isn't running. Raises LabError."""
+    """Starts a process of the lab that isn't running; for NODE/init, the whole node as after a power cut. Raises
+    LabError."""
     spec, paths = state.load(lab), Paths(lab)
     known = components.table(spec, paths)
+    node, _, component = name.partition("/")
+    if component == state.INIT and node in spec.node_names:
+        _boot_again(spec, paths, node)
+        return
     if name not in known:
         raise LabError(f"lab {lab} has no process {name}; it has {', '.join(known)}")
     components.start(paths, name, known[name].argv())
+    if name in (API_SERVER, CLOUD):
+        asyncio.run(_api_back(paths))
+
+
+async def _api_back(paths: Paths) -> None:
+    async with api(paths) as client:
+        await _wait_api(client)
+
+
+def _boot_again(spec: LabSpec, paths: Paths, node: str) -> None:
+    """Files on the node's disk are still there; processes, links, maps and /run are gone."""
+    init = state.recall(paths, f"{node}/{state.INIT}")
+    if init and init.alive():
+        raise LabError(f"{node} is running: fimbria lab kill --name {paths.lab} {node}/{state.INIT}")
+    group = components.cgroup(paths, node)
+    kernel.cgroup_kill(group)
+    _node_cgroups(group)
+    fabric.replace_member(spec, paths, spec.node(node))
+    boot(paths, node)
+    for name, component in components.table(spec, paths).items():
+        if name.startswith(f"{node}/"):
+            components.start(paths, name, component.argv())
+    if spec.routing == "native":
+        components.send(paths, CLOUD, signal.SIGHUP)
+
+
+def _node_cgroups(group: Path) -> None:
+    for name in ("system", "pods"):
+        (group / name).mkdir(parents=True)

@@ -19,7 +19,7 @@ MACHINE = "machine"  # where the lab meets the machine that it runs on: no names
 NODE_CGROUP = "/sys/fs/cgroup"  # as a node sees its own part of the tree
 # Never the caller's whole environment: a component behaves the same whoever started the lab.
 ENVIRONMENT = {
-    "PATH": "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin",
+    "PATH": kernel.PATH,
     "LANG": "C.UTF-8",
     "HOME": "/root",
     "PYTHONUNBUFFERED": "1",
@@ -155,7 +155,7 @@ def enter(paths: Paths, member: str) -> list[str]:
     return [*prefix, "--target", str(init.pid)]
 
 
-def start(paths: Paths, name: str, argv: Sequence[str], extra_env: dict[str, str] | None = None) -> kernel.Process:
+def start(paths: Paths, name: str, argv: Sequence[str]) -> kernel.Process:
     """Starts a background process that outlives the caller. Raises LabError if it already runs or can't be started."""
     member = name.split("/", maxsplit=1)[0]
     known = state.recall(paths, name)
@@ -168,7 +168,7 @@ def start(paths: Paths, name: str, argv: Sequence[str], extra_env: dict[str, str
         capture_output=True,
         text=True,
         check=False,
-        env=ENVIRONMENT | _python_path() | (extra_env or {}),
+        env=ENVIRONMENT | _python_path() | {"FIMBRIA_NODE_NAME": member},
         cwd="/",
     )
     if done.returncode != 0:

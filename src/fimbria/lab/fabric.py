@@ -4,10 +4,13 @@ The router drops what a cloud's would: packets from an address that isn't the se
 IPv6, which has no rp_filter), and packets to pods, unless native routing made their ranges known.
 """
 
+import time
 from collections.abc import Iterable
+from functools import partial
 from ipaddress import ip_network
 
 from fimbria.lab import kernel
+from fimbria.lab.errors import LabError
 from fimbria.lab.layout import LabSpec, Member, Paths
 
 ROUTER = "fabric"
@@ -30,17 +33,27 @@ def router_lines(spec: LabSpec, paths: Paths) -> list[str]:
     # like any router: who asks for what nobody knows hears "unreachable"; only forged sources are met with silence
     lines = ["link set lo up", "-6 route add unreachable default metric 4096"]
     for m in spec.members():
-        lines += [
-            f"link add {m.name} mtu {spec.mtu} type veth"
-            f" peer name eth0 mtu {spec.mtu} netns {paths.netns_name(m.name)}",
-            f"link set {m.name} up",
-            f"address add {m.gateway4}/{m.ipv4_prefix} dev {m.name}",
-            f"-6 address add {m.gateway6}/{m.ipv6_prefix} dev {m.name} nodad",
-            f"-6 rule add pref {GUARD_PASS} iif {m.name} from {subnet6(m)} lookup main",
-            f"-6 rule add pref {GUARD_PASS} iif {m.name} from fe80::/10 lookup main",
-            f"-6 rule add pref {GUARD_DROP} iif {m.name} blackhole",
-        ]
+        lines += cable_lines(spec, paths, m) + guard_lines(m)
     return lines
+
+
+def cable_lines(spec: LabSpec, paths: Paths, m: Member) -> list[str]:
+    """The router's side of one member's cable."""
+    return [
+        f"link add {m.name} mtu {spec.mtu} type veth peer name eth0 mtu {spec.mtu} netns {paths.netns_name(m.name)}",
+        f"link set {m.name} up",
+        f"address add {m.gateway4}/{m.ipv4_prefix} dev {m.name}",
+        f"-6 address add {m.gateway6}/{m.ipv6_prefix} dev {m.name} nodad",
+    ]
+
+
+def guard_lines(m: Member) -> list[str]:
+    """Rules that only let a member's own IPv6 sources pass. They name the interface, and so outlive its replacement."""
+    return [
+        f"-6 rule add pref {GUARD_PASS} iif {m.name} from {subnet6(m)} lookup main",
+        f"-6 rule add pref {GUARD_PASS} iif {m.name} from fe80::/10 lookup main",
+        f"-6 rule add pref {GUARD_DROP} iif {m.name} blackhole",
+    ]
 
 
 def subnet6(m: Member) -> str:
@@ -61,21 +74,34 @@ def member_lines(spec: LabSpec, m: Member) -> list[str]:
 
 def create(spec: LabSpec, paths: Paths) -> None:
     """Namespaces, cables, addresses and routes. Raises LabError."""
-
-    def quiet() -> None:
-        kernel.write_sysctls(QUIET6)
-
-    def router() -> None:
-        kernel.write_sysctls(ROUTER_SYSCTLS)
-
     kernel.ip("netns", "add", paths.netns_name(ROUTER))
-    kernel.in_netns(paths.netns(ROUTER), router)
+    kernel.in_netns(paths.netns(ROUTER), partial(kernel.write_sysctls, ROUTER_SYSCTLS))
     for m in spec.members():
-        kernel.ip("netns", "add", paths.netns_name(m.name))
-        kernel.in_netns(paths.netns(m.name), quiet)
+        _namespace(paths, m)
     kernel.ip_batch(paths.netns_name(ROUTER), router_lines(spec, paths))
     for m in spec.members():
         kernel.ip_batch(paths.netns_name(m.name), member_lines(spec, m))
+
+
+def _namespace(paths: Paths, m: Member) -> None:
+    kernel.ip("netns", "add", paths.netns_name(m.name))
+    kernel.in_netns(paths.netns(m.name), partial(kernel.write_sysctls, QUIET6))
+
+
+def replace_member(spec: LabSpec, paths: Paths, m: Member) -> None:
+    """A namespace and cable as new, for a node that boots again. Raises LabError."""
+    kernel.ip("netns", "delete", paths.netns_name(m.name))
+    _namespace(paths, m)
+    for _ in range(200):  # the kernel takes the old cable away when it gets round to it
+        try:
+            kernel.ip_batch(paths.netns_name(ROUTER), cable_lines(spec, paths, m)[:1])
+            break
+        except LabError as e:
+            if "File exists" not in str(e):
+                raise
+            time.sleep(0.02)
+    kernel.ip_batch(paths.netns_name(ROUTER), cable_lines(spec, paths, m)[1:])
+    kernel.ip_batch(paths.netns_name(m.name), member_lines(spec, m))
 
 
 def route_changes(spec: LabSpec, before: Iterable[tuple[str, str]], after: Iterable[tuple[str, str]]) -> list[str]:

@@ -7,6 +7,7 @@ from typing import Any
 
 import msgspec
 
+from fimbria.lab import kernel
 from fimbria.lab.errors import LabError
 from fimbria.sources.k8s.resources import Resource
 from fimbria.sources.k8s.types.meta import ApiObject
@@ -192,7 +193,7 @@ def _port(c: Mapping[str, Any], port: object) -> int:
 def environment(pod: PodPlan, container: ContainerSpec, addresses: Addresses) -> dict[str, str]:
     """The container's variables, with fieldRef and $(NAME) resolved. Raises LabError for a source the lab hasn't."""
     env = {
-        "PATH": "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin",
+        "PATH": kernel.PATH,
         "HOSTNAME": pod.hostname,
         "HOME": "/root",
     }

@@ -1,0 +1,178 @@
+"""Traffic that runs while something happens to the lab, and whether the lab is as it should be afterwards."""
+
+from __future__ import annotations
+
+import http.client
+import json
+import signal
+import socket
+import subprocess
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Self
+
+from fimbria.lab import kernel, state
+from fimbria.lab.handle import Lab
+from fimbria.lab.layout import Paths
+
+TCP, UDP = 9000, 9001
+STALL_MS = 1000  # TCP on a busy machine; a lost packet of UDP is noticed at once, whatever the load
+
+PODS = """
+apiVersion: v1
+kind: Pod
+metadata: {{name: {name}, labels: {{app: {app}}}}}
+spec:
+  nodeName: {node}
+  terminationGracePeriodSeconds: 0
+  containers: [{{name: main, image: fimbria/labtool{command}}}]
+---
+"""
+SERVICE = """
+apiVersion: v1
+kind: Service
+metadata: {name: servers}
+spec:
+  ipFamilyPolicy: PreferDualStack
+  selector: {app: server}
+  ports: [{name: tcp, port: 9000}, {name: udp, port: 9001, protocol: UDP}]
+"""
+
+
+def pod(name: str, node: str, app: str = "", *, sleeps: bool = False) -> str:
+    """A pod's manifest: a server of the lab's tool, or one that only sleeps."""
+    return PODS.format(name=name, node=node, app=app or name, command=", command: [labtool, sleep]" if sleeps else "")
+
+
+def start_pods(lab: Lab) -> None:
+    """`client` and `near` on node1, `far` on node2, and the Service `servers` over both servers."""
+    lab.apply(pod("client", "node1", sleeps=True) + pod("near", "node1", "server") + pod("far", "node2", "server"))
+    lab.apply(SERVICE)
+    lab.wait_ready(["client", "near", "far"])
+    lab.wait("the Service answers", lambda: all(_answers(lab, a) for a in cluster_ips(lab)))
+
+
+def cluster_ips(lab: Lab) -> list[str]:
+    found: list[str] = lab.request("GET", "/api/v1/namespaces/default/services/servers")["spec"]["clusterIPs"]
+    return found
+
+
+def _answers(lab: Lab, address: str) -> bool:
+    return bool(lab.probe("client", "udp", address, UDP, "--timeout", "300")["result"] == "ok")
+
+
+@dataclass
+class Traffic:
+    """Streams and new connections from `client` while the body of `with` runs; then `verdict` must be empty.
+
+    TCP and UDP, both families, to `near`, `far` and the Service; a new connection every 20 ms.
+    """
+
+    lab: Lab
+    verdict: list[str] = field(default_factory=list)
+    _streams: dict[str, subprocess.Popen[str]] = field(default_factory=dict)
+    _probes: dict[str, subprocess.Popen[str]] = field(default_factory=dict)
+
+    def __enter__(self) -> Self:
+        targets = [(n, a) for n in ("near", "far") for a in self.lab.addresses(n)]
+        services = [("service", a) for a in cluster_ips(self.lab)]
+        options = ("--interval", "20000", "--stall", str(STALL_MS), "--timeout", "3000")
+        for name, address in targets + services:
+            self._streams[f"tcp {name} {address}"] = self._start("stream", "tcp", address, str(TCP), *options)
+            self._streams[f"udp {name} {address}"] = self._start("stream", "udp", address, str(UDP), *options)
+        forever = ("--count", "1000000", "--interval", "20", "--timeout", "3000")
+        for name, address in (targets[0], targets[3], *services):
+            self._probes[f"new {name} {address}"] = self._start("probe", "tcp", address, str(TCP), *forever)
+        for what, process in self._streams.items():
+            assert process.stdout is not None
+            first = json.loads(process.stdout.readline())
+            assert first.get("event") == "connected", (what, first)
+        return self
+
+    def _start(self, *command: str) -> subprocess.Popen[str]:
+        # Their output goes to files: a full pipe would look like a lost connection.
+        return self.lab.start("client", kernel.binary("labtool"), *command)
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, tb: TracebackType | None) -> None:
+        for process in (*self._streams.values(), *self._probes.values()):
+            process.send_signal(signal.SIGTERM)
+        said = {w: p.communicate(timeout=20)[0].splitlines() for w, p in (*self._streams.items(), *self._probes.items())}
+        for what in self._streams:
+            outcome = json.loads(said[what][-1])
+            if not outcome.get("ok"):
+                self.verdict.append(f"{what}: {said[what]}")
+        for what in self._probes:
+            results = [json.loads(line)["result"] for line in said[what]]
+            failed = [r for r in results[:-1] if r != "ok"]  # the last one may have been ended by us
+            if failed or len(results) < 10:
+                self.verdict.append(f"{what}: {len(failed)} of {len(results)} new connections failed: {set(failed)}")
+        if kind is None:
+            assert self.verdict == []
+
+
+class _UnixConnection(http.client.HTTPConnection):
+    def __init__(self, path: str) -> None:
+        super().__init__("agent", timeout=10)
+        self._path = path
+
+    def connect(self) -> None:
+        self.sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+        self.sock.settimeout(self.timeout)
+        self.sock.connect(self._path)
+
+
+def node_root(lab: Lab, node: str) -> Path:
+    """A node's file system, seen from the machine."""
+    init = state.recall(Paths(lab.spec.name), f"{node}/{state.INIT}")
+    assert init is not None
+    return Path(f"/proc/{init.pid}/root")
+
+
+def agent(lab: Lab, node: str, what: str) -> Any:
+    """GET /v1/`what` of a node's agent: JSON, or text for metrics. Raises OSError while the agent is away."""
+    connection = _UnixConnection(str(node_root(lab, node) / "run/fimbria/agent.sock"))
+    try:
+        connection.request("GET", f"/v1/{what}")
+        response = connection.getresponse()
+        body = response.read()
+        assert response.status == 200, (what, body)
+        return body.decode() if what == "metrics" else json.loads(body)
+    finally:
+        connection.close()
+
+
+def metric(lab: Lab, node: str, name: str, **labels: str) -> float:
+    """Sum of a metric's samples with these labels."""
+    wanted = [f'{k}="{v}"' for k, v in labels.items()]
+    lines = [line for line in agent(lab, node, "metrics").splitlines() if line.startswith((name + "{", name + " "))]
+    return sum(float(line.rsplit(" ", 1)[1]) for line in lines if all(w in line for w in wanted))
+
+
+def ready(lab: Lab, node: str) -> bool:
+    """Whether the node's agent says so."""
+    try:
+        return bool(agent(lab, node, "status")["ready"])
+    except OSError:
+        return False
+
+
+def wait_settled(lab: Lab, patience: float = 20.0) -> None:
+    """Until every agent is ready, has nothing left to change in the kernel and no row that can't be written."""
+    for node in lab.spec.node_names:
+        lab.wait(f"agent of {node} is ready", lambda n=node: ready(lab, n), patience)  # type: ignore[misc]
+
+        def settled(n: str = node) -> bool:
+            return agent(lab, n, "plan") == [] and agent(lab, n, "status")["failures"] == {}
+
+        try:
+            lab.wait(f"{node} has nothing to change", settled, patience)
+        except Exception as error:
+            found = agent(lab, node, "plan"), agent(lab, node, "status")["failures"]
+            raise AssertionError(f"{node}: still to change and failed: {found}") from error
+
+
+def set_options(lab: Lab, *options: str) -> None:
+    """Settings (NAME=VALUE) that agents get when they are started again."""
+    spec = lab.spec.to_json() | {"agent_options": list(options)}
+    state.write(lab.paths.spec, json.dumps(spec))
