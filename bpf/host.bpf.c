@@ -35,7 +35,9 @@ int from_network(struct __sk_buff *skb)
 	/* What we can't read may still be the stack's. */
 	int unread = parse(skb, &p);
 
-	if (!unread && masquerade_on(&p) && for_node(&p)) {
+	if (masquerade_on(&p) && for_node(&p)) {
+		if (unread || !unmasquerade_wanted(&p))
+			return VERDICT_NEXT;
 		reason = unmasquerade(skb, &p);
 		if (reason)
 			return drop(skb, &p, reason);

@@ -26,8 +26,9 @@ static __always_inline int from_pod_ip(struct __sk_buff *skb, struct packet *p, 
 		return drop(skb, p, reason);
 	if (is_multicast(&p->t.daddr))
 		return drop(skb, p, DROP_STALE_OR_UNROUTABLE_IP);
-	const struct remote *remote = identify_peer(p, &p->t.daddr);
+	struct destination to;
 
+	find_destination(p, &to);
 	if (!(p->peer_flags & REMOTE_POD) || p->flags & PACKET_ERROR) {
 		reason = service_translate(skb, p, ep);
 		if (reason == DROP_SERVICE_NO_BACKEND) {
@@ -37,12 +38,12 @@ static __always_inline int from_pod_ip(struct __sk_buff *skb, struct packet *p, 
 		if (reason)
 			return drop(skb, p, reason);
 		if (p->service)
-			remote = identify_peer(p, &p->t.daddr);
+			find_destination(p, &to);
 	}
 	reason = judge(skb, p, ep);
 	if (reason)
 		return drop(skb, p, reason);
-	return route(skb, p, remote);
+	return route(skb, p, &to);
 }
 
 SEC("tc")

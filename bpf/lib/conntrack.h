@@ -219,7 +219,7 @@ __noinline int judge(struct __sk_buff *skb, struct packet *p, struct endpoint *e
 	struct ct_key key;
 	struct ct_entry *e = NULL;
 	__u32 epoch = run->policy_epoch;
-	__u64 now = bpf_ktime_get_ns();
+	__u64 now = coarse_now();
 
 	p->endpoint = ep->id;
 	p->identity = ep->identity;

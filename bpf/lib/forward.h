@@ -34,15 +34,21 @@ static __always_inline bool ttl_expires(const struct packet *p)
 static __always_inline int decrement_ttl(struct __sk_buff *skb, struct packet *p)
 {
 	__u8 ttl = p->ttl - 1;
+	struct {
+		__u8 ttl;
+		__u8 proto;
+		__u16 check;
+	} v4;
 
 	if (is_v6(p))
 		return bpf_skb_store_bytes(skb, L3_OFFSET + offsetof(struct ipv6hdr, hop_limit), &ttl, 1,
 					   BPF_F_RECOMPUTE_CSUM);
-	/* The TTL is the high byte of its word. */
-	if (bpf_l3_csum_replace(skb, L3_OFFSET + offsetof(struct iphdr, check), bpf_htons(p->ttl << 8),
-				bpf_htons(ttl << 8), 2) < 0)
+	/* The three lie side by side: one load and one store. */
+	if (bpf_skb_load_bytes(skb, L3_OFFSET + offsetof(struct iphdr, ttl), &v4, sizeof(v4)) < 0)
 		return -1;
-	return bpf_skb_store_bytes(skb, L3_OFFSET + offsetof(struct iphdr, ttl), &ttl, 1, 0);
+	v4.check = csum_fold((__u64)(__u16)~v4.check + word_diff(bpf_htons(p->ttl << 8), bpf_htons(ttl << 8)));
+	v4.ttl = ttl;
+	return bpf_skb_store_bytes(skb, L3_OFFSET + offsetof(struct iphdr, ttl), &v4, sizeof(v4), 0);
 }
 
 /* A reply of a service's backend: the client knows the frontend only. */
@@ -64,12 +70,10 @@ static __always_inline int untranslate(struct __sk_buff *skb, struct packet *p)
 }
 
 /* All that an endpoint's side asks of a packet for it, with p->peer known. Returns 0 or the reason to drop. */
-__noinline int receive(struct __sk_buff *skb, struct packet *p, struct endpoint *ep)
+static __always_inline int receive(struct __sk_buff *skb, struct packet *p, struct endpoint *ep)
 {
 	int reason;
 
-	if (!p || !ep)
-		return DROP_NO_LOCAL_ENDPOINT;
 	p->direction = DIRECTION_INGRESS;
 	p->endpoint = ep->id;
 	p->identity = ep->identity;

@@ -5,7 +5,7 @@
 #include "maps/ipcache.h"
 
 /* NULL: the world. */
-static __always_inline const struct remote *ipcache_lookup(const addr_t *addr)
+static __always_inline struct remote *ipcache_lookup(const addr_t *addr)
 {
 	struct prefix_key key = {.prefixlen = sizeof(addr_t) * 8, .addr = *addr};
 
@@ -13,9 +13,9 @@ static __always_inline const struct remote *ipcache_lookup(const addr_t *addr)
 }
 
 /* Fills in the peer by its address. */
-static __always_inline const struct remote *identify_peer(struct packet *p, const addr_t *addr)
+static __always_inline struct remote *identify_peer(struct packet *p, const addr_t *addr)
 {
-	const struct remote *remote = ipcache_lookup(addr);
+	struct remote *remote = ipcache_lookup(addr);
 
 	p->peer = remote ? remote->identity : IDENTITY_WORLD;
 	p->peer_flags = remote ? remote->flags : 0;

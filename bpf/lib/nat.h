@@ -120,7 +120,7 @@ __noinline int nat_bind(struct packet *p, struct end *node)
 	if (!p || !node)
 		return DROP_NAT_NO_MAPPING;
 	nat_key_of(&out, &p->t, DIRECTION_EGRESS);
-	__u64 now = bpf_ktime_get_ns();
+	__u64 now = coarse_now();
 	struct nat_entry *found = bpf_map_lookup_elem(&nat, &out);
 
 	if (found && nat_back_is_ours(&out, found, now)) {
@@ -142,7 +142,7 @@ static __always_inline bool opened_from_outside(struct packet *p, __u32 endpoint
 	struct ct_key key;
 
 	ct_key_of(&key, &p->t, DIRECTION_EGRESS, CT_SCOPE_CONNECTION);
-	struct ct_entry *e = ct_lookup(&key, endpoint, bpf_ktime_get_ns());
+	struct ct_entry *e = ct_lookup(&key, endpoint, coarse_now());
 
 	return e && !(e->flags & CT_OPENED_EGRESS);
 }
@@ -227,6 +227,16 @@ static __always_inline int unmasquerade_error(struct __sk_buff *skb, struct pack
 	return reason ? reason : rewrite(skb, p, &pod, END_DESTINATION);
 }
 
+/* Could this packet for the node's address be for a pod? Most are the node's own: let them go at once. */
+static __always_inline bool unmasquerade_wanted(const struct packet *p)
+{
+	__u16 port = bpf_ntohs(p->t.dport);
+
+	if (p->flags & PACKET_ERROR || p->t.proto == IPPROTO_SCTP)
+		return true;
+	return p->flags & (PACKET_PORTS | PACKET_ECHO) && port >= cfg_nat_port_min && port <= cfg_nat_port_max;
+}
+
 /* A packet for the node's address: is it for a pod behind it? Then it is rewritten. Returns 0 or the reason to drop. */
 __noinline int unmasquerade(struct __sk_buff *skb, struct packet *p)
 {
@@ -237,14 +247,12 @@ __noinline int unmasquerade(struct __sk_buff *skb, struct packet *p)
 		return DROP_NAT_NO_MAPPING;
 	if (p->flags & PACKET_ERROR)
 		return unmasquerade_error(skb, p);
-	if (!(p->flags & (PACKET_PORTS | PACKET_ECHO)))
-		return 0;
 	nat_key_of(&back, &p->t, DIRECTION_INGRESS);
 	struct nat_entry *found = bpf_map_lookup_elem(&nat, &back);
 
 	if (!found)
 		return 0;
-	nat_touch(found, bpf_ktime_get_ns());
+	nat_touch(found, coarse_now());
 	pod.addr = found->addr;
 	pod.port = found->port;
 	return rewrite(skb, p, &pod, END_DESTINATION);

@@ -14,13 +14,15 @@ const volatile __u32 cfg_pod_mtu = 1450;
 #define AF_INET6 10
 #endif
 
-static __always_inline int route_overlay(struct __sk_buff *skb, struct packet *p, const addr_t *node)
+__noinline int route_overlay(struct __sk_buff *skb, struct packet *p, struct remote *remote)
 {
+	if (!p || !remote)
+		return TC_ACT_SHOT;
 	if (p->wire_len > cfg_pod_mtu)
 		return to_stack(skb, p, p->identity, TRACE_TO_STACK);
 	if (decrement_ttl(skb, p) < 0)
 		return drop(skb, p, DROP_WRITE_ERROR);
-	if (set_tunnel_key(skb, node, p->identity) < 0)
+	if (set_tunnel_key(skb, &remote->tunnel, p->identity) < 0)
 		return drop(skb, p, DROP_NO_TUNNEL_KEY);
 	trace(skb, p, TRACE_TO_OVERLAY);
 	skb->mark = MARK_TUNNEL_KEY;
@@ -62,27 +64,47 @@ __noinline int route_native(struct __sk_buff *skb, struct packet *p)
 	return bpf_redirect_neigh(fib.ifindex, &neigh, sizeof(neigh), 0);
 }
 
-/* The egress side has allowed the packet; p->peer is its destination. */
-static __always_inline int route(struct __sk_buff *skb, struct packet *p, const struct remote *remote)
-{
-	ifindex_t ifindex = 0;
-	struct endpoint *peer = local_endpoint(&p->t.daddr, &ifindex);
+/* What is known of a packet's destination. */
+struct destination {
+	struct endpoint *endpoint;      /* a pod of this node */
+	struct remote *remote;          /* otherwise, if it is known at all */
+	ifindex_t ifindex;              /* of a pod of this node, even if it has no endpoint */
+};
 
-	if (peer) {
+/* Finds the destination and makes it the packet's peer. */
+static __always_inline void find_destination(struct packet *p, struct destination *to)
+{
+	to->ifindex = 0;
+	to->remote = NULL;
+	to->endpoint = local_endpoint(&p->t.daddr, &to->ifindex);
+	if (to->endpoint) {
+		p->peer = to->endpoint->identity;
+		p->peer_flags = REMOTE_POD;
+	} else {
+		to->remote = identify_peer(p, &p->t.daddr);
+	}
+}
+
+/* The egress side has allowed the packet. */
+static __always_inline int route(struct __sk_buff *skb, struct packet *p, const struct destination *to)
+{
+	struct remote *remote = to->remote;
+
+	if (to->endpoint) {
 		identity_t source = p->identity;
 
 		/* Its trace event comes from the receiving side. */
 		count(METRIC_FORWARDED, DIRECTION_EGRESS, p->len);
-		return deliver(skb, p, peer, ifindex, source);
+		return deliver(skb, p, to->endpoint, to->ifindex, source);
 	}
-	if (ifindex)
+	if (to->ifindex)
 		return drop(skb, p, DROP_NO_LOCAL_ENDPOINT);
 	if (p->peer == IDENTITY_HOST)
 		return to_stack(skb, p, p->identity, TRACE_TO_HOST);
 	if (ttl_expires(p))
 		return to_stack(skb, p, p->identity, TRACE_TO_STACK);
 	if (cfg_overlay_ifindex && remote && remote->flags & REMOTE_TUNNEL)
-		return route_overlay(skb, p, &remote->tunnel);
+		return route_overlay(skb, p, remote);
 	if (cfg_redirect_neigh)
 		return route_native(skb, p);
 	return to_stack(skb, p, p->identity, TRACE_TO_STACK);

@@ -22,26 +22,41 @@ static __always_inline const struct backend *service_chosen(struct packet *p, st
 	return service_backend(e->backend);
 }
 
-static __always_inline int service_choose(struct packet *p, struct endpoint *ep, const struct ct_key *key,
-					  const struct backend **backend, __u64 now)
+/* Chooses a backend for a new connection, if it is for a service: p->service is 0 if not. Returns 0 or the reason to
+ * drop. */
+__noinline int service_choose(struct packet *p, struct endpoint *ep, struct end *to)
 {
-	struct frontend_key wanted = {.addr = p->t.daddr, .port = p->t.dport, .proto = p->t.proto};
-	const struct frontend *frontend = service_lookup(&wanted);
+	struct frontend_key wanted = {};
+	struct ct_key key;
 	struct ct_entry e = {};
+
+	if (!p || !ep || !to)
+		return DROP_INVALID_PACKET;
+	__u64 now = coarse_now();
+
+	p->service = 0;
+	wanted.addr = p->t.daddr;
+	wanted.port = p->t.dport;
+	wanted.proto = p->t.proto;
+	const struct frontend *frontend = service_lookup(&wanted);
 
 	if (!frontend)
 		return 0;
 	p->service = frontend->service;
-	*backend = service_select(frontend, bpf_get_prandom_u32(), &e.backend);
-	if (!*backend)
+	const struct backend *backend = service_select(frontend, bpf_get_prandom_u32(), &e.backend);
+
+	if (!backend)
 		return DROP_SERVICE_NO_BACKEND;
+	to->addr = backend->addr;
+	to->port = backend->port;
 	e.expires = now + (p->t.proto == IPPROTO_UDP ? CT_BOTH_WAYS_NS : CT_TCP_SYN_NS);
 	e.endpoint = ep->id;
 	e.service = frontend->service;
 	e.flags = CT_OPENED_EGRESS;
 	e.frontend = p->t.daddr;
 	e.frontend_port = p->t.dport;
-	return bpf_map_update_elem(&conntrack, key, &e, BPF_ANY) ? DROP_CT_MAP_INSERTION_FAILED : 0;
+	ct_key_of(&key, &p->t, DIRECTION_EGRESS, CT_SCOPE_SERVICE);
+	return bpf_map_update_elem(&conntrack, &key, &e, BPF_ANY) ? DROP_CT_MAP_INSERTION_FAILED : 0;
 }
 
 /* The pod answers what it got from a frontend with an error: its cause is a packet of the backend. */
@@ -75,7 +90,7 @@ __noinline int service_translate(struct __sk_buff *skb, struct packet *p, struct
 
 	if (!p || !ep)
 		return DROP_INVALID_PACKET;
-	__u64 now = bpf_ktime_get_ns();
+	__u64 now = coarse_now();
 
 	if (p->flags & PACKET_ERROR)
 		return service_translate_error(skb, p, ep, &key, now);
@@ -86,15 +101,15 @@ __noinline int service_translate(struct __sk_buff *skb, struct packet *p, struct
 
 	if (e)
 		backend = service_chosen(p, e, now);
-	if (!backend) {
-		p->service = 0;
-		reason = service_choose(p, ep, &key, &backend, now);
-		if (reason || !backend)
+	if (backend) {
+		to.addr = backend->addr;
+		to.port = backend->port;
+	} else {
+		reason = service_choose(p, ep, &to);
+		if (reason || !p->service)
 			return reason;
 	}
 	p->frontend.addr = p->t.daddr;
 	p->frontend.port = p->t.dport;
-	to.addr = backend->addr;
-	to.port = backend->port;
 	return rewrite(skb, p, &to, END_DESTINATION);
 }

@@ -2,14 +2,14 @@
 
 import time
 from collections.abc import Iterator
+from dataclasses import replace
 
 import pytest
 from datapath import (
     EGRESS, ENFORCE_EGRESS, ENFORCE_INGRESS, EVENT_TRACE, INGRESS, POINT, REDIRECT, SHOT, TCX_NEXT, Datapath,
-    prefix,
 )  # fmt: skip
 from record import (
-    A_ID, A_IDENTITY, B_IDENTITY, OVERLAY, Build, Prepare, Record, Wire, base_rows, case_id, cases, check, send, syn, udp,
+    A_ID, A_IDENTITY, B_IDENTITY, B_IFINDEX, OVERLAY, Build, Prepare, Record, Wire, base_rows, case_id, cases, check, send, syn, udp,
 )  # fmt: skip
 from test_policy import enforce, rule
 
@@ -90,7 +90,8 @@ def new_owner(dp: Datapath, w: Wire) -> None:
     """b's address now belongs to somebody else, whom the rules don't allow."""
     enforce(rule(B_IDENTITY, EGRESS), a=OUT)(dp, w)
     dp.put("conntrack", flow(w), entry())
-    dp.put("ipcache", prefix(w.cidr("b")), rows.Remote(4444, 1))
+    row = dp.get("endpoints", B_IFINDEX)
+    dp.put("endpoints", B_IFINDEX, replace(row, identity=4444))
 
 
 def only_ingress_from_b(dp: Datapath, w: Wire) -> None:
