@@ -281,7 +281,7 @@ def delete(name: str, namespace: str, files: tuple[str, ...]) -> None:
 @click.argument("object_name", required=False, default="")
 @click.option("-A", "--all-namespaces", is_flag=True)
 @click.option("-l", "--selector", default="", help="Label selector.")
-@click.option("-o", "--output", type=click.Choice(["table", "wide", "json", "yaml"]), default="table")
+@click.option("-o", "--output", type=click.Choice(["table", "wide", "name", "json", "yaml"]), default="table")
 def get(
     *, name: str, namespace: str, kind: str, object_name: str, all_namespaces: bool, selector: str, output: str
 ) -> None:
@@ -291,7 +291,11 @@ def get(
         found = await client.find(kind)
         path = found.path("" if all_namespaces else namespace, object_name)
         params = {} if object_name else {"labelSelector": selector}
-        if output in ("json", "yaml"):
+        if output == "name":
+            answer = await client.request("GET", path, **params)
+            for item in answer.get("items", [answer]):
+                click.echo(f"{found.singular}/{item['metadata']['name']}")
+        elif output in ("json", "yaml"):
             _dump(await client.request("GET", path, **params), output)
         else:
             _show_table(await client.table(path, **params), found.namespaced and all_namespaces, output == "wide")
@@ -330,6 +334,7 @@ def _show_table(table: dict[str, Any], namespaces: bool, wide: bool) -> None:
 def _place(name: str, namespace: str, pod: str) -> Any:
     from fimbria.lab.access import PodPlace
 
+    pod = pod.removeprefix("pod/")  # as `get -o name` writes it
     if "/" in pod:
         namespace, pod = pod.split("/", 1)
     found = _with_api(name, lambda c: c.request("GET", f"/api/v1/namespaces/{namespace}/pods/{pod}"))

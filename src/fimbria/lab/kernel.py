@@ -4,6 +4,7 @@ import ctypes
 import errno
 import os
 import subprocess
+import sys
 import threading
 import time
 from collections.abc import Callable, Sequence
@@ -17,9 +18,8 @@ CLONE_NEWNS, CLONE_NEWUTS, CLONE_NEWPID, CLONE_NEWNET = 0x00020000, 0x04000000, 
 MS_NOSUID, MS_NODEV, MS_NOEXEC, MS_BIND, MS_REC, MS_PRIVATE = 0x2, 0x4, 0x8, 0x1000, 0x4000, 0x40000
 MNT_DETACH = 2
 BIN = Path(__file__).parent.parent / "_bin"
-PATH = (
-    f"/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin:{BIN}"  # for what runs inside: labtool is a command
-)
+# For what runs inside: labtool and fimbria are commands there.
+PATH = f"/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin:{BIN}:{Path(sys.executable).parent}"
 
 T = TypeVar("T")
 _libc = ctypes.CDLL(None, use_errno=True)
