@@ -112,9 +112,11 @@ def test_a_gone_address_answers_unreachable_at_once(story: Story) -> None:
     source = story.pod("shop/frontend")
     other = next(p for p in story.pods if p.node != source.node)
     gone = other.ips[0].rsplit(".", 1)[0] + ".250"
-    result = story.run(story.demo.probe(source, gone, 80))[0]
+    # On one machine the answer can arrive while connect() still holds the socket; Linux then acts on the next one, a
+    # retransmission later. Without an answer it would take minutes.
+    result = story.run(story.demo.probe(source, gone, 80, timeout_ms=4000))[0]
     assert result["result"] == "unreachable", result
-    assert result["latency_us"] < 400_000
+    assert result["latency_us"] < 2_500_000
 
 
 def test_outside_sees_the_nodes_address(story: Story) -> None:

@@ -136,7 +136,9 @@ class Demo:
             found[f"{host}"] = Counter(r["answer"]["name"] for r in results if r["result"] == "ok")
         return found
 
-    async def probe(self, pod: DemoPod, host: str, port: int, count: int = 1) -> list[Json]:
+    async def probe(
+        self, pod: DemoPod, host: str, port: int, count: int = 1, *, timeout_ms: int = TIMEOUT_MS
+    ) -> list[Json]:
         """Real HTTP connections from inside a pod; one result each."""
         place = access.PodPlace.of(pod.raw)
         command = [
@@ -146,7 +148,7 @@ class Demo:
             host,
             str(port),
             "--timeout",
-            str(TIMEOUT_MS),
+            str(timeout_ms),
             "--count",
             str(count),
         ]
