@@ -105,8 +105,15 @@ class Client:
         finally:
             connection.close()
 
-    def call(self, method: str, path: str, body: Any = None, kind: str = "application/json", accept: str = "application/json",
-             **query: Any) -> Answer:  # fmt: skip
+    def call(
+        self,
+        method: str,
+        path: str,
+        body: Any = None,
+        kind: str = "application/json",
+        accept: str = "application/json",
+        **query: Any,
+    ) -> Answer:
         path += f"?{urlencode(query)}" if query else ""
         data = None if body is None else json.dumps(body).encode()
         return self.raw(method, path, data, {"Content-Type": kind if data else "", "Accept": accept})
@@ -163,8 +170,18 @@ class Embedded:
 
     def start(self) -> Client:
         self.kubeconfig.unlink(missing_ok=True)
-        command = [sys.executable, "-m", "fimbria.lab.apiserver", "--db", str(self.folder / "db.sqlite"), "--listen",
-                   f"127.0.0.1:{self._port}", "--kubeconfig-out", str(self.kubeconfig), *self._options]  # fmt: skip
+        command = [
+            sys.executable,
+            "-m",
+            "fimbria.lab.apiserver",
+            "--db",
+            str(self.folder / "db.sqlite"),
+            "--listen",
+            f"127.0.0.1:{self._port}",
+            "--kubeconfig-out",
+            str(self.kubeconfig),
+            *self._options,
+        ]
         log = (self.folder / "log").open("ab")
         env = os.environ | {"PYTHONPATH": str(SOURCE)}
         self._process = subprocess.Popen(command, stdout=log, stderr=log, env=env)
@@ -236,8 +253,16 @@ def kubectl(server: Client, tmp_path: Path) -> Kubectl:
 
     def run(*arguments: str, stdin: str = "", code: int = 0) -> str:
         env = {"KUBECONFIG": str(server.kubeconfig), "HOME": str(tmp_path), "PATH": "/usr/bin:/bin"}
-        done = subprocess.run([str(binary), *arguments], input=stdin, env=env, text=True, stdout=subprocess.PIPE,
-                              stderr=subprocess.STDOUT, check=False, timeout=60)  # fmt: skip
+        done = subprocess.run(
+            [str(binary), *arguments],
+            input=stdin,
+            env=env,
+            text=True,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            check=False,
+            timeout=60,
+        )
         assert done.returncode == code, f"kubectl {' '.join(arguments)}: {done.returncode}\n{done.stdout}"
         return done.stdout
 

@@ -5,8 +5,7 @@ In tests: ``with real_apiserver(tmp_path) as kubeconfig: ...``. On the command l
     python tests/kube/realserver.py up --dir D [--bind ADDRESS] [--port PORT] [--netns NAME]
     python tests/kube/realserver.py down --dir D
 
-The kubeconfig (mode 0600, one context, the authority inline, a bearer token of group system:masters) is ``D/kubeconfig``,
-logs are ``D/etcd.log`` and ``D/apiserver.log``. The two binaries come from build.py, etcd from Debian (etcd-server).
+The kubeconfig (mode 0600, one context, authority inline, bearer token of group system:masters) is ``D/kubeconfig``, logs are ``D/etcd.log`` and ``D/apiserver.log``. The two binaries come from build.py, etcd from Debian (etcd-server).
 There is no controller-manager: run ``python -m fimbria.lab.apiserver.controllers --kubeconfig D/kubeconfig`` for one.
 """
 
@@ -110,21 +109,47 @@ class RealServer:
         host = f"[{self.bind}]" if address.version == 6 else self.bind
         _private(self.kubeconfig, _kubeconfig(f"https://{host}:{self.port}", crt.read_bytes(), token))
         return [
-            str(tools / "kube-apiserver"), f"--etcd-servers=http://127.0.0.1:{etcd_port}", f"--bind-address={self.bind}",
-            f"--secure-port={self.port}", *advertise, f"--tls-cert-file={crt}",
-            f"--tls-private-key-file={self.folder / 'server.key'}", f"--token-auth-file={tokens}",
-            "--authorization-mode=RBAC", f"--service-cluster-ip-range={SERVICE_RANGES}",
-            f"--service-account-key-file={key}", f"--service-account-signing-key-file={key}",
-            "--service-account-issuer=https://kubernetes.default.svc", "--allow-privileged=true", "--profiling=false",
-            f"--disable-admission-plugins={DISABLED_ADMISSION}", *self.extra,
-        ]  # fmt: skip
+            str(tools / "kube-apiserver"),
+            f"--etcd-servers=http://127.0.0.1:{etcd_port}",
+            f"--bind-address={self.bind}",
+            f"--secure-port={self.port}",
+            *advertise,
+            f"--tls-cert-file={crt}",
+            f"--tls-private-key-file={self.folder / 'server.key'}",
+            f"--token-auth-file={tokens}",
+            "--authorization-mode=RBAC",
+            f"--service-cluster-ip-range={SERVICE_RANGES}",
+            f"--service-account-key-file={key}",
+            f"--service-account-signing-key-file={key}",
+            "--service-account-issuer=https://kubernetes.default.svc",
+            "--allow-privileged=true",
+            "--profiling=false",
+            f"--disable-admission-plugins={DISABLED_ADMISSION}",
+            *self.extra,
+        ]
 
     def _certificate(self) -> Path:
         crt, key = self.folder / "server.crt", self.folder / "server.key"
         names = ",".join(f"IP:{one}" for one in sorted({self.bind, "127.0.0.1", "::1", "10.96.0.1"}))
-        _openssl("req", "-x509", "-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:prime256v1", "-nodes", "-days", "30",
-                 "-subj", "/CN=kube-apiserver", "-addext", f"subjectAltName={names},DNS:localhost", "-keyout", str(key),
-                 "-out", str(crt))  # fmt: skip
+        _openssl(
+            "req",
+            "-x509",
+            "-newkey",
+            "ec",
+            "-pkeyopt",
+            "ec_paramgen_curve:prime256v1",
+            "-nodes",
+            "-days",
+            "30",
+            "-subj",
+            "/CN=kube-apiserver",
+            "-addext",
+            f"subjectAltName={names},DNS:localhost",
+            "-keyout",
+            str(key),
+            "-out",
+            str(crt),
+        )
         return crt
 
     def _prefix(self) -> list[str]:
@@ -134,15 +159,26 @@ class RealServer:
         log = self.folder / f"{name}.log"
         with log.open("wb") as output:
             self._processes[name] = subprocess.Popen(
-                [*self._prefix(), *command], stdin=subprocess.DEVNULL, stdout=output, stderr=output,
-                start_new_session=True, preexec_fn=None if self.detached else _die_with_parent,
-            )  # fmt: skip
+                [*self._prefix(), *command],
+                stdin=subprocess.DEVNULL,
+                stdout=output,
+                stderr=output,
+                start_new_session=True,
+                preexec_fn=None if self.detached else _die_with_parent,
+            )
         state = {one: _identity(process.pid) for one, process in self._processes.items()}
         _private(self.folder / "pids.json", json.dumps(state))
 
     def _wait(self, tools: Path) -> None:
-        command = [*self._prefix(), str(tools / "kubectl"), f"--kubeconfig={self.kubeconfig}", "--request-timeout=2s",
-                   "get", "--raw", "/readyz"]  # fmt: skip
+        command = [
+            *self._prefix(),
+            str(tools / "kubectl"),
+            f"--kubeconfig={self.kubeconfig}",
+            "--request-timeout=2s",
+            "get",
+            "--raw",
+            "/readyz",
+        ]
         deadline = time.monotonic() + READY_SECONDS
         while time.monotonic() < deadline:
             for name, process in self._processes.items():
@@ -169,7 +205,9 @@ class RealServer:
 
 
 @contextlib.contextmanager
-def real_apiserver(tmpdir: Path, bind: str = "127.0.0.1", netns: str = "", extra: list[str] | None = None) -> Iterator[Path]:
+def real_apiserver(
+    tmpdir: Path, bind: str = "127.0.0.1", netns: str = "", extra: list[str] | None = None
+) -> Iterator[Path]:
     """A running server on a free port; yields its kubeconfig's path. Ends both processes in every case."""
     server = RealServer(Path(tmpdir), bind=bind, netns=netns, extra=extra or [])
     server.start()
@@ -189,11 +227,23 @@ def free_port(host: str = "127.0.0.1") -> int:
 def _etcd_command(etcd: str, folder: Path, client: int, peer: int) -> list[str]:
     # A test's data needn't survive a power cut; syncing would only slow everybody on the machine down.
     return [
-        etcd, "--data-dir", str(folder / "etcd"), "--listen-client-urls", f"http://127.0.0.1:{client}",
-        "--advertise-client-urls", f"http://127.0.0.1:{client}", "--listen-peer-urls", f"http://127.0.0.1:{peer}",
-        "--initial-advertise-peer-urls", f"http://127.0.0.1:{peer}", "--initial-cluster",
-        f"default=http://127.0.0.1:{peer}", "--unsafe-no-fsync", "--log-level", "warn",
-    ]  # fmt: skip
+        etcd,
+        "--data-dir",
+        str(folder / "etcd"),
+        "--listen-client-urls",
+        f"http://127.0.0.1:{client}",
+        "--advertise-client-urls",
+        f"http://127.0.0.1:{client}",
+        "--listen-peer-urls",
+        f"http://127.0.0.1:{peer}",
+        "--initial-advertise-peer-urls",
+        f"http://127.0.0.1:{peer}",
+        "--initial-cluster",
+        f"default=http://127.0.0.1:{peer}",
+        "--unsafe-no-fsync",
+        "--log-level",
+        "warn",
+    ]
 
 
 def _kubeconfig(server: str, authority: bytes, token: str) -> str:

@@ -99,13 +99,22 @@ def test_core_discovery(server: Client) -> None:
     assert found["pods"]["kind"] == "Pod" and found["pods"]["namespaced"] and found["pods"]["shortNames"] == ["po"]
     assert not found["nodes"]["namespaced"]
     assert {"pods/status", "pods/binding", "namespaces/finalize", "services/status"} <= found.keys()
-    assert {"create", "delete", "deletecollection", "get", "list", "patch", "update", "watch"} <= set(found["pods"]["verbs"])
+    assert {"create", "delete", "deletecollection", "get", "list", "patch", "update", "watch"} <= set(
+        found["pods"]["verbs"]
+    )
 
 
 def test_group_discovery(server: Client) -> None:
     names = {group["name"] for group in server.get("/apis")["groups"]}
-    assert {"apps", "discovery.k8s.io", "networking.k8s.io", "coordination.k8s.io", "events.k8s.io",
-            "rbac.authorization.k8s.io", "apiextensions.k8s.io"} <= names  # fmt: skip
+    assert {
+        "apps",
+        "discovery.k8s.io",
+        "networking.k8s.io",
+        "coordination.k8s.io",
+        "events.k8s.io",
+        "rbac.authorization.k8s.io",
+        "apiextensions.k8s.io",
+    } <= names
     assert server.get("/apis/apps")["preferredVersion"]["version"] == "v1"
     assert {"deployments", "deployments/status", "deployments/scale"} <= {
         one["name"] for one in server.get("/apis/apps/v1")["resources"]
@@ -117,7 +126,9 @@ def test_aggregated_discovery(server: Client, path: str) -> None:
     accept = "application/json;g=apidiscovery.k8s.io;v=v2;as=APIGroupDiscoveryList,application/json"
     body = server.get(path, accept=accept)
     assert (body["kind"], body["apiVersion"]) == ("APIGroupDiscoveryList", "apidiscovery.k8s.io/v2")
-    resources = [one["resource"] for item in body["items"] for version in item["versions"] for one in version["resources"]]
+    resources = [
+        one["resource"] for item in body["items"] for version in item["versions"] for one in version["resources"]
+    ]
     assert ("pods" if path == "/api" else "deployments") in resources
 
 
@@ -186,7 +197,9 @@ def test_namespace_of_body_and_path_must_agree(server: Client, ns: str) -> None:
 
 def test_kind_and_version_must_agree(server: Client, ns: str) -> None:
     refusal(server, 400, "BadRequest", "POST", cm(ns), {"kind": "Pod", "apiVersion": "v1", "metadata": {"name": "a"}})
-    refusal(server, 400, "BadRequest", "POST", cm(ns), {"kind": "ConfigMap", "apiVersion": "v2", "metadata": {"name": "a"}})
+    refusal(
+        server, 400, "BadRequest", "POST", cm(ns), {"kind": "ConfigMap", "apiVersion": "v2", "metadata": {"name": "a"}}
+    )
 
 
 def test_broken_json_is_bad_request(server: Client, ns: str) -> None:
@@ -309,9 +322,12 @@ def test_merge_patch(server: Client, ns: str) -> None:
 
 def test_json_patch(server: Client, ns: str) -> None:
     make(server, ns, "a", data={"k": "1"})
-    operations = [{"op": "test", "path": "/data/k", "value": "1"}, {"op": "replace", "path": "/data/k", "value": "2"},
-                  {"op": "add", "path": "/metadata/annotations", "value": {"a/b": "c"}},
-                  {"op": "copy", "from": "/data/k", "path": "/data/l"}]  # fmt: skip
+    operations = [
+        {"op": "test", "path": "/data/k", "value": "1"},
+        {"op": "replace", "path": "/data/k", "value": "2"},
+        {"op": "add", "path": "/metadata/annotations", "value": {"a/b": "c"}},
+        {"op": "copy", "from": "/data/k", "path": "/data/l"},
+    ]
     patched = server.patch(cm(ns, "a"), operations, kind=JSON_PATCH)
     assert patched["data"] == {"k": "2", "l": "2"}
     removed = server.patch(cm(ns, "a"), [{"op": "remove", "path": "/metadata/annotations/a~1b"}], kind=JSON_PATCH)
@@ -350,7 +366,10 @@ def test_strategic_patch_merges_lists_by_key(server: Client, ns: str) -> None:
 def test_strategic_patch_directives(server: Client, ns: str) -> None:
     path = apis("apps", ns, "deployments")
     body = deployment_body("d")
-    body["spec"]["template"]["spec"]["containers"][0]["env"] = [{"name": "A", "value": "1"}, {"name": "B", "value": "2"}]
+    body["spec"]["template"]["spec"]["containers"][0]["env"] = [
+        {"name": "A", "value": "1"},
+        {"name": "B", "value": "2"},
+    ]
     server.post(path, body)
     gone = {"name": "c", "env": [{"name": "A", "$patch": "delete"}]}
     patched = server.patch(f"{path}/d", {"spec": {"template": {"spec": {"containers": [gone]}}}}, kind=STRATEGIC)
@@ -426,13 +445,19 @@ def test_apply_merges_lists_by_key(server: Client, ns: str) -> None:
     body = deployment_body("d") | {"apiVersion": "apps/v1", "kind": "Deployment"}
     applied(server, path, body, "one", 201)
     side = {"name": "side", "image": "example.invalid/b:1"}
-    extra = {"apiVersion": "apps/v1", "kind": "Deployment", "metadata": {"name": "d"},
-             "spec": {"template": {"spec": {"containers": [side]}}}}  # fmt: skip
+    extra = {
+        "apiVersion": "apps/v1",
+        "kind": "Deployment",
+        "metadata": {"name": "d"},
+        "spec": {"template": {"spec": {"containers": [side]}}},
+    }
     found = applied(server, path, extra, "two")["spec"]["template"]["spec"]["containers"]
     assert {one["name"] for one in found} == {"c", "side"}
     extra["spec"] = {"template": {"metadata": {"labels": {"more": "yes"}}}}
     template = applied(server, path, extra, "two")["spec"]["template"]
-    assert [one["name"] for one in template["spec"]["containers"]] == ["c"] and template["metadata"]["labels"]["more"] == "yes"
+    assert [one["name"] for one in template["spec"]["containers"]] == ["c"] and template["metadata"]["labels"][
+        "more"
+    ] == "yes"
 
 
 def test_apply_custom_status(server: Client, ns: str, things: str) -> None:
@@ -473,7 +498,9 @@ def test_field_selectors_of_kinds(server: Client, ns: str) -> None:
     server.post(core(ns, "pods"), pod_body("here", nodeName="node-a"))
     server.post(core(ns, "pods"), pod_body("there", nodeName="node-b"))
     server.post(core(ns, "secrets"), {"metadata": {"name": "s"}, "type": "example.com/x"})
-    assert [one["metadata"]["name"] for one in server.get(core(ns, "pods"), fieldSelector="spec.nodeName=node-b")["items"]] == ["there"]
+    assert [
+        one["metadata"]["name"] for one in server.get(core(ns, "pods"), fieldSelector="spec.nodeName=node-b")["items"]
+    ] == ["there"]
     assert len(server.get(core(ns, "pods"), fieldSelector="status.phase=Pending")["items"]) == 2
     assert len(server.get(core(ns, "secrets"), fieldSelector="type=example.com/x")["items"]) == 1
 
@@ -490,7 +517,9 @@ def test_pages(server: Client, ns: str) -> None:
     names = [item["metadata"]["name"] for page in (first, second, third) for item in page["items"]]
     assert names == ["c0", "c1", "c2", "c3", "c4"]
     assert "continue" not in third["metadata"]
-    assert {page["metadata"]["resourceVersion"] for page in (first, second, third)} == {first["metadata"]["resourceVersion"]}
+    assert {page["metadata"]["resourceVersion"] for page in (first, second, third)} == {
+        first["metadata"]["resourceVersion"]
+    }
 
 
 def test_bad_continue_token(server: Client, ns: str) -> None:
@@ -599,7 +628,9 @@ def test_watch_ends_at_its_timeout(server: Client, ns: str) -> None:
 def test_watch_list_ends_its_state_with_a_bookmark(server: Client, ns: str) -> None:
     make(server, ns, "a")
     make(server, ns, "b")
-    watcher = server.watch(cm(ns), sendInitialEvents="true", allowWatchBookmarks="true", resourceVersionMatch="NotOlderThan")
+    watcher = server.watch(
+        cm(ns), sendInitialEvents="true", allowWatchBookmarks="true", resourceVersionMatch="NotOlderThan"
+    )
     kind, obj = watcher.next()
     if server.kind == "real" and kind == "ERROR":
         # Debian's etcd 3.4 can't say how far a watch has come: clients must go back to list and watch
@@ -686,10 +717,19 @@ def test_pod_without_a_node_goes_at_once(server: Client, ns: str) -> None:
 def test_pod_defaults(server: Client, ns: str) -> None:
     spec = server.post(core(ns, "pods"), pod_body("p"))["spec"]
     container = spec["containers"][0]
-    assert (spec["restartPolicy"], spec["dnsPolicy"], spec["schedulerName"]) == ("Always", "ClusterFirst", "default-scheduler")
+    assert (spec["restartPolicy"], spec["dnsPolicy"], spec["schedulerName"]) == (
+        "Always",
+        "ClusterFirst",
+        "default-scheduler",
+    )
     assert spec["terminationGracePeriodSeconds"] == 30 and spec["enableServiceLinks"] is True
-    assert container["imagePullPolicy"] == "IfNotPresent" and container["terminationMessagePath"] == "/dev/termination-log"
-    assert {one["key"] for one in spec["tolerations"]} == {"node.kubernetes.io/not-ready", "node.kubernetes.io/unreachable"}
+    assert (
+        container["imagePullPolicy"] == "IfNotPresent" and container["terminationMessagePath"] == "/dev/termination-log"
+    )
+    assert {one["key"] for one in spec["tolerations"]} == {
+        "node.kubernetes.io/not-ready",
+        "node.kubernetes.io/unreachable",
+    }
 
 
 @pytest.mark.parametrize(
@@ -699,11 +739,13 @@ def test_pod_defaults(server: Client, ns: str) -> None:
         ({"containers": [{"name": "c"}]}, "spec.containers[0].image"),
         ({"containers": [{"name": "C", "image": "a"}]}, "spec.containers[0].name"),
         ({"containers": [{"name": "c", "image": "a"}, {"name": "c", "image": "a"}]}, "spec.containers[1].name"),
-        ({"containers": [{"name": "c", "image": "a", "ports": [{"containerPort": 70000}]}]},
-         "spec.containers[0].ports[0].containerPort"),
+        (
+            {"containers": [{"name": "c", "image": "a", "ports": [{"containerPort": 70000}]}]},
+            "spec.containers[0].ports[0].containerPort",
+        ),
         ({"restartPolicy": "Sometimes"}, "spec.restartPolicy"),
     ],
-)  # fmt: skip
+)
 def test_invalid_pods_name_the_field(server: Client, ns: str, spec: Obj, field: str) -> None:
     status = refusal(server, 422, "Invalid", "POST", core(ns, "pods"), pod_body("p", **spec))
     assert field in invalid_fields(status)
@@ -712,7 +754,9 @@ def test_invalid_pods_name_the_field(server: Client, ns: str, spec: Obj, field: 
 def test_pod_spec_is_immutable_but_for_images(server: Client, ns: str) -> None:
     server.post(core(ns, "pods"), pod_body("p"))
     path = core(ns, "pods", "p")
-    patched = server.patch(path, {"spec": {"containers": [{"name": "c", "image": "example.invalid/a:2"}]}}, kind=STRATEGIC)
+    patched = server.patch(
+        path, {"spec": {"containers": [{"name": "c", "image": "example.invalid/a:2"}]}}, kind=STRATEGIC
+    )
     assert patched["spec"]["containers"][0]["image"] == "example.invalid/a:2"
     status = refusal(server, 422, "Invalid", "PATCH", path, {"spec": {"hostname": "h"}}, kind=MERGE)
     assert invalid_fields(status) == ["spec"] and "pod updates may not change fields other than" in status["message"]
@@ -731,8 +775,13 @@ def test_binding(server: Client, ns: str) -> None:
 
 def test_node_keeps_status_on_create(server: Client, ns: str) -> None:
     name = f"node-{ns}"
-    status = {"addresses": [{"type": "InternalIP", "address": "192.0.2.7"}], "conditions": [{"type": "Ready", "status": "True"}]}
-    made = server.post("/api/v1/nodes", {"metadata": {"name": name}, "spec": {"podCIDR": "10.1.0.0/24"}, "status": status})
+    status = {
+        "addresses": [{"type": "InternalIP", "address": "192.0.2.7"}],
+        "conditions": [{"type": "Ready", "status": "True"}],
+    }
+    made = server.post(
+        "/api/v1/nodes", {"metadata": {"name": name}, "spec": {"podCIDR": "10.1.0.0/24"}, "status": status}
+    )
     assert made["status"]["addresses"][0]["address"] == "192.0.2.7" and made["spec"]["podCIDRs"] == ["10.1.0.0/24"]
     server.delete(f"/api/v1/nodes/{name}")
 
@@ -772,15 +821,24 @@ def test_node_ports(server: Client, ns: str) -> None:
     taken = service_body("t", type="NodePort", ports=[{"port": 80, "nodePort": port}])
     assert "already allocated" in refusal(server, 422, "Invalid", "POST", core(ns, "services"), taken)["message"]
     low = service_body("l", type="NodePort", ports=[{"port": 80, "nodePort": 80}])
-    assert "spec.ports[0].nodePort" in invalid_fields(refusal(server, 422, "Invalid", "POST", core(ns, "services"), low))
+    assert "spec.ports[0].nodePort" in invalid_fields(
+        refusal(server, 422, "Invalid", "POST", core(ns, "services"), low)
+    )
     plain = server.patch(core(ns, "services", "n"), {"spec": {"type": "ClusterIP"}})["spec"]
     assert "nodePort" not in plain["ports"][0] and "externalTrafficPolicy" not in plain
 
 
 def test_cluster_ip_is_immutable_and_survives_updates(server: Client, ns: str) -> None:
     made = server.post(core(ns, "services"), service_body("s"))
-    status = refusal(server, 422, "Invalid", "PATCH", core(ns, "services", "s"),
-                     {"spec": {"clusterIP": "10.96.77.77", "clusterIPs": ["10.96.77.77"]}}, kind=MERGE)  # fmt: skip
+    status = refusal(
+        server,
+        422,
+        "Invalid",
+        "PATCH",
+        core(ns, "services", "s"),
+        {"spec": {"clusterIP": "10.96.77.77", "clusterIPs": ["10.96.77.77"]}},
+        kind=MERGE,
+    )
     assert "may not change once set" in status["message"]
     bare = service_body("s", ports=[{"port": 81}])
     assert server.put(core(ns, "services", "s"), bare)["spec"]["clusterIP"] == made["spec"]["clusterIP"]
@@ -834,8 +892,10 @@ def test_network_policy_defaults(server: Client, ns: str) -> None:
     [
         ({"ingress": [{"from": [{"ipBlock": {"cidr": "10.0.0.0/99"}}]}]}, "spec.ingress[0].from[0].ipBlock.cidr"),
         ({"ingress": [{"from": [{"ipBlock": {"cidr": "nonsense"}}]}]}, "spec.ingress[0].from[0].ipBlock.cidr"),
-        ({"egress": [{"to": [{"ipBlock": {"cidr": "10.0.0.0/8", "except": ["11.0.0.0/16"]}}]}]},
-         "spec.egress[0].to[0].ipBlock.except[0]"),
+        (
+            {"egress": [{"to": [{"ipBlock": {"cidr": "10.0.0.0/8", "except": ["11.0.0.0/16"]}}]}]},
+            "spec.egress[0].to[0].ipBlock.except[0]",
+        ),
         ({"egress": [{"to": [{"ipBlock": {"cidr": "10.0.0.0/8"}, "podSelector": {}}]}]}, "spec.egress[0].to[0]"),
         ({"egress": [{"to": [{}]}]}, "spec.egress[0].to[0]"),
         ({"ingress": [{"ports": [{"port": 0}]}]}, "spec.ingress[0].ports[0].port"),
@@ -844,10 +904,12 @@ def test_network_policy_defaults(server: Client, ns: str) -> None:
         ({"ingress": [{"ports": [{"endPort": 90}]}]}, "spec.ingress[0].ports[0].endPort"),
         ({"ingress": [{"ports": [{"port": 80, "protocol": "ICMP"}]}]}, "spec.ingress[0].ports[0].protocol"),
         ({"policyTypes": ["Sideways"]}, "spec.policyTypes[0]"),
-        ({"podSelector": {"matchExpressions": [{"key": "a", "operator": "Near"}]}},
-         "spec.podSelector.matchExpressions[0].operator"),
+        (
+            {"podSelector": {"matchExpressions": [{"key": "a", "operator": "Near"}]}},
+            "spec.podSelector.matchExpressions[0].operator",
+        ),
     ],
-)  # fmt: skip
+)
 def test_invalid_network_policies_name_the_field(server: Client, ns: str, spec: Obj, field: str) -> None:
     path = apis("networking.k8s.io", ns, "networkpolicies")
     status = refusal(server, 422, "Invalid", "POST", path, policy_body("np", **spec))
@@ -869,7 +931,10 @@ def test_endpoint_slices(server: Client, ns: str) -> None:
 def test_deployment_defaults_and_rules(server: Client, ns: str) -> None:
     path = apis("apps", ns, "deployments")
     made = server.post(path, deployment_body("d"))
-    assert made["spec"]["strategy"] == {"type": "RollingUpdate", "rollingUpdate": {"maxSurge": "25%", "maxUnavailable": "25%"}}
+    assert made["spec"]["strategy"] == {
+        "type": "RollingUpdate",
+        "rollingUpdate": {"maxSurge": "25%", "maxUnavailable": "25%"},
+    }
     assert made["metadata"]["generation"] == 1 and made["spec"]["template"]["spec"]["restartPolicy"] == "Always"
     wrong = deployment_body("w")
     wrong["spec"]["selector"] = {"matchLabels": {"app": "other"}}
@@ -889,7 +954,13 @@ def test_scale(server: Client, ns: str) -> None:
 
 def test_events_in_both_groups(server: Client, ns: str) -> None:
     about = {"kind": "Pod", "namespace": ns, "name": "p"}
-    body = {"metadata": {"name": "e"}, "involvedObject": about, "reason": "Because", "message": "hello", "type": "Normal"}
+    body = {
+        "metadata": {"name": "e"},
+        "involvedObject": about,
+        "reason": "Because",
+        "message": "hello",
+        "type": "Normal",
+    }
     server.post(core(ns, "events"), body)
     other = server.get(apis("events.k8s.io", ns, "events", "e"))
     assert (other["note"], other["regarding"]["name"], other["apiVersion"]) == ("hello", "p", "events.k8s.io/v1")
@@ -932,23 +1003,59 @@ def test_tables(server: Client, ns: str) -> None:
 @pytest.mark.parametrize(
     ("path", "columns"),
     [
-        ("/api/v1/nodes", ["Name", "Status", "Roles", "Age", "Version", "Internal-IP", "External-IP", "OS-Image",
-                           "Kernel-Version", "Container-Runtime"]),
-        ("/api/v1/pods", ["Name", "Ready", "Status", "Restarts", "Age", "IP", "Node", "Nominated Node", "Readiness Gates"]),
+        (
+            "/api/v1/nodes",
+            [
+                "Name",
+                "Status",
+                "Roles",
+                "Age",
+                "Version",
+                "Internal-IP",
+                "External-IP",
+                "OS-Image",
+                "Kernel-Version",
+                "Container-Runtime",
+            ],
+        ),
+        (
+            "/api/v1/pods",
+            ["Name", "Ready", "Status", "Restarts", "Age", "IP", "Node", "Nominated Node", "Readiness Gates"],
+        ),
         ("/api/v1/services", ["Name", "Type", "Cluster-IP", "External-IP", "Port(s)", "Age", "Selector"]),
         ("/api/v1/namespaces", ["Name", "Status", "Age"]),
         ("/api/v1/configmaps", ["Name", "Data", "Age"]),
         ("/api/v1/secrets", ["Name", "Type", "Data", "Age"]),
-        ("/apis/apps/v1/deployments", ["Name", "Ready", "Up-to-date", "Available", "Age", "Containers", "Images", "Selector"]),
-        ("/apis/apps/v1/replicasets", ["Name", "Desired", "Current", "Ready", "Age", "Containers", "Images", "Selector"]),
-        ("/apis/apps/v1/daemonsets", ["Name", "Desired", "Current", "Ready", "Up-to-date", "Available", "Node Selector",
-                                      "Age", "Containers", "Images", "Selector"]),
+        (
+            "/apis/apps/v1/deployments",
+            ["Name", "Ready", "Up-to-date", "Available", "Age", "Containers", "Images", "Selector"],
+        ),
+        (
+            "/apis/apps/v1/replicasets",
+            ["Name", "Desired", "Current", "Ready", "Age", "Containers", "Images", "Selector"],
+        ),
+        (
+            "/apis/apps/v1/daemonsets",
+            [
+                "Name",
+                "Desired",
+                "Current",
+                "Ready",
+                "Up-to-date",
+                "Available",
+                "Node Selector",
+                "Age",
+                "Containers",
+                "Images",
+                "Selector",
+            ],
+        ),
         ("/apis/discovery.k8s.io/v1/endpointslices", ["Name", "AddressType", "Ports", "Endpoints", "Age"]),
         ("/apis/networking.k8s.io/v1/networkpolicies", ["Name", "Pod-Selector", "Age"]),
         ("/apis/coordination.k8s.io/v1/leases", ["Name", "Holder", "Age"]),
         ("/apis/apiextensions.k8s.io/v1/customresourcedefinitions", ["Name", "Created At"]),
     ],
-)  # fmt: skip
+)
 def test_table_columns(server: Client, path: str, columns: list[str]) -> None:
     found = [one["name"] for one in server.get(path, accept=TABLE)["columnDefinitions"]]
     assert found == columns
@@ -985,8 +1092,13 @@ SCHEMA: Obj = {
 def definition(plural: str, **version: Any) -> Obj:
     kind = plural.capitalize()
     names = {"plural": plural, "kind": kind, "shortNames": [plural[:6]]}
-    one = {"name": "v1", "served": True, "storage": True, "schema": {"openAPIV3Schema": SCHEMA},
-           "subresources": {"status": {}}} | version  # fmt: skip
+    one = {
+        "name": "v1",
+        "served": True,
+        "storage": True,
+        "schema": {"openAPIV3Schema": SCHEMA},
+        "subresources": {"status": {}},
+    } | version
     spec = {"group": "fim.example.com", "scope": "Namespaced", "names": names, "versions": [one]}
     return {"metadata": {"name": f"{plural}.fim.example.com"}, "spec": spec}
 
@@ -1017,10 +1129,15 @@ def custom_body(name: str, **spec: Any) -> Obj:
 @pytest.fixture(scope="session")
 def things(server: Client) -> str:
     """An established custom resource with a status subresource; gives its plural."""
-    establish(server, "things", additionalPrinterColumns=[
-        {"name": "Size", "type": "integer", "jsonPath": ".spec.size"},
-        {"name": "Phase", "type": "string", "jsonPath": ".status.phase", "priority": 1},
-    ], selectableFields=[{"jsonPath": ".spec.color"}])  # fmt: skip
+    establish(
+        server,
+        "things",
+        additionalPrinterColumns=[
+            {"name": "Size", "type": "integer", "jsonPath": ".spec.size"},
+            {"name": "Phase", "type": "string", "jsonPath": ".status.phase", "priority": 1},
+        ],
+        selectableFields=[{"jsonPath": ".spec.color"}],
+    )
     return "things"
 
 
@@ -1041,7 +1158,9 @@ def test_custom_object_life(server: Client, ns: str, things: str) -> None:
     assert made["kind"] == "Things" and made["metadata"]["generation"] == 1 and "status" not in made
     assert made["spec"]["color"] == "red"
     patched = server.patch(custom(ns, things, "a") + "/status", {"status": {"phase": "Up"}, "spec": {"size": 9}})
-    assert patched["status"]["phase"] == "Up" and patched["spec"]["size"] == 3 and patched["metadata"]["generation"] == 1
+    assert (
+        patched["status"]["phase"] == "Up" and patched["spec"]["size"] == 3 and patched["metadata"]["generation"] == 1
+    )
     changed = server.patch(custom(ns, things, "a"), {"spec": {"size": 4}, "status": {"phase": "Down"}})
     assert changed["status"]["phase"] == "Up" and changed["metadata"]["generation"] == 2
     assert server.get(custom(ns, things))["kind"] == "ThingsList"
@@ -1127,10 +1246,12 @@ def test_deleted_definition_takes_its_objects_along(server: Client, ns: str) -> 
         (lambda body: body["metadata"].update(name="other.fim.example.com"), "metadata.name"),
         (lambda body: body["spec"].update(scope="Global"), "spec.scope"),
         (lambda body: body["spec"]["versions"][0].update(storage=False), "spec.versions"),
-        (lambda body: body["spec"]["versions"][0]["schema"]["openAPIV3Schema"]["properties"].update(x={}),
-         "spec.validation.openAPIV3Schema.properties[x].type"),
+        (
+            lambda body: body["spec"]["versions"][0]["schema"]["openAPIV3Schema"]["properties"].update(x={}),
+            "spec.validation.openAPIV3Schema.properties[x].type",
+        ),
     ],
-)  # fmt: skip
+)
 def test_invalid_definitions(server: Client, change: Any, field: str) -> None:
     body = json.loads(json.dumps(definition("broken")))
     change(body)
@@ -1145,8 +1266,11 @@ def node(server: Client) -> Any:
     made: list[str] = []
 
     def create(name: str, **spec: Any) -> str:
-        body = {"metadata": {"name": name, "labels": {"kubernetes.io/hostname": name}}, "spec": spec,
-                "status": {"conditions": [{"type": "Ready", "status": "True"}]}}  # fmt: skip
+        body = {
+            "metadata": {"name": name, "labels": {"kubernetes.io/hostname": name}},
+            "spec": spec,
+            "status": {"conditions": [{"type": "Ready", "status": "True"}]},
+        }
         server.post("/api/v1/nodes", body)
         made.append(name)
         return name
@@ -1198,8 +1322,11 @@ def test_rolling_update_keeps_enough_available(server: Client, ns: str, node: An
     for number, pod in enumerate(pods_of(server, ns), 1):
         run_pod(server, ns, pod["metadata"]["name"], number)
     server.eventually(lambda: server.get(path)["status"].get("availableReplicas") == 3)
-    server.patch(path, {"spec": {"template": {"spec": {"containers": [{"name": "c", "image": "example.invalid/a:2"}]}}}},
-                 kind=STRATEGIC)  # fmt: skip
+    server.patch(
+        path,
+        {"spec": {"template": {"spec": {"containers": [{"name": "c", "image": "example.invalid/a:2"}]}}}},
+        kind=STRATEGIC,
+    )
 
     def images() -> list[str]:
         return [pod["spec"]["containers"][0]["image"] for pod in pods_of(server, ns)]
@@ -1270,7 +1397,12 @@ def test_endpoint_slices_follow_pods(server: Client, ns: str) -> None:
 
 
 def owned(server: Client, ns: str, name: str, owner: Obj, **extra: Any) -> Obj:
-    reference = {"apiVersion": "v1", "kind": "ConfigMap", "name": owner["metadata"]["name"], "uid": owner["metadata"]["uid"]}
+    reference = {
+        "apiVersion": "v1",
+        "kind": "ConfigMap",
+        "name": owner["metadata"]["name"],
+        "uid": owner["metadata"]["uid"],
+    }
     return make(server, ns, name, metadata={"ownerReferences": [reference | extra]})
 
 
@@ -1335,7 +1467,10 @@ spec: {podSelector: {}, ingress: [{from: [{ipBlock: {cidr: 10.0.0.0/8, except: [
 def test_kubectl_apply_life(server: Client, kubectl: Kubectl, ns: str) -> None:
     text = MANIFEST.replace("NS", ns)
     assert kubectl("apply", "-f", "-", stdin=text).split("\n")[:3] == [
-        "deployment.apps/web created", "service/web created", "networkpolicy.networking.k8s.io/np created"]  # fmt: skip
+        "deployment.apps/web created",
+        "service/web created",
+        "networkpolicy.networking.k8s.io/np created",
+    ]
     assert "unchanged" in kubectl("apply", "-f", "-", stdin=text)
     changed = text.replace("web:1", "web:2").replace('{name: A, value: "1"}', '{name: B, value: "2"}')
     assert "deployment.apps/web configured" in kubectl("apply", "-f", "-", stdin=changed)
@@ -1350,7 +1485,9 @@ def test_kubectl_server_side_apply(server: Client, kubectl: Kubectl, ns: str) ->
     changed = text.replace("web:1", "web:2")
     kubectl("apply", "--server-side", "-f", "-", stdin=changed)
     container = server.get(apis("apps", ns, "deployments", "web"))["spec"]["template"]["spec"]["containers"][0]
-    assert container["image"] == "example.invalid/web:2" and container["ports"] == [{"containerPort": 80, "protocol": "TCP"}]
+    assert container["image"] == "example.invalid/web:2" and container["ports"] == [
+        {"containerPort": 80, "protocol": "TCP"}
+    ]
     out = kubectl("apply", "--server-side", "--field-manager=other", "-f", "-", stdin=text, code=1)
     assert 'conflict with "kubectl"' in out
     kubectl("apply", "--server-side", "--field-manager=other", "--force-conflicts", "-f", "-", stdin=text)
@@ -1364,7 +1501,9 @@ def test_kubectl_moves_from_client_to_server_side_apply(server: Client, kubectl:
 
 def test_kubectl_apply_refuses_unknown_and_invalid_fields(server: Client, kubectl: Kubectl, ns: str) -> None:
     text = MANIFEST.replace("NS", ns)
-    assert 'unknown field "spec.replicass"' in kubectl("apply", "-f", "-", stdin=text.replace("replicas", "replicass"), code=1)
+    assert 'unknown field "spec.replicass"' in kubectl(
+        "apply", "-f", "-", stdin=text.replace("replicas", "replicass"), code=1
+    )
     out = kubectl("apply", "-f", "-", stdin=text.replace("10.0.0.0/8", "10.0.0.0/88"), code=1)
     assert "spec.ingress[0].from[0].ipBlock.cidr: Invalid value" in out
 
@@ -1381,7 +1520,12 @@ def test_kubectl_get_shapes(server: Client, kubectl: Kubectl, ns: str) -> None:
 
 
 def test_kubectl_create_replace_edit_commands(server: Client, kubectl: Kubectl, ns: str) -> None:
-    kubectl("create", "-f", "-", stdin=f'{{"apiVersion":"v1","kind":"ConfigMap","metadata":{{"name":"c","namespace":"{ns}"}}}}')
+    kubectl(
+        "create",
+        "-f",
+        "-",
+        stdin=f'{{"apiVersion":"v1","kind":"ConfigMap","metadata":{{"name":"c","namespace":"{ns}"}}}}',
+    )
     kubectl("label", "cm", "c", "-n", ns, "a=b")
     kubectl("annotate", "cm", "c", "-n", ns, "note=hello there")
     kubectl("patch", "cm", "c", "-n", ns, "-p", '{"data":{"k":"v"}}')
@@ -1404,7 +1548,9 @@ def test_kubectl_create_commands(server: Client, kubectl: Kubectl, ns: str) -> N
     assert server.get(core(ns, "secrets", "hidden"))["data"] == {"a": "Yg=="}
     deployment = server.get(apis("apps", ns, "deployments", "web"))
     assert deployment["spec"]["replicas"] == 2
-    assert deployment["spec"]["template"]["spec"]["containers"][0]["ports"] == [{"containerPort": 80, "protocol": "TCP"}]
+    assert deployment["spec"]["template"]["spec"]["containers"][0]["ports"] == [
+        {"containerPort": 80, "protocol": "TCP"}
+    ]
     assert server.get(core(ns, "services", "svc"))["spec"]["ports"][0]["targetPort"] == 8080
     kubectl("expose", "deployment", "web", "-n", ns, "--port=81")
     assert server.get(core(ns, "services", "web"))["spec"]["selector"] == {"app": "web"}

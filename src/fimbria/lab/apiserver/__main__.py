@@ -1,4 +1,7 @@
-"""Starts the lab's API server: ``python -m fimbria.lab.apiserver --db FILE --listen HOST:PORT --kubeconfig-out FILE``."""
+"""Starts the lab's API server.
+
+``python -m fimbria.lab.apiserver --db FILE --listen HOST:PORT --kubeconfig-out FILE``
+"""
 
 from __future__ import annotations
 
@@ -27,13 +30,20 @@ DEFAULT_RANGES = "10.96.0.0/16,fd00:10:96::/112"
 def parse_arguments(arguments: list[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         prog="python -m fimbria.lab.apiserver",
-        description="An embedded Kubernetes-style API server for Fimbria's lab and tests only. Never use it for a cluster.",
+        description="An embedded Kubernetes-style API server for Fimbria's lab and tests only; no server for a cluster.",
     )
     parser.add_argument("--db", type=Path, required=True, help="SQLite file; token and certificate are kept next to it")
-    parser.add_argument("--listen", action="append", required=True, metavar="HOST:PORT|unix:PATH",
-                        help="where to serve: TLS with a bearer token, or a unix socket of mode 0600; repeatable; port 0 "
-                        "takes a free one")  # fmt: skip
-    parser.add_argument("--kubeconfig-out", type=Path, help="where to write a kubeconfig (mode 0600) for the first address")
+    parser.add_argument(
+        "--listen",
+        action="append",
+        required=True,
+        metavar="HOST:PORT|unix:PATH",
+        help="where to serve: TLS with a bearer token, or a unix socket of mode 0600; repeatable; port 0 "
+        "takes a free one",
+    )
+    parser.add_argument(
+        "--kubeconfig-out", type=Path, help="where to write a kubeconfig (mode 0600) for the first address"
+    )
     parser.add_argument("--service-cidr", default=DEFAULT_RANGES, help="one range, or two of different families")
     parser.add_argument("--history", type=int, default=10_000, help="changes kept per resource for watches")
     parser.add_argument("--verbose", action="store_true")
@@ -73,7 +83,9 @@ async def serve(options: argparse.Namespace) -> None:
     await runner.setup()
     try:
         bound = await _listen(runner, options)
-        endpoint = next((one for one in bound if not ipaddress.ip_address(one[0]).is_loopback), bound[0] if bound else None)
+        endpoint = next(
+            (one for one in bound if not ipaddress.ip_address(one[0]).is_loopback), bound[0] if bound else None
+        )
         bootstrap.ensure(registry, endpoint or ("127.0.0.1", 443))
         if options.kubeconfig_out and bound:
             _write_kubeconfig(options, bound[0], token)

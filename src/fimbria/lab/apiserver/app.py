@@ -18,6 +18,7 @@ from fimbria.lab.apiserver.model import Entry, Key, Obj, Resource, encode
 from fimbria.lab.apiserver.registry import Registry, Write, served_raw
 from fimbria.lab.apiserver.requests import Target
 from fimbria.lab.apiserver.scale import patch_scale, put_scale, scale_of
+from fimbria.lab.apiserver.types import TYPES
 
 log = logging.getLogger(__name__)
 MAX_BODY = 3 * 1024 * 1024
@@ -52,14 +53,14 @@ class Api:
         except ApiError as error:
             return _answer(error.code, error.status())
         except web.HTTPRequestEntityTooLarge:
-            error = ApiError(413, "RequestEntityTooLarge", f"the request body is larger than {MAX_BODY} bytes")
-            return _answer(413, error.status())
+            message = f"the request body is larger than {MAX_BODY} bytes"
+            return _answer(413, ApiError(413, "RequestEntityTooLarge", message).status())
         except (ConnectionResetError, asyncio.CancelledError):
             raise
         except Exception:
             log.exception("%s %s failed", request.method, request.path)
-            error = ApiError(500, "InternalError", "an internal error occurred; the server's log says more")
-            return _answer(500, error.status())
+            message = "an internal error occurred; the server's log says more"
+            return _answer(500, ApiError(500, "InternalError", message).status())
 
     def _authenticate(self, request: web.Request) -> None:
         if request.path in OPEN_PATHS or _is_unix(request):
@@ -127,7 +128,18 @@ class Api:
             case ["openapi", "v3", *rest]:
                 return openapi.document(self.registry, "/".join(rest))
             case [""]:
-                return {"paths": ["/api", "/apis", "/healthz", "/livez", "/openapi/v2", "/openapi/v3", "/readyz", "/version"]}
+                return {
+                    "paths": [
+                        "/api",
+                        "/apis",
+                        "/healthz",
+                        "/livez",
+                        "/openapi/v2",
+                        "/openapi/v3",
+                        "/readyz",
+                        "/version",
+                    ]
+                }
         return None
 
     def _aggregated(self, request: web.Request, core: bool) -> web.Response | None:
@@ -182,7 +194,9 @@ class Api:
         watch = _parse_watch(res, target, query, transform, include)
         seconds = requests.number(query, "timeoutSeconds")
         timeout = float(seconds) if seconds else random.uniform(1800, 3600)  # noqa: S311 - spreads reconnections
-        response = web.StreamResponse(headers={"Content-Type": "application/json", "Cache-Control": "no-cache, private"})
+        response = web.StreamResponse(
+            headers={"Content-Type": "application/json", "Cache-Control": "no-cache, private"}
+        )
         await response.prepare(request)
         task = asyncio.current_task()
         assert task is not None
@@ -223,9 +237,11 @@ class Api:
 
     def _patch(self, res: Resource, target: Target, kind: str, body: Any, write: Write) -> Answer:
         if target.sub == "scale":
-            return 200, patch_scale(self.registry, res, target, body, kind, write)
+            return 200, patch_scale(self.registry, res, target, body, kind=kind, write=write)
         if kind == requests.APPLY_PATCH:
-            found, created = self.registry.apply(res, Key(target.namespace, target.name), _object(body), target.sub, write)
+            found, created = self.registry.apply(
+                res, Key(target.namespace, target.name), _object(body), target.sub, write
+            )
             return (201 if created else 200), found
         change = _patcher(res, kind, body)
         return 200, self.registry.modify(res, Key(target.namespace, target.name), change, target.sub, write)
@@ -262,7 +278,7 @@ def _patcher(res: Resource, kind: str, body: Any) -> Callable[[Obj], Obj]:
             elif kind == requests.MERGE_PATCH:
                 changed = patch.merge_patch(obj, _object(body))
             else:
-                changed = patch.strategic_patch(obj, _object(body), openapi.TYPES[res.type_name])
+                changed = patch.strategic_patch(obj, _object(body), TYPES[res.type_name])
         except patch.PatchError as error:
             if error.malformed and kind != requests.JSON_PATCH:
                 raise errors.bad_request(str(error)) from None
@@ -332,5 +348,3 @@ def version_info() -> Obj:
         "compiler": "CPython",
         "platform": "linux/amd64",
     }
-
-

@@ -64,7 +64,9 @@ def managed_fields(owners: Owners, before: Obj, api_version: str, now: str) -> l
     return entries
 
 
-def apply(live: Obj | None, applied: Obj, shape: Shape, writer: Writer, force: bool) -> tuple[Obj, Owners, list[Conflict]]:
+def apply(
+    live: Obj | None, applied: Obj, shape: Shape, writer: Writer, force: bool
+) -> tuple[Obj, Owners, list[Conflict]]:
     """The object after an apply, and its owners; with conflicts (unless forced) both are to be thrown away."""
     wanted = fieldsets.paths(applied, shape)
     if live is None:
@@ -87,10 +89,11 @@ def apply(live: Obj | None, applied: Obj, shape: Shape, writer: Writer, force: b
             found.discard(conflict.path)
     merged: Obj = fieldsets.merge(live, applied, shape)
     kept = set(wanted).union(*owners.values())
-    for path in sorted(previous - kept, key=len, reverse=True):
-        if path[-1] == ITSELF and any(one[: len(path) - 1] == path[:-1] for one in kept):
-            continue
-        merged = fieldsets.remove(merged, path, shape)
+    # items before what is in them: an item without its key couldn't be found any more
+    for path in sorted(previous - kept, key=lambda one: (one[-1] != ITSELF, one)):
+        shared = path[-1] == ITSELF and any(one[: len(path) - 1] == path[:-1] for one in kept)
+        if not shared and not fieldsets.is_key_field(path):
+            merged = fieldsets.remove(merged, path, shape)
     owners[writer] = set(wanted)
     return merged, owners, []
 
@@ -101,9 +104,9 @@ def track(new: Obj, old: Obj, shape: Shape, writer: Writer) -> Owners:
     before, after = fieldsets.paths(old, shape), fieldsets.paths(new, shape)
     changed = {path for path, value in after.items() if path not in before or before[path] != value}
     for other, found in owners.items():
-        found &= after.keys()
+        found.intersection_update(after)
         if other != writer:
-            found -= changed
+            found.difference_update(changed)
     if changed:
         owners[writer] = owners.get(writer, set()) | changed
     return owners

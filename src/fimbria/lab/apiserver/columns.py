@@ -279,7 +279,9 @@ _WIDE = (
 )
 DEPLOYMENTS = (
     NAME,
-    Column("Ready", "string", lambda obj: f"{get(obj, 'status', 'readyReplicas', default=0)}/{obj['spec']['replicas']}"),
+    Column(
+        "Ready", "string", lambda obj: f"{get(obj, 'status', 'readyReplicas', default=0)}/{obj['spec']['replicas']}"
+    ),
     Column("Up-to-date", "string", lambda obj: str(get(obj, "status", "updatedReplicas", default=0))),
     Column("Available", "string", lambda obj: str(get(obj, "status", "availableReplicas", default=0))),
     AGE,
@@ -332,29 +334,40 @@ CONFIG_MAPS = (
     Column("Data", "string", lambda obj: str(len(obj.get("data") or {}) + len(obj.get("binaryData") or {}))),
     AGE,
 )
-SECRETS = (NAME, Column("Type", "string", _text("type")), Column("Data", "string", lambda obj: str(len(obj.get("data") or {}))), AGE)
+SECRETS = (
+    NAME,
+    Column("Type", "string", _text("type")),
+    Column("Data", "string", lambda obj: str(len(obj.get("data") or {}))),
+    AGE,
+)
 SERVICE_ACCOUNTS = (NAME, AGE)
-NETWORK_POLICIES = (NAME, Column("Pod-Selector", "string", lambda obj: selector_text(get(obj, "spec", "podSelector"))), AGE)
+NETWORK_POLICIES = (
+    NAME,
+    Column("Pod-Selector", "string", lambda obj: selector_text(get(obj, "spec", "podSelector"))),
+    AGE,
+)
 LEASES = (NAME, Column("Holder", "string", _text("spec", "holderIdentity", default="")), AGE)
 CREATED = (NAME, Column("Created At", "date", lambda obj: get(obj, "metadata", "creationTimestamp")))
 BINDINGS = (
     NAME,
-    Column("Role", "string", lambda obj: f"{get(obj, 'roleRef', 'kind', default='')}/{get(obj, 'roleRef', 'name', default='')}"),
+    Column(
+        "Role",
+        "string",
+        lambda obj: f"{get(obj, 'roleRef', 'kind', default='')}/{get(obj, 'roleRef', 'name', default='')}",
+    ),
     AGE,
 )
 
 # ---- custom resources
 
 
-_STEP = re.compile(
-    r"""\.([\w\0/-]+)|\['([^']+)'\]|\[(\d+|\*)\]|\[\?\(\s*@\.([\w.-]+)\s*==\s*["']([^"']*)["']\s*\)\]"""
-)
+_STEP = re.compile(r"""\.([\w\0/-]+)|\['([^']+)'\]|\[(\d+|\*)\]|\[\?\(\s*@\.([\w.-]+)\s*==\s*["']([^"']*)["']\s*\)\]""")
 _EACH = -1
 _Step = str | int | tuple[str, str]
 
 
 def json_path(path: str) -> Callable[[Obj], Any]:
-    """The small JSONPath of printer columns and selectable fields: ``.a``, ``['x/y']``, ``[0]``, ``[*]``, ``[?(@.a=="b")]``.
+    """The small JSONPath of printer columns: ``.a``, ``['x/y']``, ``[0]``, ``[*]``, ``[?(@.a=="b")]``.
 
     What may match several values gives a list, or None if there are none. Raises ValueError for anything else.
     """
@@ -383,7 +396,8 @@ def _follow(value: Any, steps: list[_Step]) -> Any:
         elif isinstance(step, int) and step != _EACH:
             value = value[step] if step < len(value) else None
         else:
-            chosen = [one for one in value if step == _EACH or get(one, *step[0].split(".")) == step[1]]
+            wanted = step if isinstance(step, tuple) else None
+            chosen = [one for one in value if wanted is None or get(one, *wanted[0].split(".")) == wanted[1]]
             found = [_follow(one, steps[number + 1 :]) for one in chosen]
             return [one for one in found if one is not None] or None
     return value

@@ -39,7 +39,7 @@ class CrdStrategy(Strategy):
             return errors
         name = f"{spec['names']['plural']}.{spec['group']}"
         if obj["metadata"]["name"] != name:
-            detail = "must be spec.names.plural+\".\"+spec.group"
+            detail = 'must be spec.names.plural+"."+spec.group'
             errors.append(invalid("metadata.name", obj["metadata"]["name"], detail))
         if spec["scope"] not in ("Cluster", "Namespaced"):
             errors.append(not_supported("spec.scope", spec["scope"], ["Cluster", "Namespaced"]))
@@ -121,7 +121,7 @@ class CustomStrategy(Strategy):
 
     def decode(self, res: Resource, obj: Obj) -> list[str]:
         described = f'{res.kind} in version "{res.version}" cannot be handled as a {res.kind}'
-        top = {key: obj[key] for key in ("apiVersion", "kind", "metadata") if key in obj}
+        top: Obj = {key: obj[key] for key in ("apiVersion", "kind", "metadata") if key in obj}
         unknown = prune_typed(top, Type("CustomObject"), described)
         return unknown + schema.prune(obj, self.schema)
 

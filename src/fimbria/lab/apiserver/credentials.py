@@ -35,7 +35,7 @@ def token(path: Path) -> str:
 
 
 def certificate(folder: Path, hosts: list[str]) -> tuple[Path, Path]:
-    """A self-signed certificate and key for these hosts, made anew only when the hosts change. Raises CredentialError."""
+    """A self-signed certificate and key for these hosts, made anew when the hosts change. Raises CredentialError."""
     crt, key, names = folder / "server.crt", folder / "server.key", folder / "server.hosts"
     wanted = "\n".join(sorted({*hosts, "127.0.0.1", "::1", "localhost", "kubernetes.default.svc"}))
     if crt.exists() and key.exists() and names.exists() and names.read_text() == wanted:

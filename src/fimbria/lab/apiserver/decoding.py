@@ -21,7 +21,17 @@ _SCALARS: dict[str, tuple[type, ...]] = {
     "is": (str, int),
     "b": (bool,),
 }
-_NAMES = {"s": "string", "t": "time", "T": "time", "B": "bytes", "i": "int", "n": "float", "q": "quantity", "is": "int or string", "b": "bool"}
+_NAMES = {
+    "s": "string",
+    "t": "time",
+    "T": "time",
+    "B": "bytes",
+    "i": "int",
+    "n": "float",
+    "q": "quantity",
+    "is": "int or string",
+    "b": "bool",
+}
 
 
 def prune(obj: Obj, kind: Type, described: str) -> list[str]:
@@ -77,7 +87,9 @@ def _prune_struct(value: Any, kind: Type, path: str, unknown: list[str], describ
 def _expect(value: Any, wanted: type, path: str, described: str) -> None:
     if not isinstance(value, wanted):
         name = "list" if wanted is list else "object"
-        raise bad_request(f"{described}: cannot unmarshal {_json_type(value)} into field {path or 'root'} of type {name}")
+        raise bad_request(
+            f"{described}: cannot unmarshal {_json_type(value)} into field {path or 'root'} of type {name}"
+        )
 
 
 def _json_type(value: Any) -> str:

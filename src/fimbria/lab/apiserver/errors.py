@@ -31,7 +31,9 @@ def invalid(field: str, value: Any, detail: str) -> FieldError:
 
 def not_supported(field: str, value: Any, supported: list[str]) -> FieldError:
     choice = ", ".join(f'"{one}"' for one in supported)
-    return FieldError(field, "FieldValueNotSupported", f"Unsupported value: {quoted(value)}: supported values: {choice}")
+    return FieldError(
+        field, "FieldValueNotSupported", f"Unsupported value: {quoted(value)}: supported values: {choice}"
+    )
 
 
 def duplicate(field: str, value: Any) -> FieldError:

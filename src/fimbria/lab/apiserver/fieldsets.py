@@ -169,6 +169,11 @@ def remove(obj: Any, path: Path, shape: Shape) -> Any:
     return [remove(item, rest, shape.item) if item_step(item, shape.keys) == step else item for item in obj]
 
 
+def is_key_field(path: Path) -> bool:
+    """Whether a path names the very field that tells an item of a keyed list from the others."""
+    return len(path) > 1 and path[-2].startswith("k:") and path[-1][2:] in json.loads(path[-2][2:])
+
+
 def to_fields_v1(found: Iterable[Path]) -> Obj:
     """A set of paths in the nested notation of managedFields."""
     tree: Obj = {}

@@ -19,7 +19,7 @@ from fimbria.lab.apiserver.store import Expired, Shelf
 
 Predicate = Callable[[Key, Entry], bool]
 TOO_OLD = "The resourceVersion for the provided list is too old."
-TOKEN_EXPIRED = (
+CONTINUE_EXPIRED = (
     "The provided continue parameter is too old to display a consistent list result. You can start a new list without "
     "the continue parameter, or use the continue token in this response to retrieve the remainder of the results."
 )
@@ -84,7 +84,7 @@ def _state(shelf: Shelf, rv: int, now_rv: int, token: _Token | None) -> dict[Key
         if token is None:
             raise errors.expired(TOO_OLD) from None
         fresh = _encode_token(0, Key(token.namespace, token.name))
-        raise errors.expired(TOKEN_EXPIRED, fresh) from None
+        raise errors.expired(CONTINUE_EXPIRED, fresh) from None
 
 
 def _list_version(query: Mapping[str, str], now_rv: int, limit: int) -> int:

@@ -73,8 +73,10 @@ def _item_path(res: Resource) -> str:
 
 def _patch(res: Resource) -> Obj:
     parameters = [{"name": name, "in": "query", "schema": {"type": "string"}} for name in _PARAMETERS]
-    content = {kind: {"schema": {"type": "object"}}
-               for kind in ("application/json-patch+json", "application/merge-patch+json", "application/apply-patch+yaml")}  # fmt: skip
+    content = {
+        kind: {"schema": {"type": "object"}}
+        for kind in ("application/json-patch+json", "application/merge-patch+json", "application/apply-patch+yaml")
+    }
     kind = {"group": res.group, "version": res.version, "kind": res.kind}
     return {
         "parameters": parameters,

@@ -88,7 +88,7 @@ def _ip_block(block: Obj, field: str) -> list[FieldError]:
         if inner is None:
             errors.append(_not_cidr(where, text))
         elif not _strictly_inside(inner, network):
-            errors.append(invalid(where, text, f"must be a strict subset of `cidr`"))
+            errors.append(invalid(where, text, "must be a strict subset of `cidr`"))
     return errors
 
 
@@ -100,8 +100,4 @@ Network = ipaddress.IPv4Network | ipaddress.IPv6Network
 
 
 def _strictly_inside(inner: Network, outer: Network) -> bool:
-    return (
-        inner.version == outer.version
-        and inner.prefixlen > outer.prefixlen
-        and inner.network_address in outer
-    )
+    return inner.version == outer.version and inner.prefixlen > outer.prefixlen and inner.network_address in outer

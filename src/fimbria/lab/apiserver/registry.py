@@ -121,9 +121,7 @@ class Registry:
 
     # ---- creating
 
-    def create(
-        self, res: Resource, namespace: str, body: Obj, write: Write, managed: list[Obj] | None = None
-    ) -> Obj:
+    def create(self, res: Resource, namespace: str, body: Obj, write: Write, managed: list[Obj] | None = None) -> Obj:
         """Stores a new object and returns it; ``managed`` are its managedFields, if any. Raises ApiError."""
         obj = self._decode(res, body, write)
         meta = obj["metadata"]
@@ -134,10 +132,9 @@ class Registry:
             meta["name"] = generated_name(meta["generateName"])
         self._admit_into(res, namespace, meta.get("name", ""))
         res.strategy.default(obj)
-        for key in ("selfLink", "deletionTimestamp", "deletionGracePeriodSeconds", "managedFields"):
-            meta.pop(key, None)
+        for owned in ("selfLink", "deletionTimestamp", "deletionGracePeriodSeconds", "managedFields", "generation"):
+            meta.pop(owned, None)
         meta |= {"uid": str(uuid.uuid4()), "creationTimestamp": timestamp(datetime.now(UTC))}
-        meta.pop("generation", None)
         if res.strategy.has_generation:
             meta["generation"] = 1
         if managed:
@@ -162,8 +159,11 @@ class Registry:
             raise errors.not_found(self.namespaces, namespace)
         if entry.fields.get("status.phase") == "Terminating":
             why = f"unable to create new content in namespace {namespace} because it is being terminated"
-            cause = {"reason": "NamespaceTerminating", "message": f"namespace {namespace} is being terminated",
-                     "field": "metadata.namespace"}  # fmt: skip
+            cause = {
+                "reason": "NamespaceTerminating",
+                "message": f"namespace {namespace} is being terminated",
+                "field": "metadata.namespace",
+            }
             raise errors.forbidden(res, name, why, [cause])
 
     def _decode(self, res: Resource, body: Obj, write: Write) -> Obj:
@@ -194,7 +194,9 @@ class Registry:
         if not res.namespaced:
             meta.pop("namespace", None)
         elif given and given != namespace:
-            raise errors.bad_request("the namespace of the provided object does not match the namespace sent on the request")
+            raise errors.bad_request(
+                "the namespace of the provided object does not match the namespace sent on the request"
+            )
         else:
             meta["namespace"] = namespace
 
@@ -262,7 +264,7 @@ class Registry:
         return self._replace(res, key, new, sub, write)
 
     def _replace(
-        self, res: Resource, key: Key, new: Obj, sub: str, write: Write, managed: list[Obj] | None = None
+        self, res: Resource, key: Key, new: Obj, sub: str, write: Write, *, managed: list[Obj] | None = None
     ) -> Obj:
         old = self.entry(res, key).object()
         _keep_metadata(res, key, new, old)
@@ -276,7 +278,9 @@ class Registry:
             problems = []
         else:
             strategy.prepare_update(new, old)
-            problems = validation.metadata(new["metadata"]) + validation.metadata_update(new["metadata"], old["metadata"])
+            problems = validation.metadata(new["metadata"]) + validation.metadata_update(
+                new["metadata"], old["metadata"]
+            )
             problems = problems or strategy.validate(new, old)
         if problems:
             raise errors.invalid_object(res, key.name, problems)
@@ -310,7 +314,9 @@ class Registry:
         new["spec"]["nodeName"] = node
         conditions = [one for one in new["status"].get("conditions") or [] if one["type"] != "PodScheduled"]
         moment = timestamp(datetime.now(UTC))
-        conditions.append({"type": "PodScheduled", "status": "True", "lastProbeTime": None, "lastTransitionTime": moment})
+        conditions.append(
+            {"type": "PodScheduled", "status": "True", "lastProbeTime": None, "lastTransitionTime": moment}
+        )
         new["status"]["conditions"] = conditions
         self._store(res, key, new, old, write.dry_run)
         return {"kind": "Status", "apiVersion": "v1", "metadata": {}, "status": "Success", "code": 201}
@@ -347,7 +353,7 @@ class Registry:
         fields = ownership.managed_fields(owners, live, res.api_version, moment)
         merged = copy.deepcopy(merged)
         merged["metadata"]["resourceVersion"] = meta.get("resourceVersion") or live["metadata"]["resourceVersion"]
-        return self._replace(res, key, merged, sub, write, fields), False
+        return self._replace(res, key, merged, sub, write, managed=fields), False
 
     # ---- deleting
 
@@ -426,8 +432,16 @@ def _keep_metadata(res: Resource, key: Key, new: Obj, old: Obj) -> None:
     if meta.get("uid") and meta["uid"] != was["uid"]:
         why = f"Precondition failed: UID in precondition: {meta['uid']}, UID in object meta: {was['uid']}"
         raise errors.conflict(res, key.name, why)
-    owned = ("managedFields", "resourceVersion", "uid", "creationTimestamp", "generation", "deletionTimestamp", "generateName",
-             "deletionGracePeriodSeconds")  # fmt: skip
+    owned = (
+        "managedFields",
+        "resourceVersion",
+        "uid",
+        "creationTimestamp",
+        "generation",
+        "deletionTimestamp",
+        "generateName",
+        "deletionGracePeriodSeconds",
+    )
     for name in owned:
         if name in was:
             meta[name] = was[name]
@@ -447,8 +461,10 @@ def _set_owners(res: Resource, new: Obj, old: Obj, managed: list[Obj] | None, wr
 
 def _apply_conflict(conflicts: list[ownership.Conflict]) -> ApiError:
     texts = [f'conflict with "{one.manager}": {readable(one.path)}' for one in conflicts]
-    causes = [{"reason": "FieldManagerConflict", "message": f'conflict with "{one.manager}"', "field": readable(one.path)}
-              for one in conflicts]  # fmt: skip
+    causes = [
+        {"reason": "FieldManagerConflict", "message": f'conflict with "{one.manager}"', "field": readable(one.path)}
+        for one in conflicts
+    ]
     many = f"{len(texts)} conflict{'s' if len(texts) > 1 else ''}"
     return ApiError(409, "Conflict", f"Apply failed with {many}: " + ", ".join(texts), {"causes": causes})
 

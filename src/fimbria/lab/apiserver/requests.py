@@ -50,7 +50,7 @@ def parse_path(path: str) -> Target | None:
 
 
 def flag(query: Mapping[str, str], name: str) -> bool:
-    return query.get(name, "") in ("1", "true", "True", "")  if name in query else False
+    return query.get(name, "") in ("1", "true", "True", "") if name in query else False
 
 
 def number(query: Mapping[str, str], name: str) -> int | None:

@@ -15,7 +15,10 @@ from fimbria.lab.apiserver.types import TYPES
 def scale_of(obj: Obj) -> Obj:
     meta = obj["metadata"]
     kept = {key: meta[key] for key in ("name", "namespace", "uid", "resourceVersion", "creationTimestamp")}
-    status = {"replicas": (obj.get("status") or {}).get("replicas", 0), "selector": selector_text(obj["spec"]["selector"])}
+    status = {
+        "replicas": (obj.get("status") or {}).get("replicas", 0),
+        "selector": selector_text(obj["spec"]["selector"]),
+    }
     spec = {"replicas": obj["spec"].get("replicas", 0)}
     return {"kind": "Scale", "apiVersion": "autoscaling/v1", "metadata": kept, "spec": spec, "status": status}
 
@@ -35,7 +38,7 @@ def put_scale(registry: Registry, res: Resource, target: Target, body: Obj, writ
     return scale_of(registry.modify(res, Key(target.namespace, target.name), change, "", write))
 
 
-def patch_scale(registry: Registry, res: Resource, target: Target, body: Any, kind: str, write: Write) -> Obj:
+def patch_scale(registry: Registry, res: Resource, target: Target, body: Any, *, kind: str, write: Write) -> Obj:
     current = scale_of(registry.read(res, Key(target.namespace, target.name)))
     try:
         if kind == JSON_PATCH:

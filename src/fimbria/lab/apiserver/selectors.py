@@ -101,7 +101,7 @@ def _field_term(term: str, supported: Callable[[str], bool]) -> Match:
         raise bad_request(f'invalid selector: "{term}"; can\'t understand "{term}"')
     key, sign, value = found[1], found[2], found[3]
     if not supported(key):
-        raise bad_request(f'field label not supported: {key}')
+        raise bad_request(f"field label not supported: {key}")
     if sign == "!=":
         return lambda fields: fields.get(key, "") != value
     return lambda fields: fields.get(key, "") == value

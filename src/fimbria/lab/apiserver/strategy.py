@@ -149,7 +149,9 @@ class NodeStrategy(Strategy):
                 errors.append(invalid(f"spec.podCIDRs[{at}]", cidr, "must be a valid CIDR value, (e.g. 10.9.8.0/24 or "
                                       "2001:db8::/64)"))  # fmt: skip
         if old and (was := old.get("spec", {}).get("podCIDRs")) and was != cidrs:
-            errors.append(forbidden_field("spec.podCIDRs", "node updates may not change podCIDR except from \"\" to valid"))
+            errors.append(
+                forbidden_field("spec.podCIDRs", 'node updates may not change podCIDR except from "" to valid')
+            )
         return errors
 
     def fields(self, obj: Obj) -> dict[str, str]:

@@ -6,7 +6,7 @@ send. Source: the Kubernetes API reference, v1; numbers from the .proto files pu
 
 A type is a line of ``field:type=number`` words. Types: ``s`` string, ``i`` integer, ``b`` boolean, ``n`` number,
 ``q`` quantity, ``is`` integer or string, ``t`` time, ``T`` time with microseconds, ``B`` base64 of bytes, ``any``
-anything, ``Name`` another type, ``{T}`` a map, ``[T]`` a list replaced as a whole, ``[T|key,key]`` a list merged by keys,
+anything, ``Name`` another type, ``{T}`` a map, ``[T]`` a list replaced as a whole, ``[T|key,key]`` one merged by keys,
 ``[T|]`` a list merged as a set. ``number`` is the protobuf field number, ``1.2`` number 2 of the message embedded as 1;
 a word ``Type:1`` stands for all fields of a type, embedded as 1. What has no number can't come in by protobuf.
 """
@@ -296,11 +296,31 @@ def _parse(text: str) -> tuple[dict[str, dict[str, Type]], dict[str, dict[Path, 
 TYPES, WIRE = _parse(META + POD + CORE + GROUPS)
 """The fields of each type, and its field names by protobuf number."""
 _TOP = {"apiVersion": Type("s"), "kind": Type("s"), "metadata": Type("ObjectMeta")}
-TOP_LEVEL = (
-    "Pod Binding Namespace Node Service Endpoints ConfigMap Secret ServiceAccount CoreEvent Event Deployment ReplicaSet "
-    "DaemonSet Scale EndpointSlice NetworkPolicy Lease Role ClusterRole RoleBinding ClusterRoleBinding "
-    "CustomResourceDefinition"
-).split()
+TOP_LEVEL = [
+    "Pod",
+    "Binding",
+    "Namespace",
+    "Node",
+    "Service",
+    "Endpoints",
+    "ConfigMap",
+    "Secret",
+    "ServiceAccount",
+    "CoreEvent",
+    "Event",
+    "Deployment",
+    "ReplicaSet",
+    "DaemonSet",
+    "Scale",
+    "EndpointSlice",
+    "NetworkPolicy",
+    "Lease",
+    "Role",
+    "ClusterRole",
+    "RoleBinding",
+    "ClusterRoleBinding",
+    "CustomResourceDefinition",
+]
 for _name in TOP_LEVEL:
     TYPES[_name] = _TOP | TYPES[_name]
     if WIRE[_name]:

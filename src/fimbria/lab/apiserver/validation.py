@@ -52,13 +52,25 @@ def labels(values: Any, field: str) -> list[FieldError]:
     errors: list[FieldError] = []
     for key, value in (values or {}).items():
         if not is_label_key(key):
-            errors.append(invalid(field, key, "name part must consist of alphanumeric characters, '-', '_' or '.', and "
-                                  "must start and end with an alphanumeric character"))  # fmt: skip
+            errors.append(
+                invalid(
+                    field,
+                    key,
+                    "name part must consist of alphanumeric characters, '-', '_' or '.', and "
+                    "must start and end with an alphanumeric character",
+                )
+            )
         if not isinstance(value, str) or not is_label_value(value):
-            errors.append(invalid(field, value, "a valid label must be an empty string or consist of alphanumeric "
-                                  "characters, '-', '_' or '.', and must start and end with an alphanumeric character "
-                                  "(e.g. 'MyValue',  or 'my_value',  or '12345', regex used for validation is "
-                                  "'(([A-Za-z0-9][-A-Za-z0-9_.]*)?[A-Za-z0-9])?')"))  # fmt: skip
+            errors.append(
+                invalid(
+                    field,
+                    value,
+                    "a valid label must be an empty string or consist of alphanumeric "
+                    "characters, '-', '_' or '.', and must start and end with an alphanumeric character "
+                    "(e.g. 'MyValue',  or 'my_value',  or '12345', regex used for validation is "
+                    "'(([A-Za-z0-9][-A-Za-z0-9_.]*)?[A-Za-z0-9])?')",
+                )
+            )
     return errors
 
 
@@ -68,29 +80,44 @@ def metadata(meta: Obj) -> list[FieldError]:
     annotations = meta.get("annotations") or {}
     for key in annotations:
         if not is_label_key(key.lower()):
-            errors.append(invalid("metadata.annotations", key, "name part must consist of alphanumeric characters, '-', "
-                                  "'_' or '.', and must start and end with an alphanumeric character"))  # fmt: skip
+            errors.append(
+                invalid(
+                    "metadata.annotations",
+                    key,
+                    "name part must consist of alphanumeric characters, '-', "
+                    "'_' or '.', and must start and end with an alphanumeric character",
+                )
+            )
     if sum(len(key) + len(value) for key, value in annotations.items()) > MAX_ANNOTATIONS:
         message = f"Too long: may not be more than {MAX_ANNOTATIONS} bytes"
         errors.append(FieldError("metadata.annotations", "FieldValueTooLong", message))
     for at, owner in enumerate(meta.get("ownerReferences") or []):
         where = f"metadata.ownerReferences[{at}]"
-        errors += [invalid(f"{where}.{key}", "", "must not be empty")
-                   for key in ("apiVersion", "kind", "name", "uid") if not owner.get(key)]  # fmt: skip
+        errors += [
+            invalid(f"{where}.{key}", "", "must not be empty")
+            for key in ("apiVersion", "kind", "name", "uid")
+            if not owner.get(key)
+        ]
     controllers = [owner for owner in meta.get("ownerReferences") or [] if owner.get("controller")]
     if len(controllers) > 1:
-        errors.append(invalid("metadata.ownerReferences", len(controllers), "Only one reference can have Controller set "
-                              "to true"))  # fmt: skip
+        errors.append(
+            invalid("metadata.ownerReferences", len(controllers), "Only one reference can have Controller set to true")
+        )
     for finalizer in meta.get("finalizers") or []:
         if not is_label_key(finalizer):
-            errors.append(invalid("metadata.finalizers", finalizer, "name part must consist of alphanumeric characters"))
+            errors.append(
+                invalid("metadata.finalizers", finalizer, "name part must consist of alphanumeric characters")
+            )
     return errors
 
 
 def metadata_update(new: Obj, old: Obj) -> list[FieldError]:
     """What an update may not change, after the server has filled in what the client left out."""
-    errors = [immutable(f"metadata.{key}", new.get(key))
-              for key in ("name", "namespace", "uid", "creationTimestamp") if new.get(key) != old.get(key)]  # fmt: skip
+    errors = [
+        immutable(f"metadata.{key}", new.get(key))
+        for key in ("name", "namespace", "uid", "creationTimestamp")
+        if new.get(key) != old.get(key)
+    ]
     added = set(new.get("finalizers") or []) - set(old.get("finalizers") or [])
     if old.get("deletionTimestamp") and added:
         detail = f"no new finalizers can be added if the object is being deleted, found new finalizers {sorted(added)}"
@@ -148,7 +175,7 @@ def parse_cidr(value: Any) -> ipaddress.IPv4Network | ipaddress.IPv6Network | No
     """A CIDR with its prefix length written out; host bits may be set; None if it is no CIDR."""
     if not isinstance(value, str) or "/" not in value:
         return None
-    address, _, length = value.partition("/")
+    length = value.partition("/")[2]
     if not length.isdigit():
         return None
     try:

@@ -34,7 +34,7 @@ class Watch:
     _header: bool = True
 
     def classify(self, event: Event) -> str:
-        """ADDED, MODIFIED or DELETED as this watcher sees a change; empty if it concerns it neither before nor after."""
+        """ADDED, MODIFIED or DELETED as this watcher sees a change; empty if it doesn't concern it."""
         was = event.old is not None and (self.wanted is None or self.wanted(event.key, event.old))
         now = event.new is not None and (self.wanted is None or self.wanted(event.key, event.new))
         if now:
@@ -78,10 +78,10 @@ class Watch:
         return watch_line(kind, encode(obj))
 
 
-async def run(watch: Watch, store: Store, shelf: Shelf, timeout: float, send: Send) -> None:
-    """Sends lines until the timeout, or until the watcher has fallen out of the history."""
+async def run(watch: Watch, store: Store, shelf: Shelf, seconds: float, send: Send) -> None:
+    """Sends lines for so many seconds, or until the watcher has fallen out of the history."""
     loop = asyncio.get_running_loop()
-    deadline = loop.time() + timeout
+    deadline = loop.time() + seconds
     waker = shelf.subscribe()
     try:
         cursor = await _begin(watch, store, shelf, send)

@@ -154,7 +154,9 @@ def _endpoint(endpoint: Obj, family: str, field: str) -> list[FieldError]:
         elif family in ("IPv4", "IPv6") and family != f"IPv{found.version}":
             errors.append(invalid(where, address, f"must be an {family} address"))
         elif found.is_unspecified or found.is_loopback or found.is_link_local or found.is_multicast:
-            errors.append(invalid(where, address, "may not be an unspecified, loopback, link-local or multicast address"))
+            errors.append(
+                invalid(where, address, "may not be an unspecified, loopback, link-local or multicast address")
+            )
     return errors
 
 

@@ -28,8 +28,8 @@ async def run(kubeconfig: Path) -> None:
 def main() -> int:
     parser = argparse.ArgumentParser(
         prog="python -m fimbria.lab.apiserver.controllers",
-        description="Deployments, ReplicaSets, DaemonSets, EndpointSlices, scheduling, garbage collection and namespace "
-        "deletion for Fimbria's lab and tests only, against any API server. Never run it on a real cluster.",
+        description="Deployments, ReplicaSets, DaemonSets, EndpointSlices, scheduling, garbage collection and "
+        "namespace deletion for Fimbria's lab and tests only, against any API server. Never run it on a real cluster.",
     )
     parser.add_argument("--kubeconfig", type=Path, required=True)
     options = parser.parse_args()

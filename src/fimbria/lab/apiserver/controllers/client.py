@@ -132,7 +132,7 @@ def version(obj: Obj) -> int:
 
 
 class Cache:
-    """The objects of one collection, kept by list and watch; also told of our own writes, so that it never lags them."""
+    """The objects of one collection, kept by list and watch; told of our own writes too, so as never to lag them."""
 
     def __init__(self, client: Client, path: str, changed: Changed, metadata_only: bool = False):
         self.path, self.synced = path, asyncio.Event()

@@ -168,7 +168,10 @@ class Loop:
             and labels.get(slices.MANAGED_BY) == slices.MANAGER
         ]
         chosen = [pod for pod in local if slices.selects(service, meta(pod).get("labels") or {})]
-        zones = {meta(node)["name"]: (meta(node).get("labels") or {}).get("topology.kubernetes.io/zone", "") for node in nodes}
+        zones = {
+            meta(node)["name"]: (meta(node).get("labels") or {}).get("topology.kubernetes.io/zone", "")
+            for node in nodes
+        }
         return slices.plan(service, chosen, mine, zones)
 
     # ---- doing it

@@ -58,7 +58,8 @@ def _status(replica_set: Obj, active: list[Obj], now: datetime) -> Obj:
     seconds = replica_set["spec"].get("minReadySeconds", 0)
     return {
         "replicas": len(active),
-        "fullyLabeledReplicas": sum(labels.items() <= (meta(pod).get("labels") or {}).items() for pod in active) or None,
+        "fullyLabeledReplicas": sum(labels.items() <= (meta(pod).get("labels") or {}).items() for pod in active)
+        or None,
         "readyReplicas": sum(is_ready(pod) for pod in active) or None,
         "availableReplicas": sum(is_available(pod, seconds, now) for pod in active) or None,
         "observedGeneration": meta(replica_set).get("generation", 1),

@@ -117,7 +117,12 @@ def _endpoint(service: Obj, pod: Obj, address: str, zones: dict[str, str]) -> Ob
             "serving": publish or serving,
             "terminating": terminating,
         },
-        "targetRef": {"kind": "Pod", "namespace": meta(pod)["namespace"], "name": meta(pod)["name"], "uid": meta(pod)["uid"]},
+        "targetRef": {
+            "kind": "Pod",
+            "namespace": meta(pod)["namespace"],
+            "name": meta(pod)["name"],
+            "uid": meta(pod)["uid"],
+        },
     }
     node = pod["spec"].get("nodeName")
     if node:
@@ -139,7 +144,7 @@ def _fill(service: Obj, family: str, ports: PortKey, endpoints: dict[str, Obj], 
     rest = list(remaining.values())
     for _, inside in contents:
         take = LIMIT - len(inside)
-        inside += rest[:take]
+        inside.extend(rest[:take])
         rest = rest[take:]
     actions: list[Action] = []
     kept = 0
