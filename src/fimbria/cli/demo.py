@@ -17,7 +17,7 @@ from rich.table import Table
 from rich.text import Text
 
 from fimbria.lab import cluster
-from fimbria.lab.demo import APP, POLICIES, SOURCES, TARGETS, WORLD, Demo, DemoPod
+from fimbria.lab.demo import APP, POLICIES, SELF, SOURCES, TARGETS, WORLD, Demo, DemoPod
 from fimbria.lab.errors import LabError
 from fimbria.lab.layout import LabSpec
 from fimbria.observe.flow import end, reason
@@ -27,7 +27,12 @@ PODS: Final = 8
 CONNECTIONS: Final = 60
 SETTLE: Final = 0.5
 PLAIN_WIDTH: Final = 150
-WORDS: Final = {"ok": "[green]✓ open[/]", "timeout": "[red]✗ dropped[/]", "refused": "[yellow]refused[/]"}
+WORDS: Final = {
+    SELF: "[dim]·[/]",
+    "ok": "[green]✓ open[/]",
+    "timeout": "[red]✗ dropped[/]",
+    "refused": "[yellow]refused[/]",
+}
 NODE_COLOURS: Final = ("cyan", "magenta", "yellow", "blue", "green")
 
 
