@@ -2,6 +2,8 @@
 
 GET  /v1/status                         one object; "ready", "problems", "failures"
 GET  /v1/nodes endpoints identities ipcache services policies      lists of objects
+GET  /v1/endpoints/ID, /v1/ipcache/ADDRESS, /v1/policies/KIND/NAMESPACE/NAME       one object with what is behind it
+                                         (NAMESPACE "-" for cluster-wide policies)
 GET  /v1/maps, /v1/maps/NAME            what the kernel's maps are and hold (read back, not remembered)
 GET  /v1/plan                           what the agent would change in the kernel now
 GET  /v1/metrics                        Prometheus text format
@@ -21,7 +23,7 @@ from typing import TYPE_CHECKING, Any, Final
 
 from aiohttp import web
 
-from fimbria.agent import views
+from fimbria.agent import details, views
 from fimbria.model.address import Prefix, unpack
 
 if TYPE_CHECKING:
@@ -56,6 +58,9 @@ class AgentApi:
                 web.get("/v1/maps/{name}", self._map),
                 web.get("/v1/metrics", self._metrics),
                 web.post("/v1/resolve", self._resolve),
+                web.get("/v1/endpoints/{id}", self._endpoint),
+                web.get("/v1/ipcache/{address}", self._ipcache),
+                web.get("/v1/policies/{kind}/{namespace}/{name}", self._policy),
                 *(web.get(f"/v1/{name}", self._table) for name in TABLES),
             ]
         )
@@ -95,6 +100,27 @@ class AgentApi:
 
     async def _table(self, request: web.Request) -> web.Response:
         return _json(TABLES[request.path.rpartition("/")[2]](self._agent))
+
+    async def _endpoint(self, request: web.Request) -> web.Response:
+        number = request.match_info["id"]
+        try:
+            return _json(details.endpoint(self._agent, int(number)))
+        except (ValueError, KeyError):
+            return _json({"error": f"there is no endpoint {number!r} on this node"}, status=404)
+
+    async def _ipcache(self, request: web.Request) -> web.Response:
+        address = request.match_info["address"]
+        try:
+            return _json(details.ipcache(self._agent, address))
+        except ValueError:
+            return _json({"error": f"{address!r} is no IP address"}, status=400)
+
+    async def _policy(self, request: web.Request) -> web.Response:
+        kind, namespace, name = (request.match_info[k] for k in ("kind", "namespace", "name"))
+        try:
+            return _json(details.policy(self._agent, kind, "" if namespace == "-" else namespace, name))
+        except KeyError:
+            return _json({"error": f"there is no {kind} {namespace}/{name}"}, status=404)
 
     async def _plan(self, _request: web.Request) -> web.Response:
         changes = await asyncio.to_thread(self._agent.loop.plan)

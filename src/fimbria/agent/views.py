@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import time
 from collections.abc import Iterable
 from dataclasses import asdict
@@ -9,10 +10,12 @@ from typing import TYPE_CHECKING, Any, Final
 
 from fimbria.agent.datapath import map_codecs
 from fimbria.apply.attach import DeviceHook
+from fimbria.kernel.maps import Map, MapType
 from fimbria.model.address import Prefix, is_v4, pack, unpack
 from fimbria.model.identity import RESERVED_LABELS
 from fimbria.model.policy import Direction
-from fimbria.model.rows import NO_ADDR, PrefixKey
+from fimbria.model.rows import NO_ADDR, PrefixKey, Remote
+from fimbria.release import RELEASE
 
 if TYPE_CHECKING:
     from fimbria.agent.main import Agent
@@ -20,6 +23,7 @@ if TYPE_CHECKING:
 Row = dict[str, Any]
 DIRECTIONS: Final = ("ingress", "egress")
 _REMOTE_FLAGS: Final = {1: "pod", 2: "node", 4: "tunnel", 8: "no-masquerade"}
+_COUNTED: Final = frozenset({MapType.HASH, MapType.LRU_HASH, MapType.LPM_TRIE})
 _PROTOCOLS: Final = {1: "ICMP", 6: "TCP", 17: "UDP", 58: "ICMPv6", 132: "SCTP"}
 
 
@@ -29,6 +33,9 @@ def status(agent: Agent) -> Row:
     node = agent.tables.nodes.get(agent.config.node_name)
     return {
         "node": agent.config.node_name,
+        "version": RELEASE,
+        "kernel": os.uname().release,
+        "pid": os.getpid(),
         "ready": agent.ready.is_set(),
         "ready_after_seconds": round(agent.ready_after, 3),
         "uptime_seconds": round(time.time() - agent.started, 1),
@@ -133,15 +140,17 @@ def identities(agent: Agent) -> list[Row]:
 def ipcache(agent: Agent) -> list[Row]:
     """Who owns an address, as wanted."""
     rows = sorted(agent.rows.ipcache.desired.items(), key=lambda r: (r[0].addr, r[0].prefixlen))
-    return [
-        {
-            "prefix": str(Prefix(key.addr, key.prefixlen)),
-            "identity": row.identity,
-            "tunnel": unpack(row.tunnel),
-            "flags": [name for bit, name in _REMOTE_FLAGS.items() if row.flags & bit],
-        }
-        for key, row in rows
-    ]
+    return [ipcache_row(key, row) for key, row in rows]
+
+
+def ipcache_row(key: PrefixKey, row: Remote) -> Row:
+    """One prefix."""
+    return {
+        "prefix": str(Prefix(key.addr, key.prefixlen)),
+        "identity": row.identity,
+        "tunnel": unpack(row.tunnel),
+        "flags": [name for bit, name in _REMOTE_FLAGS.items() if row.flags & bit],
+    }
 
 
 def services(agent: Agent) -> list[Row]:
@@ -196,7 +205,7 @@ def policies(agent: Agent) -> list[Row]:
 
 
 def maps(agent: Agent) -> list[Row]:
-    """The datapath's maps with their fill, where that can be told cheaply."""
+    """The datapath's maps, how many rows the agent wants in each, and how many there are where others write too."""
     wanted = {s.rows.name: len(s.rows.desired) for s in agent.loop.stages}
     return [
         {
@@ -207,9 +216,17 @@ def maps(agent: Agent) -> list[Row]:
             "value_size": m.value_size,
             "max_entries": m.max_entries,
             "wanted": wanted.get(name),
+            "entries": _entries(m) if name not in wanted else None,
         }
         for name, m in sorted(agent.datapath.maps.items())
     ]
+
+
+def _entries(bpf_map: Map) -> int | None:
+    """Rows in the kernel now; None for what has no rows (ring buffers), or always the same number (arrays)."""
+    if bpf_map.type not in _COUNTED:
+        return None
+    return len(bpf_map.dump()[0]) // bpf_map.key_size
 
 
 def map_rows(agent: Agent, name: str) -> list[Row]:
@@ -249,8 +266,8 @@ def resolve(agent: Agent, wanted: dict[str, Any]) -> dict[str, dict[str, Any]]:
     """Names for numbers and addresses. Raises ValueError, TypeError for a malformed request."""
     return {
         "addrs": {a: _who(agent, pack(a)) for a in wanted.get("addrs", ())},
-        "identities": {str(n): _identity(agent, int(n)) for n in wanted.get("identities", ())},
-        "rules": {str(n): _rule(agent, int(n)) for n in wanted.get("rules", ())},
+        "identities": {str(n): identity_labels(agent, int(n)) for n in wanted.get("identities", ())},
+        "rules": {str(n): rule(agent, int(n)) for n in wanted.get("rules", ())},
         "services": {str(n): _service(agent, int(n)) for n in wanted.get("services", ())},
         "endpoints": {str(n): _local(agent, int(n)) for n in wanted.get("endpoints", ())},
     }
@@ -270,7 +287,8 @@ def _who(agent: Agent, addr: bytes) -> Row | None:
     return None
 
 
-def _identity(agent: Agent, number: int) -> list[str]:
+def identity_labels(agent: Agent, number: int) -> list[str]:
+    """Labels behind a number; empty for an unknown one."""
     reserved = RESERVED_LABELS.get(number)
     if reserved is not None:
         return sorted(_texts(reserved.items()))
@@ -278,7 +296,8 @@ def _identity(agent: Agent, number: int) -> list[str]:
     return sorted(_texts(known.labels.items())) if known else []
 
 
-def _rule(agent: Agent, number: int) -> Row | None:
+def rule(agent: Agent, number: int) -> Row | None:
+    """Where a rule is written; None for 0 and for one that is gone."""
     origin = agent.engine.policy.explain(number)
     if origin is None:
         return None
@@ -320,6 +339,8 @@ def _shown(value: Any) -> Any:
         return unpack(value) if len(value) == 16 else value.hex(":")
     if isinstance(value, int):
         return value
+    if isinstance(value, PrefixKey):
+        return {"prefix": str(Prefix(value.addr, value.prefixlen))}
     row = asdict(value)
     return {k: _field(v) for k, v in row.items()}
 

@@ -6,8 +6,11 @@ import ipaddress
 from collections.abc import Callable, Mapping
 from typing import Any, Final
 
+from fimbria.model.identity import Reserved
+
 Json = dict[str, Any]
 Test = Callable[[Json], bool]
+_RULES: Final = ("ingress_denied_by", "ingress_allowed_by", "egress_denied_by", "egress_allowed_by")
 
 
 class FilterError(ValueError):
@@ -75,13 +78,26 @@ def _label(value: str) -> Callable[[Json, str], bool]:
 
 
 def _identity(value: str) -> Callable[[Json, str], bool]:
-    number = _number(value, "identity")
+    """A number, or the name of a fixed one such as `world`."""
+    known = Reserved.__members__.get(value.upper().replace("-", "_"))
+    number = known.value if known is not None else _number(value, "identity")
     return lambda flow, side: bool(flow[side]["identity"] == number)
 
 
 def _field(name: str, value: str) -> Test:
     wanted = value.upper()
     return lambda flow: str(flow.get(name, "")).upper() == wanted
+
+
+def _policy(value: str) -> Test:
+    """Flows that a rule of this policy (`name` or `namespace/name`) allowed or denied."""
+    namespace, slash, name = value.rpartition("/")
+
+    def test(flow: Json) -> bool:
+        rules = [r for key in _RULES for r in flow.get(key, ())]
+        return any(r["name"] == name and (not slash or r["namespace"] == namespace) for r in rules)
+
+    return test
 
 
 def _protocol(value: str) -> Test:
@@ -113,4 +129,5 @@ _MAKERS: Final[dict[str, Callable[[str], Test]]] = {
     "reason": lambda v: _field("drop_reason_desc", v),
     "direction": lambda v: _field("traffic_direction", v),
     "protocol": _protocol,
+    "policy": _policy,
 }  # fmt: skip

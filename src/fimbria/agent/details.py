@@ -1,0 +1,147 @@
+"""One object of the agent's state with everything behind it, for `get`. Plain JSON-shaped values; changes nothing."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any, Final
+
+from fimbria.agent import views
+from fimbria.compute.policy_shapes import CIDR_ANY_PEER, PREFIX_ANY_PORT, PREFIX_ANY_PROTO, PREFIX_FULL
+from fimbria.model.address import Prefix, is_v4, pack, unpack
+from fimbria.model.identity import SCOPE_CIDR
+from fimbria.model.policy import Anyone, Direction, NamedPort, Policy, PolicySpec, PortRange, Rule, Verdict
+from fimbria.model.rows import PolicyEntry, PolicyKey, PrefixKey
+
+if TYPE_CHECKING:
+    from fimbria.agent.main import Agent
+
+Row = dict[str, Any]
+_PROTOCOLS: Final = {1: "ICMP", 6: "TCP", 17: "UDP", 58: "ICMPv6", 132: "SCTP"}
+_ICMP: Final = (1, 58)
+_V4_BITS: Final = 96  # what an IPv4 prefix is longer by in its mapped form
+
+
+def endpoint(agent: Agent, number: int) -> Row:
+    """One endpoint with the entries of its policy set, by peer and port. Raises KeyError for an unknown one."""
+    if number not in agent.tables.endpoints:
+        raise KeyError(number)
+    row = next(r for r in views.endpoints(agent) if r["id"] == number)
+    entries = agent.rows.policy_sets.desired.get(row["policy_set"], {})
+    cidrs = {row.identity: str(Prefix(key.addr, key.prefixlen)) for key, row in agent.rows.cidrs.desired.items()}
+    ordered = sorted(entries.items(), key=lambda e: (e[0].direction, e[0].peer, e[0].proto, e[0].port, -e[0].prefixlen))
+    return row | {"entries": [_entry(agent, k, e, cidrs) for k, e in ordered]}
+
+
+def _entry(agent: Agent, key: PolicyKey, entry: PolicyEntry, cidrs: dict[int, str]) -> Row:
+    return {
+        "direction": Direction(key.direction).name.lower(),
+        "verdict": Verdict(entry.verdict).name.lower(),
+        "peer": key.peer,
+        "peer_is": _peer(agent, key.peer, cidrs),
+        "ports": port_text(key.prefixlen, key.proto, key.port),
+        "pods_too": bool(entry.flags & CIDR_ANY_PEER),
+        "rule": views.rule(agent, entry.rule),
+    }
+
+
+def _peer(agent: Agent, number: int, cidrs: dict[int, str]) -> list[str]:
+    if number == 0:
+        return ["anyone"]
+    if number >= SCOPE_CIDR:
+        return [cidrs.get(number, "a block that is gone")]
+    return views.identity_labels(agent, number)
+
+
+def port_text(prefixlen: int, proto: int, port: int) -> str:
+    """What a policy entry's (protocol, port) prefix means: `any`, `TCP`, `TCP/80`, `TCP/8080-8087`, `ICMP type 8`."""
+    if prefixlen <= PREFIX_ANY_PROTO:
+        return "any"
+    name = _PROTOCOLS.get(proto, f"protocol {proto}")
+    if prefixlen <= PREFIX_ANY_PORT:
+        return name
+    last = port + (1 << (PREFIX_FULL - prefixlen)) - 1
+    if proto in _ICMP:
+        first_type, last_type = port >> 8, last >> 8
+        return f"{name} type {first_type}" if first_type == last_type else f"{name} types {first_type}-{last_type}"
+    return f"{name}/{port}" if port == last else f"{name}/{port}-{last}"
+
+
+def ipcache(agent: Agent, address: str) -> Row:
+    """The prefixes that contain an address, longest first: the first one counts. Raises ValueError for no address."""
+    addr = pack(address)
+    bits = int.from_bytes(addr, "big")
+    matches = []
+    for length in range(128, (_V4_BITS if is_v4(addr) else 0) - 1, -1):
+        mask = (1 << 128) - (1 << (128 - length))
+        key = PrefixKey(length, (bits & mask).to_bytes(16, "big"))
+        row = agent.rows.ipcache.desired.get(key)
+        if row is not None:
+            found = views.ipcache_row(key, row)
+            matches.append(
+                found | {"labels": views.identity_labels(agent, row.identity), "claims": _claims(agent, key)}
+            )
+    world = {"prefix": "", "identity": 2, "labels": views.identity_labels(agent, 2), "flags": [], "tunnel": ""}
+    return {"address": unpack(addr), "answer": matches[0] if matches else world, "matches": matches}
+
+
+def _claims(agent: Agent, key: PrefixKey) -> list[str]:
+    """Who says so: a pod here, a pod or a node elsewhere."""
+    found = []
+    for kind, source in agent.engine.ipcache.sources(key):
+        if kind == "local":
+            e = agent.tables.endpoints.get(source)
+            found.append(f"pod {e.label} of this node" if e else f"endpoint {source}")
+        elif kind == "pod":
+            found.append(f"pod {source[0]}/{source[1]} (its CiliumEndpoint)")
+        else:
+            found.append(f"{kind} {source}")
+    return found
+
+
+def policy(agent: Agent, kind: str, namespace: str, name: str) -> Row:
+    """One policy with its rules as they were understood. Raises KeyError for an unknown one."""
+    row = next(
+        (
+            r
+            for r in views.policies(agent)
+            if (r["kind"].lower(), r["namespace"], r["name"]) == (kind.lower(), namespace, name)
+        ),
+        None,
+    )
+    if row is None:
+        raise KeyError(name)
+    known: Policy = next(
+        p
+        for table in views.policy_tables(agent)
+        for p in table.values()
+        if (p.id.kind, p.id.namespace, p.id.name) == (row["kind"], namespace, name)
+    )
+    return row | {"specs": [_spec(s) for s in known.specs]}
+
+
+def _spec(spec: PolicySpec) -> Row:
+    return {
+        "subject": str(spec.subject),
+        "default_deny": sorted(d.name.lower() for d in spec.default_deny),
+        "rules": [_rule(r) for r in spec.rules],
+    }
+
+
+def _rule(rule: Rule) -> Row:
+    return {
+        "path": rule.origin.path,
+        "direction": rule.direction.name.lower(),
+        "verdict": rule.verdict.name.lower(),
+        "peers": ["anyone" if isinstance(p, Anyone) else str(p) for p in rule.peers],
+        "ports": [_port(p) for p in rule.ports],
+    }
+
+
+def _port(port: PortRange | NamedPort) -> str:
+    name = "any" if port.proto is None else _PROTOCOLS.get(int(port.proto), f"protocol {port.proto}")
+    if isinstance(port, NamedPort):
+        return f"{name}/{port.name}"
+    if port.proto is None or (port.first, port.last) == (0, 65535):
+        return name
+    if port.proto in _ICMP:
+        return f"{name} type {port.first >> 8}"
+    return f"{name}/{port.first}" if port.first == port.last else f"{name}/{port.first}-{port.last}"

@@ -1,0 +1,197 @@
+"""`fimbria status`: is this node's agent well, and what is it doing?"""
+
+from __future__ import annotations
+
+import sys
+import time
+from typing import Any, Final
+
+import click
+
+from fimbria.cli.local import Local, Refused, Unreachable, socket_option
+from fimbria.cli.show import Row, bad, count, dim, dump, duration, fields, good, warn
+
+POLL: Final = 0.3
+MOST_FAILURES: Final = 5
+
+
+@click.command(
+    epilog="""\b
+Examples:
+  fimbria status                          at a glance
+  fimbria status --wait --timeout 60      until the agent is ready, saying what it waits for
+  fimbria status -o json | jq .ready
+
+\b
+Exit status: 0 ready and nothing fails; 1 not ready, or something fails; 2 no agent answers."""
+)
+@socket_option("agent")
+@click.option("--wait", is_flag=True, help="Wait until the agent is ready and well.")
+@click.option(
+    "--timeout", default=60.0, show_default=True, metavar="SECONDS", help="How long to wait.", type=click.FloatRange(0)
+)
+@click.option("-v", "--verbose", is_flag=True, help="Also rows by target, devices and programs of others.")
+@click.option("-o", "--output", type=click.Choice(["table", "json"]), default="table")
+def status(agent: Local, wait: bool, timeout: float, verbose: bool, output: str) -> None:
+    """Is this node's agent well, and what is it doing?"""
+    found = _wait(agent, timeout) if wait else agent.get("status")
+    observer = _observer(agent)
+    troubles = problems(found)
+    if output == "json":
+        dump(found | {"observer": observer, "problems": troubles})
+    else:
+        show(found, observer, verbose)
+    sys.exit(1 if troubles else 0)
+
+
+def _wait(agent: Local, timeout: float) -> Row:
+    """The first status without problems, or the last one in time. Raises Unreachable if there was none at the end."""
+    deadline = time.monotonic() + timeout
+    said = ""
+    while True:
+        late = time.monotonic() >= deadline
+        try:
+            found: Row = agent.get("status")
+            missing = "; ".join(problems(found))
+            if late or not missing:
+                return found
+        except (Unreachable, Refused) as error:
+            if late:
+                raise
+            missing = error.message.splitlines()[0]
+        if missing != said:
+            click.echo(f"waiting: {missing}", err=True)
+            said = missing
+        time.sleep(POLL)
+
+
+def _observer(agent: Local) -> Row | None:
+    """The observer's own status, if it runs beside the agent."""
+    try:
+        found: Row = Local("observer", agent.path.with_name("observer.sock")).get("status")
+        return found
+    except (Unreachable, Refused):
+        return None
+
+
+def problems(s: Row) -> list[str]:
+    """What keeps a node from being well, one sentence each."""
+    found = [] if s["ready"] else ["the agent is not ready: " + _waits_for(s)]
+    api = s["api_server"]
+    if not api["connected"]:
+        kinds = ", ".join(sorted(api["errors"])[:3])
+        reason = next((str(e) for e in api["errors"].values() if e), "no connection yet")
+        found.append(f"the API server {api['server']} can't be followed ({kinds}): {reason}")
+    if s["node_problem"]:
+        found.append(s["node_problem"])
+    for target, rows in s["failures"].items():
+        found.append(f"{count(len(rows), 'row')} of {target} can't be written: {rows[0]}")
+    return found
+
+
+def _waits_for(s: Row) -> str:
+    if not s["pod_cidrs"]:
+        return "no pod addresses yet; the operator hands them out (is it running?)"
+    if s["devices"] is None:
+        return "its devices aren't set up yet"
+    return "the kernel isn't as it should be yet"
+
+
+def show(s: Row, observer: Row | None, verbose: bool) -> None:
+    """For people."""
+    fields(_lines(s, observer, verbose))
+
+
+def _lines(s: Row, observer: Row | None, verbose: bool) -> list[tuple[str, str]]:
+    troubles = problems(s)
+    lines = [
+        ("Node", f"{s['node']}  {dim('kernel ' + s.get('kernel', '?') + ', fimbria ' + s.get('version', '?'))}"),
+        ("Agent", _agent(s, troubles)),
+        ("API server", _api_server(s["api_server"])),
+        ("Routing", _routing(s)),
+        ("Devices", _devices(s["devices"])),
+        ("Pod CIDRs", ", ".join(s["pod_cidrs"])),
+        ("Addresses", _addresses(s["ipam"])),
+        ("Cluster", _cluster(s)),
+        ("Datapath", _datapath(s)),
+        ("Repaired", warn(", ".join(f"{k} {n}" for k, n in s["repaired"].items())) if s["repaired"] else ""),
+        ("Observer", _observed(observer)),
+        ("Failures", "\n".join(_failures(s["failures"]))),
+        ("Policies", "\n".join(warn(f"{p}: {'; '.join(x)}") for p, x in s["policy_problems"].items())),
+        ("Programs of others", _foreign(s["foreign_programs"])),
+    ]
+    return lines + (_more(s) if verbose else [])
+
+
+def _api_server(a: Row) -> str:
+    return f"{good('connected') if a['connected'] else bad('lost')}  {a['server']}"
+
+
+def _addresses(ipam: dict[str, Row]) -> str:
+    return "; ".join(f"{family}: {u['used']} of {u['capacity']} used" for family, u in ipam.items() if u["capacity"])
+
+
+def _observed(observer: Row | None) -> str:
+    return f"{observer['seen_flows']} flows seen" if observer else warn("not running: `fimbria monitor` shows nothing")
+
+
+def _agent(s: Row, troubles: list[str]) -> str:
+    since = dim(f"up {duration(s['uptime_seconds'])}, ready after {s['ready_after_seconds']:.1f} s")
+    if not troubles:
+        return f"{good('ready')}  {since}"
+    state = warn("ready, but not well") if s["ready"] else bad("not ready")
+    return "\n".join([state, *(bad(t) for t in troubles)])
+
+
+def _routing(s: Row) -> str:
+    extra = [f"programs attached by {s['attach']}"] if s["attach"] else []
+    extra += ["redirected past the host's stack"] if s["fast_path"] else []
+    extra += ["masquerading"] if s["masquerade"] else []
+    return f"{s['routing']}  {dim(', '.join(extra))}"
+
+
+def _devices(d: dict[str, Any] | None) -> str:
+    if d is None:
+        return warn("not set up yet")
+    return f"MTU {d['mtu']}, for pods {d['pod_mtu']}"
+
+
+def _cluster(s: Row) -> str:
+    return ", ".join(
+        (
+            count(s["nodes"], "node"),
+            count(s["endpoints"], "pod") + " here",
+            count(s["identities"], "identity", "identities"),
+            count(s["services"], "service"),
+            count(s["policies"], "policy", "policies"),
+        )
+    )
+
+
+def _datapath(s: Row) -> str:
+    failing = sum(len(rows) for rows in s["failures"].values())
+    return f"{sum(s['rows'].values())} rows, " + (bad(f"{failing} failing") if failing else "none failing")
+
+
+def _failures(failures: dict[str, list[str]]) -> list[str]:
+    lines = []
+    for target, rows in failures.items():
+        lines += [bad(f"{target}: {row}") for row in rows[:MOST_FAILURES]]
+        if len(rows) > MOST_FAILURES:
+            lines.append(bad(f"{target}: and {len(rows) - MOST_FAILURES} more"))
+    return lines
+
+
+def _foreign(programs: dict[str, list[str]]) -> str:
+    return "\n".join(warn(f"{hook}: {', '.join(names)}") for hook, names in programs.items())
+
+
+def _more(s: Row) -> list[tuple[str, str]]:
+    d = s["devices"] or {}
+    devices = ", ".join(f"{name} {value}" for name, value in d.items() if value)
+    return [
+        ("Rows", "\n".join(f"{name:<16}{n:>8}" for name, n in sorted(s["rows"].items()))),
+        ("Device numbers", devices),
+        ("Process", f"pid {s.get('pid', '?')}"),
+        ("API errors", "\n".join(f"{k}: {e}" for k, e in s["api_server"]["errors"].items())),
+    ]
