@@ -5,7 +5,8 @@ In tests: ``with real_apiserver(tmp_path) as kubeconfig: ...``. On the command l
     python tests/kube/realserver.py up --dir D [--bind ADDRESS] [--port PORT] [--netns NAME]
     python tests/kube/realserver.py down --dir D
 
-The kubeconfig (mode 0600, one context, authority inline, bearer token of group system:masters) is ``D/kubeconfig``, logs are ``D/etcd.log`` and ``D/apiserver.log``. The two binaries come from build.py, etcd from Debian (etcd-server).
+The kubeconfig (mode 0600, one context, authority inline, bearer token of group system:masters) is ``D/kubeconfig``,
+logs are ``D/etcd.log`` and ``D/apiserver.log``. The two binaries come from build.py, etcd from Debian (etcd-server).
 There is no controller-manager: run ``python -m fimbria.lab.apiserver.controllers --kubeconfig D/kubeconfig`` for one.
 """
 

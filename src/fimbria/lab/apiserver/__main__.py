@@ -30,7 +30,7 @@ DEFAULT_RANGES = "10.96.0.0/16,fd00:10:96::/112"
 def parse_arguments(arguments: list[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         prog="python -m fimbria.lab.apiserver",
-        description="An embedded Kubernetes-style API server for Fimbria's lab and tests only; no server for a cluster.",
+        description="An embedded Kubernetes-style API server for Fimbria's lab and tests only; never for a cluster.",
     )
     parser.add_argument("--db", type=Path, required=True, help="SQLite file; token and certificate are kept next to it")
     parser.add_argument(
