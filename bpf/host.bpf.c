@@ -9,10 +9,7 @@ char LICENSE[] SEC("license") = "Dual BSD/GPL";
 
 static __always_inline bool for_node(const struct packet *p)
 {
-	addr_t node;
-
-	node_addr(&node, is_v6(p));
-	return addr_equal(&node, &p->t.daddr);
+	return config_addr_is(is_v6(p) ? &cfg_node_addr6 : &cfg_node_addr4, &p->t.daddr);
 }
 
 /* Nobody outside has our own address, and remote pods come through the tunnel where there is one. */

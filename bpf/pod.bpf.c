@@ -2,6 +2,7 @@
 /* Both directions of a pod's veth, seen from the host: ingress is what the pod sends. */
 #include "lib/arp_nd.h"
 #include "lib/forward.h"
+#include "lib/hairpin.h"
 #include "lib/identity.h"
 #include "lib/parse.h"
 #include "lib/refuse.h"
@@ -26,6 +27,11 @@ static __always_inline int from_pod_ip(struct __sk_buff *skb, struct packet *p, 
 		return drop(skb, p, reason);
 	if (is_multicast(&p->t.daddr))
 		return drop(skb, p, DROP_STALE_OR_UNROUTABLE_IP);
+	if (is_for_router(p)) {
+		reason = hairpin_back(skb, p, ep);
+		if (reason != HAIRPIN_NONE)
+			return reason ? drop(skb, p, reason) : answer(skb, ep);
+	}
 	struct destination to;
 
 	find_destination(p, &to);
@@ -39,6 +45,10 @@ static __always_inline int from_pod_ip(struct __sk_buff *skb, struct packet *p, 
 			return drop(skb, p, reason);
 		if (p->service)
 			find_destination(p, &to);
+		if (p->service && to.endpoint == ep) {
+			reason = hairpin(skb, p, ep);
+			return reason ? drop(skb, p, reason) : answer(skb, ep);
+		}
 	}
 	reason = judge(skb, p, ep);
 	if (reason)

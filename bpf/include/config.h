@@ -24,3 +24,9 @@ static __always_inline void config_addr(addr_t *to, const volatile addr_t *from)
 	to->w[2] = from->w[2];
 	to->w[3] = from->w[3];
 }
+
+static __always_inline bool config_addr_is(const volatile addr_t *setting, const addr_t *a)
+{
+	return setting->w[3] == a->w[3] && setting->w[2] == a->w[2] && setting->w[1] == a->w[1] &&
+	       setting->w[0] == a->w[0];
+}

@@ -16,8 +16,8 @@ static __always_inline const struct backend *service_chosen(struct packet *p, st
 		e->flags |= CT_RST;
 	else if (p->tcp_flags & TCP_FIN)
 		e->flags |= CT_FIN_FORWARD;
-	/* Only the connection's own entry knows how it stands: this one may outlive it, but not the reverse. */
-	ct_extend(e, now + (p->t.proto == IPPROTO_UDP ? CT_BOTH_WAYS_NS : cfg_tcp_established_ns));
+	/* Only the connection's own entry sees replies: this one may outlive it, but not the reverse. */
+	ct_extend(e, now + (attempt ? CT_TCP_SYN_NS : ct_lifetime(p->t.proto, e->flags | CT_SEEN_REPLY)));
 	p->service = e->service;
 	return service_backend(e->backend);
 }

@@ -5,6 +5,7 @@
 enum ct_scope {
 	CT_SCOPE_CONNECTION = 0, /* endpoint and peer, as the endpoint's backend side sees them */
 	CT_SCOPE_SERVICE = 1,    /* endpoint and a service frontend it addressed by packet */
+	CT_SCOPE_HAIRPIN = 2,    /* endpoint as its own backend; the router stands for the caller as `remote` */
 };
 
 /* conntrack: struct ct_key -> struct ct_entry, LRU. One entry a connection and endpoint; both directions find it with
@@ -38,7 +39,7 @@ struct ct_entry {
 	__u32 service;           /* CT_SCOPE_SERVICE: the service; CT_SCOPE_CONNECTION: reply source is translated back to it; 0: none */
 	__u32 backend;           /* CT_SCOPE_SERVICE: key in backends */
 	__u32 flags;             /* enum ct_flag */
-	__u16 tcp_flags;         /* union of the flags reported so far */
+	__u16 tcp_flags;         /* union of the flags reported so far; the opener's in the low byte, replies' in the high */
 	port_be_t frontend_port; /* with service != 0: what the client addressed */
 	addr_t frontend;
 };

@@ -11,9 +11,21 @@ import platform
 import statistics
 from dataclasses import dataclass
 
-from datapath import ENFORCE_EGRESS, ENFORCE_INGRESS, INGRESS, EGRESS, Datapath
+from datapath import EGRESS, ENFORCE_EGRESS, ENFORCE_INGRESS, INGRESS, Datapath
 from record import (
-    A_IDENTITY, B_IDENTITY, C_IDENTITY, OVERLAY, Build, Prepare, Wire, base_rows, context, nothing, send, syn, udp,
+    A_IDENTITY,
+    B_IDENTITY,
+    C_IDENTITY,
+    OVERLAY,
+    Build,
+    Prepare,
+    Wire,
+    base_rows,
+    context,
+    nothing,
+    send,
+    syn,
+    udp,
 )  # fmt: skip
 from test_policy import enforce, rule
 from test_translate import service

@@ -78,7 +78,8 @@ def mac(text: str) -> bytes:
     return bytes.fromhex(text.replace(":", ""))
 
 
-DEFAULTS: dict[str, int | bool | bytes] = {
+Setting = int | bool | bytes
+DEFAULTS: dict[str, Setting] = {
     "cfg_redirect_peer": True,
     "cfg_redirect_neigh": True,
     "cfg_events": True,
@@ -100,7 +101,7 @@ DEFAULTS: dict[str, int | bool | bytes] = {
 class Datapath:
     """All objects of one node, loaded with shared maps."""
 
-    def __init__(self, config: Mapping[str, int | bool | bytes] = {}, objects: tuple[str, ...] = ("pod", "overlay", "host"),
+    def __init__(self, config: Mapping[str, Setting] = {}, objects: tuple[str, ...] = ("pod", "overlay", "host"),
                  sizes: Mapping[str, int] = {}) -> None:  # fmt: skip
         self.maps: dict[str, Map] = {}
         self.programs: dict[str, Program] = {}

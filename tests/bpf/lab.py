@@ -19,7 +19,15 @@ from pathlib import Path
 from typing import TypeVar
 
 from datapath import (
-    HOST, NODE, POD, READY, REMOTE_NODE, TUNNEL, Datapath, addr, prefix,
+    HOST,
+    NODE,
+    POD,
+    READY,
+    REMOTE_NODE,
+    TUNNEL,
+    Datapath,
+    addr,
+    prefix,
 )  # fmt: skip
 
 from fimbria.kernel import netns
@@ -385,7 +393,9 @@ def checksum(data: bytes) -> int:
 def hop(client: Space, family: int, target: str, ttl: int) -> str:
     """Who says that a packet's time is up."""
     proto, exceeded = (socket.IPPROTO_ICMP, 11) if family == 4 else (socket.IPPROTO_ICMPV6, 3)
-    level, option = (socket.IPPROTO_IP, socket.IP_TTL) if family == 4 else (socket.IPPROTO_IPV6, socket.IPV6_UNICAST_HOPS)
+    level, option = socket.IPPROTO_IP, socket.IP_TTL
+    if family == 6:
+        level, option = socket.IPPROTO_IPV6, socket.IPV6_UNICAST_HOPS
     with client.socket(family, socket.SOCK_RAW, proto) as errors, client.socket(family, UDP) as c:
         c.setsockopt(level, option, ttl)
         c.sendto(b"?", (target, 33434))

@@ -14,7 +14,12 @@ from dataclasses import dataclass
 from datapath import DROP, EVENT_DROP, HOST, NODE, POD, READY, REMOTE_NODE, SHOT, TUNNEL, Datapath, addr, mac, prefix
 from scapy.layers.inet import ICMP, IP, TCP, UDP
 from scapy.layers.inet6 import (
-    ICMPv6DestUnreach, ICMPv6EchoReply, ICMPv6EchoRequest, ICMPv6PacketTooBig, ICMPv6TimeExceeded, IPv6,
+    ICMPv6DestUnreach,
+    ICMPv6EchoReply,
+    ICMPv6EchoRequest,
+    ICMPv6PacketTooBig,
+    ICMPv6TimeExceeded,
+    IPv6,
 )  # fmt: skip
 from scapy.layers.l2 import Ether
 from scapy.packet import Packet, Raw

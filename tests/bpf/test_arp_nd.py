@@ -6,7 +6,13 @@ import pytest
 from datapath import REDIRECT, SHOT, TCX_NEXT, Datapath
 from record import ADDRS, MACS, OVERLAY, Record, base_rows, case_id, cases, check, send, udp
 from scapy.layers.inet6 import (
-    ICMPv6MLReport2, ICMPv6ND_NA, ICMPv6ND_NS, ICMPv6ND_RS, ICMPv6NDOptDstLLAddr, ICMPv6NDOptSrcLLAddr, IPv6,
+    ICMPv6MLReport2,
+    ICMPv6ND_NA,
+    ICMPv6ND_NS,
+    ICMPv6ND_RS,
+    ICMPv6NDOptDstLLAddr,
+    ICMPv6NDOptSrcLLAddr,
+    IPv6,
 )  # fmt: skip
 from scapy.layers.l2 import ARP, Ether
 from scapy.packet import Packet
@@ -32,7 +38,8 @@ def is_at() -> Packet:
     )
 
 
-def solicit(target: str = ROUTER, src: str = POD, hlim: int = 255, dst: str = "ff02::1:ff00:1", mac: bool = True) -> Packet:
+def solicit(target: str = ROUTER, src: str = POD, hlim: int = 255, dst: str = "ff02::1:ff00:1",
+            mac: bool = True) -> Packet:  # fmt: skip
     packet = Ether(src=MACS["a"], dst="33:33:ff:00:00:01") / IPv6(src=src, dst=dst, hlim=hlim) / ICMPv6ND_NS(tgt=target)
     return packet / ICMPv6NDOptSrcLLAddr(lladdr=MACS["a"]) if mac else packet
 

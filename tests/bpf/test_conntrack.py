@@ -6,10 +6,34 @@ from dataclasses import replace
 
 import pytest
 from datapath import (
-    EGRESS, ENFORCE_EGRESS, ENFORCE_INGRESS, EVENT_TRACE, INGRESS, POINT, REDIRECT, SHOT, TCX_NEXT, Datapath,
+    EGRESS,
+    ENFORCE_EGRESS,
+    ENFORCE_INGRESS,
+    EVENT_TRACE,
+    INGRESS,
+    POINT,
+    REDIRECT,
+    SHOT,
+    TCX_NEXT,
+    Datapath,
 )  # fmt: skip
 from record import (
-    A_ID, A_IDENTITY, B_IDENTITY, B_IFINDEX, OVERLAY, Build, Prepare, Record, Wire, base_rows, case_id, cases, check, send, syn, udp,
+    A_ID,
+    A_IDENTITY,
+    B_IDENTITY,
+    B_IFINDEX,
+    OVERLAY,
+    Build,
+    Prepare,
+    Record,
+    Wire,
+    base_rows,
+    case_id,
+    cases,
+    check,
+    send,
+    syn,
+    udp,
 )  # fmt: skip
 from test_policy import enforce, rule
 

@@ -1,18 +1,28 @@
 """Where packets of a pod go, and what is refused before they go anywhere."""
 
 from collections.abc import Iterator
+from dataclasses import replace
 
 import pytest
-from datapath import POINT, READY, REDIRECT, SHOT, TCX_NEXT, EVENT_TRACE, Datapath, addr, mac, prefix
+from datapath import EVENT_TRACE, POINT, REDIRECT, SHOT, TCX_NEXT, Datapath
 from record import (
-    A_IDENTITY, MACS, OVERLAY, Record, Wire, case_id, cases, check, syn, udp,
+    A_IDENTITY,
+    A_IFINDEX,
+    B_IFINDEX,
+    MACS,
+    OVERLAY,
+    Record,
+    Wire,
+    case_id,
+    cases,
+    check,
+    syn,
+    udp,
 )
-from scapy.layers.inet import ICMP, IP, TCP, UDP
+from scapy.layers.inet import IP, TCP, UDP
 from scapy.layers.inet6 import IPv6, IPv6ExtHdrDestOpt, IPv6ExtHdrFragment, IPv6ExtHdrHopByHop, PadN
-from scapy.layers.l2 import ARP, Dot1Q, Ether
+from scapy.layers.l2 import Dot1Q, Ether
 from scapy.packet import Packet, Raw
-
-from fimbria.model import rows
 
 FROM_A = A_IDENTITY << 8 | 0xF1
 
@@ -25,27 +35,24 @@ def dp() -> Iterator[Datapath]:
 
 
 def not_ready(dp: Datapath, _w: Wire) -> None:
-    row = dp.get("endpoints", 1)
-    dp.put("endpoints", 1, rows.Endpoint(row.id, row.identity, 0, 0, row.addr4, row.addr6, row.pod_mac, row.host_mac))
+    dp.put("endpoints", A_IFINDEX, replace(dp.get("endpoints", A_IFINDEX), flags=0))
 
 
 def receiver_not_ready(dp: Datapath, _w: Wire) -> None:
-    row = dp.get("endpoints", 4242)
-    dp.put("endpoints", 4242, rows.Endpoint(row.id, row.identity, 0, 0, row.addr4, row.addr6, row.pod_mac, row.host_mac))
+    dp.put("endpoints", B_IFINDEX, replace(dp.get("endpoints", B_IFINDEX), flags=0))
 
 
 def no_row(dp: Datapath, _w: Wire) -> None:
-    dp.maps["endpoints"].delete(b"\x01\0\0\0")
+    dp.maps["endpoints"].delete(dp.key("endpoints", A_IFINDEX))
 
 
 def receiver_gone(dp: Datapath, _w: Wire) -> None:
-    dp.maps["endpoints"].delete((4242).to_bytes(4, "little"))
+    dp.maps["endpoints"].delete(dp.key("endpoints", B_IFINDEX))
 
 
 def only_other_family(dp: Datapath, w: Wire) -> None:
-    row = dp.get("endpoints", 1)
-    four, six = (bytes(16), row.addr6) if w.family == 4 else (row.addr4, bytes(16))
-    dp.put("endpoints", 1, rows.Endpoint(row.id, row.identity, 0, READY, four, six, row.pod_mac, row.host_mac))
+    lost = {"addr4": bytes(16)} if w.family == 4 else {"addr6": bytes(16)}
+    dp.put("endpoints", A_IFINDEX, replace(dp.get("endpoints", A_IFINDEX), **lost))
 
 
 def raw_ip(w: Wire, proto: int, payload: bytes = b"x" * 20) -> Packet:
@@ -91,8 +98,9 @@ RECORDS = [
     Record("a packet for a pod of another node goes to the overlay device", lambda w: w.sent("c", udp()), REDIRECT,
            gives=lambda w: w.sent("c", udp(), ttl=63), mark=0xF2,
            events=[(EVENT_TRACE, POINT["TRACE_TO_OVERLAY"])]),
-    Record("a packet that does not fit through the overlay is the stack's", lambda w: w.sent("c", udp(data=b"x" * 1430)),
-           TCX_NEXT, gives=lambda w: w.sent("c", udp(data=b"x" * 1430)), mark=FROM_A),
+    Record("a packet that does not fit through the overlay is the stack's",
+           lambda w: w.sent("c", udp(data=b"x" * 1430)), TCX_NEXT, mark=FROM_A,
+           gives=lambda w: w.sent("c", udp(data=b"x" * 1430))),
     Record("a packet for the node itself is the stack's", lambda w: w.sent("node", udp()), TCX_NEXT, mark=FROM_A,
            gives=lambda w: w.sent("node", udp()), events=[(EVENT_TRACE, POINT["TRACE_TO_HOST"])]),
     Record("a packet for the gateway is the stack's", lambda w: w.sent("router", w.echo()), TCX_NEXT, mark=FROM_A),
@@ -103,7 +111,8 @@ RECORDS = [
     Record("the stack answers a packet for a local pod whose time is up", lambda w: w.sent("b", udp(), ttl=1), TCX_NEXT,
            gives=lambda w: w.sent("b", udp(), ttl=1), mark=FROM_A),
     Record("SCTP is forwarded by its ports", lambda w: raw_ip(w, 132, b"\x9c\x40\x00\x50" + b"\0" * 20), TCX_NEXT),
-    Record("an unknown pod's packet is dropped", lambda w: w.sent("b", udp()), SHOT, rows=no_row, drop="DROP_EP_NOT_READY"),
+    Record("an unknown pod's packet is dropped", lambda w: w.sent("b", udp()), SHOT, rows=no_row,
+           drop="DROP_EP_NOT_READY"),
     Record("a pod without its policy yet sends nothing", lambda w: w.sent("b", udp()), SHOT, rows=not_ready,
            drop="DROP_EP_NOT_READY"),
     Record("a pod without its policy yet gets nothing", lambda w: w.sent("b", udp()), SHOT, rows=receiver_not_ready,
@@ -136,7 +145,8 @@ RECORDS = [
     Record("a cut TCP header is refused", lambda w: cut(with_field(w.sent("b", syn()), *(
            (IP, ) if w.family == 4 else (IPv6,)), **({"len": 30} if w.family == 4 else {"plen": 10})),
            14 + (30 if w.family == 4 else 50)), SHOT, drop="DROP_CT_INVALID_HEADER"),
-    Record("a TCP header shorter than itself is refused", lambda w: with_field(w.sent("b", syn()), TCP, dataofs=4), SHOT,
+    Record("a TCP header shorter than itself is refused",
+           lambda w: with_field(w.sent("b", syn()), TCP, dataofs=4), SHOT,
            drop="DROP_CT_INVALID_HEADER"),
     Record("a header length below the least is refused", lambda w: with_field(w.sent("b", udp()), IP, ihl=4), SHOT,
            families=(4,), drop="DROP_INVALID_PACKET"),
@@ -162,7 +172,8 @@ RECORDS = [
            before=[("from_pod", first_fragment)]),
     Record("a later fragment alone is dropped", lambda w: fragment(w, "b", 24, False, b"l" * 16), SHOT,
            drop="DROP_FRAGMENT_NOT_FOUND"),
-    Record("a fragment of another datagram is dropped", lambda w: fragment(w, "b", 24, False, b"l" * 16, ident=98), SHOT,
+    Record("a fragment of another datagram is dropped",
+           lambda w: fragment(w, "b", 24, False, b"l" * 16, ident=98), SHOT,
            before=[("from_pod", first_fragment)], drop="DROP_FRAGMENT_NOT_FOUND"),
     Record("to_pod passes what the node sends", lambda w: w.routed("node", "a", udp()), TCX_NEXT, program="to_pod",
            gives=lambda w: w.routed("node", "a", udp()), mark=0, mark_in=0),

@@ -4,10 +4,32 @@ from collections.abc import Iterator
 
 import pytest
 from datapath import (
-    EGRESS, ENFORCE_EGRESS, ENFORCE_INGRESS, INGRESS, NO_MASQUERADE, REDIRECT, SHOT, TCX_NEXT, WORLD, Datapath, prefix,
+    EGRESS,
+    ENFORCE_EGRESS,
+    ENFORCE_INGRESS,
+    INGRESS,
+    NO_MASQUERADE,
+    REDIRECT,
+    SHOT,
+    TCX_NEXT,
+    WORLD,
+    Datapath,
+    prefix,
 )  # fmt: skip
 from record import (
-    NATIVE, OVERLAY, Build, Prepare, Record, Wire, case_id, cases, check, send, base_rows, syn, udp,
+    NATIVE,
+    OVERLAY,
+    Build,
+    Prepare,
+    Record,
+    Wire,
+    base_rows,
+    case_id,
+    cases,
+    check,
+    send,
+    syn,
+    udp,
 )  # fmt: skip
 from scapy.layers.inet import UDP
 from scapy.packet import Packet, Raw
@@ -105,8 +127,9 @@ RECORDS = [
            gives=lambda w: w.routed("node", "world", syn(PORT))),
     Record("an echo request likewise, by its identifier", lambda w: w.routed("a", "world", w.echo(SPORT)), TCX_NEXT,
            program="to_network", gives=lambda w: w.routed("node", "world", w.echo(PORT))),
-    Record("UDP without a checksum stays without", lambda w: w.routed("a", "world", UDP(sport=SPORT, dport=53, chksum=0) /
-           Raw(b"data")), TCX_NEXT, program="to_network", families=(4,),
+    Record("UDP without a checksum stays without",
+           lambda w: w.routed("a", "world", UDP(sport=SPORT, dport=53, chksum=0) / Raw(b"data")), TCX_NEXT,
+           program="to_network", families=(4,),
            gives=lambda w: w.routed("node", "world", UDP(sport=PORT, dport=53, chksum=0) / Raw(b"data"))),
     Record("SCTP keeps its port, for its checksum covers it", lambda w: with_proto(w.routed("a", "world", sctp()), 132),
            TCX_NEXT, program="to_network", gives=lambda w: with_proto(w.routed("node", "world", sctp()), 132)),
@@ -123,7 +146,8 @@ RECORDS = [
     Record("from another server it is nobody's", lambda w: w.routed("hop", "node", udp(53, PORT)), TCX_NEXT,
            program="from_network", before=SENT, gives=lambda w: w.routed("hop", "node", udp(53, PORT))),
     Record("a taken port is left to its owner", QUERY, TCX_NEXT, program="to_network", rows=taken(1), then=other_port),
-    Record("a port whose way back was lost is left", QUERY, TCX_NEXT, program="to_network", rows=stolen, then=other_port),
+    Record("a port whose way back was lost is left", QUERY, TCX_NEXT, program="to_network", rows=stolen,
+           then=other_port),
     Record("when all ports are taken it is dropped", QUERY, SHOT, program="to_network", rows=taken(1000, 61000),
            drop="DROP_NAT_NO_MAPPING"),
     Record("the same connection keeps its port", QUERY, TCX_NEXT, program="to_network", before=SENT,

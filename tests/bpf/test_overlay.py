@@ -4,8 +4,6 @@ from collections.abc import Iterator
 
 import pytest
 from datapath import DROP, EVENT_DROP, Datapath, addr
-from lab import IDENTITY, Lab, Mode, Node, Space, lab, ping
-from lab import UDP as UDP_SOCKET
 from scapy.layers.inet import IP, UDP
 from scapy.layers.inet6 import IPv6
 from scapy.layers.l2 import ARP, Ether
@@ -13,6 +11,8 @@ from scapy.layers.vxlan import VXLAN
 from scapy.packet import Packet, Raw
 
 from fimbria.kernel.probe import has_tcx
+from lab import IDENTITY, Lab, Mode, Node, Space, lab, ping
+from lab import UDP as UDP_SOCKET
 
 
 @pytest.fixture(scope="module")

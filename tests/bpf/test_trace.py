@@ -4,7 +4,14 @@ from collections.abc import Iterator
 
 import pytest
 from datapath import (
-    DROP, EGRESS, EVENT_DROP, EVENT_TRACE, INGRESS, POINT, SHOT, Datapath,
+    DROP,
+    EGRESS,
+    EVENT_DROP,
+    EVENT_TRACE,
+    INGRESS,
+    POINT,
+    SHOT,
+    Datapath,
 )  # fmt: skip
 from record import A_ID, A_IDENTITY, B_ID, B_IDENTITY, C_IDENTITY, OVERLAY, Wire, base_rows, send, syn, udp
 

@@ -4,10 +4,29 @@ from collections.abc import Iterator
 
 import pytest
 from datapath import (
-    EGRESS, ENFORCE_EGRESS, ENFORCE_INGRESS, EVENT_DROP, REDIRECT, SHOT, TCX_NEXT, Datapath,
+    EGRESS,
+    ENFORCE_EGRESS,
+    ENFORCE_INGRESS,
+    EVENT_DROP,
+    REDIRECT,
+    SHOT,
+    TCX_NEXT,
+    Datapath,
 )  # fmt: skip
 from record import (
-    B_IDENTITY, C_IDENTITY, OVERLAY, Prepare, Record, Wire, base_rows, case_id, cases, check, send, syn, udp,
+    B_IDENTITY,
+    C_IDENTITY,
+    OVERLAY,
+    Prepare,
+    Record,
+    Wire,
+    base_rows,
+    case_id,
+    cases,
+    check,
+    send,
+    syn,
+    udp,
 )  # fmt: skip
 from scapy.layers.inet import TCP as TcpHeader
 from scapy.packet import Packet, Raw
@@ -69,6 +88,12 @@ def removed(dp: Datapath, w: Wire) -> None:
     assert dp.maps["frontends"].delete(dp.key("frontends", rows.FrontendKey(w.packed("front"), 80, TCP)))
 
 
+def itself(dp: Datapath, w: Wire) -> None:
+    """The pod is its own backend, and may talk to nobody."""
+    enforce(a=OUT | IN)(dp, w)
+    service("a")(dp, w)
+
+
 def names_service(dp: Datapath, w: Wire) -> None:
     (found,) = (e for k, e in dp.items("conntrack") if k.local == w.packed("a") and k.scope == 0)
     assert (found.service, found.frontend, found.frontend_port) == (7, w.packed("front"), 80)
@@ -119,7 +144,8 @@ RECORDS = [
     Record("a direct answer stays as it is", lambda w: w.routed("b", "a", syn(8080, 40000, "SA")), TCX_NEXT,
            program="to_pod", rows=service("b"), before=[("from_pod", lambda w: w.sent("b", syn(dport=8080)))],
            gives=lambda w: w.routed("b", "a", syn(8080, 40000, "SA"))),
-    Record("a direct call after one through the service is direct", lambda w: w.routed("b", "a", syn(8080, 40000, "SA")),
+    Record("a direct call after one through the service is direct",
+           lambda w: w.routed("b", "a", syn(8080, 40000, "SA")),
            TCX_NEXT, program="to_pod", rows=service("b"),
            before=[CALL, ("from_pod", lambda w: w.sent("b", syn(dport=8080)))],
            gives=lambda w: w.routed("b", "a", syn(8080, 40000, "SA"))),
@@ -164,6 +190,13 @@ RECORDS = [
     Record("a datagram without backends is answered", lambda w: w.sent("empty", udp(data=b"x" * 100)), REDIRECT,
            rows=service("b"), gives=lambda w: answered(w, w.unreachable(Raw(quoted(w, w.sent("empty",
            udp(data=b"x" * 100)))))), mark=0xF4, drop="DROP_SERVICE_NO_BACKEND", events=[(EVENT_DROP, 158)]),
+    Record("a pod that is its own backend is called by the gateway", CALL[1], REDIRECT, rows=itself, mark=0xF4,
+           gives=lambda w: w.delivered("a", "router", syn(dport=8080), ttl=64)),
+    Record("and answers in the service's name", lambda w: w.sent("router", syn(8080, 40000, "SA")), REDIRECT,
+           rows=itself, before=[CALL], mark=0xF4,
+           gives=lambda w: w.delivered("a", "front", syn(80, 40000, "SA"), ttl=64)),
+    Record("what else it sends the gateway is the node's", lambda w: w.sent("router", syn(8081, 40000, "SA")), TCX_NEXT,
+           rows=service("a"), before=[CALL], gives=lambda w: w.sent("router", syn(8081, 40000, "SA"))),
     Record("an echo to a service's address is no service's", lambda w: w.sent("front", w.echo()), TCX_NEXT,
            rows=service("b"), gives=lambda w: w.sent("front", w.echo())),
 ]  # fmt: skip

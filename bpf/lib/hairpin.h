@@ -1,0 +1,84 @@
+/* SPDX-License-Identifier: (BSD-2-Clause OR GPL-2.0-only) */
+/* A pod that calls a service by packet and is itself the backend. No stack takes a packet from its own address off the
+ * wire, so the gateway stands for the caller. A pod may always talk to itself: policy isn't asked. */
+#pragma once
+#include "lib/arp_nd.h"
+#include "lib/conntrack.h"
+#include "lib/rewrite.h"
+
+#define HAIRPIN_NONE -1
+
+static __always_inline void router_addr(addr_t *to, bool v6)
+{
+	if (v6)
+		config_addr(to, &cfg_router_addr6);
+	else
+		config_addr(to, &cfg_router_addr4);
+}
+
+static __always_inline bool is_for_router(const struct packet *p)
+{
+	const volatile addr_t *router = is_v6(p) ? &cfg_router_addr6 : &cfg_router_addr4;
+
+	return p->flags & PACKET_PORTS && config_addr_is(router, &p->t.daddr);
+}
+
+/* Remembers whom the pod called, for its own answers. The packet is already addressed to the backend. */
+__noinline int hairpin_remember(struct packet *p, struct endpoint *ep)
+{
+	struct ct_key key = {.scope = CT_SCOPE_HAIRPIN};
+	struct ct_entry e = {.flags = CT_OPENED_EGRESS | CT_SEEN_REPLY};
+
+	if (!p || !ep)
+		return DROP_CT_CANNOT_CREATE;
+	router_addr(&key.remote, is_v6(p));
+	if (addr_is_zero(&key.remote))
+		return DROP_CT_CANNOT_CREATE;
+	key.local = p->t.daddr;
+	key.local_port = p->t.dport;
+	key.remote_port = p->t.sport;
+	key.proto = p->t.proto;
+	e.expires = coarse_now() + ct_lifetime(p->t.proto, e.flags);
+	e.endpoint = ep->id;
+	e.service = p->service;
+	e.frontend = p->frontend.addr;
+	e.frontend_port = p->frontend.port;
+	return bpf_map_update_elem(&conntrack, &key, &e, BPF_ANY) ? DROP_CT_MAP_INSERTION_FAILED : 0;
+}
+
+/* The call: comes from the gateway now. Returns 0 or the reason to drop. */
+static __always_inline int hairpin(struct __sk_buff *skb, struct packet *p, struct endpoint *ep)
+{
+	struct end caller = {.port = p->t.sport};
+	int reason = hairpin_remember(p, ep);
+
+	if (reason)
+		return reason;
+	router_addr(&caller.addr, is_v6(p));
+	count(METRIC_FORWARDED, DIRECTION_EGRESS, p->len);
+	return rewrite(skb, p, &caller, END_SOURCE);
+}
+
+/* The answer: from the service to the pod. Returns 0, HAIRPIN_NONE if it isn't one, or the reason to drop. */
+__noinline int hairpin_back(struct __sk_buff *skb, struct packet *p, struct endpoint *ep)
+{
+	struct ct_key key;
+	struct end to = {};
+
+	if (!p || !ep)
+		return DROP_INVALID_PACKET;
+	ct_key_of(&key, &p->t, DIRECTION_EGRESS, CT_SCOPE_HAIRPIN);
+	struct ct_entry *e = ct_lookup(&key, ep->id, coarse_now());
+
+	if (!e)
+		return HAIRPIN_NONE;
+	p->service = e->service;
+	p->frontend.addr = e->frontend;
+	p->frontend.port = e->frontend_port;
+	to.addr = p->t.saddr;
+	to.port = p->t.dport;
+	count(METRIC_FORWARDED, DIRECTION_INGRESS, p->len);
+	int reason = rewrite(skb, p, &to, END_DESTINATION);
+
+	return reason ? reason : rewrite(skb, p, &p->frontend, END_SOURCE);
+}
