@@ -83,6 +83,11 @@ static __always_inline __u32 mark_identity(identity_t identity)
 
 #define L3_OFFSET ETH_HLEN
 
+struct frame_macs {
+	mac_t dst;
+	mac_t src;
+};
+
 static __always_inline bool is_v6(const struct packet *p)
 {
 	return p->flags & PACKET_V6;

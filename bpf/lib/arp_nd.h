@@ -33,11 +33,6 @@ static __always_inline bool mac_equal(const mac_t *a, const mac_t *b)
 	return !__builtin_memcmp(a, b, sizeof(*a));
 }
 
-struct frame_macs {
-	mac_t dst;
-	mac_t src;
-};
-
 /* Our own answer goes back where the question came from. */
 static __always_inline int answer(struct __sk_buff *skb, const struct endpoint *ep)
 {

@@ -87,13 +87,14 @@ static __always_inline int receive(struct __sk_buff *skb, struct packet *p, stru
 }
 
 /* Frame for the pod, as if the stack had routed it. */
-static __always_inline int address_frame(struct __sk_buff *skb, struct packet *p, const struct endpoint *ep)
+__noinline int address_frame(struct __sk_buff *skb, struct packet *p, struct endpoint *ep)
 {
-	struct {
-		mac_t dst;
-		mac_t src;
-	} macs = {.dst = ep->pod_mac, .src = ep->host_mac};
+	struct frame_macs macs;
 
+	if (!p || !ep)
+		return DROP_WRITE_ERROR;
+	macs.dst = ep->pod_mac;
+	macs.src = ep->host_mac;
 	if (decrement_ttl(skb, p) < 0)
 		return DROP_WRITE_ERROR;
 	return bpf_skb_store_bytes(skb, 0, &macs, sizeof(macs), 0) < 0 ? DROP_WRITE_ERROR : 0;
