@@ -1,0 +1,28 @@
+"""The groups of figures, in the order of the table."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Final
+
+from tests.bench import datapath, services
+from tests.bench.measure import Settings
+from tests.bench.report import Figure
+
+GROUPS: Final[Mapping[str, Callable[[Settings], list[Figure]]]] = {
+    "pods": datapath.pods_of,
+    "services": services.through_services,
+}
+TITLES: Final[Mapping[str, str]] = {
+    "pods": "Pod to pod",
+    "services": "Services",
+}
+WORDS: Final[Mapping[str, tuple[str, ...]]] = {
+    "pods": (
+        "One TCP connection (`labtool rr`), a connection for each request (`labtool crr`), one stream (`iperf3 -C cubic`).",
+        "The policy holds on both ends: the client's egress and the server's ingress, by label and port.",
+    ),    "services": (
+        "Selector-less Services with one backend each, the one measured created last; client and backend on one node.",
+        "kube-proxy's shape: the same number of Services as iptables rules (legacy back end) on a routing host.",
+    ),
+}

@@ -1,0 +1,94 @@
+"""Labs for the bench: the same as for tests, with pods that serve and pods that measure."""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Final
+
+from fimbria.lab import cluster, state
+from fimbria.lab.handle import Lab
+from fimbria.lab.layout import LabSpec
+from tests.bench.measure import Place, server_command
+
+PREFIX: Final = "bench"
+CALM: Final = 0.5  # seconds
+
+
+@dataclass(frozen=True, slots=True)
+class BenchPod:
+    """A pod to create: `labels` as YAML flow, on a fixed node, serving or only there to run clients."""
+
+    name: str
+    node: str
+    labels: str
+    serves: bool
+
+    def manifest(self) -> str:
+        """YAML of one Pod."""
+        command = f"[sh, -c, {server_command()!r}]" if self.serves else "[labtool, sleep]"
+        probe = ", readinessProbe: {tcpSocket: {port: 9000}}" if self.serves else ""
+        return (
+            f"apiVersion: v1\nkind: Pod\nmetadata: {{name: {self.name}, labels: {self.labels}}}\n"
+            f"spec:\n  nodeName: {self.node}\n  terminationGracePeriodSeconds: 0\n"
+            f"  containers: [{{name: main, image: fimbria/labtool, command: {command}{probe}}}]\n"
+        )
+
+
+@contextmanager
+def bench_lab(say: Callable[[str], None], suffix: str, **settings: object) -> Iterator[Lab]:
+    """A lab of our own, removed at the end. Raises LabError."""
+    name = f"{PREFIX}{os.getpid()}-{suffix}"
+    say(f"lab {name}")
+    try:
+        cluster.up(LabSpec(name=name, **settings))  # type: ignore[arg-type]
+        yield Lab(name)
+    finally:
+        cluster.down(name)
+
+
+def sweep() -> None:
+    """Remove labs of runs that are dead."""
+    for name in state.labs():
+        owner = name.removeprefix(PREFIX).partition("-")[0]
+        if name.startswith(PREFIX) and owner.isdigit() and not Path(f"/proc/{owner}").exists():
+            cluster.down(name)
+
+
+def start_pods(lab: Lab, pods: Sequence[BenchPod]) -> None:
+    """Create pods and wait until all are ready. Raises LabError."""
+    lab.apply("---\n".join(p.manifest() for p in pods))
+    lab.wait_ready([p.name for p in pods], 60.0)
+
+
+def place(lab: Lab, target: str) -> Place:
+    """For commands inside a pod or a node. Raises LabError."""
+    return Place(tuple(lab.argv(target)))
+
+
+def settle(lab: Lab, patience: float = 60.0) -> None:
+    """Until the lab's processes together use less than a tenth of a core for half a second, or patience ends: what
+    they do after a change must not be measured with what follows."""
+    deadline = time.monotonic() + patience
+    before = _ticks(lab)
+    while time.monotonic() < deadline:
+        time.sleep(CALM)
+        now = _ticks(lab)
+        if (now - before) / os.sysconf("SC_CLK_TCK") < 0.1 * CALM:
+            return
+        before = now
+
+
+def _ticks(lab: Lab) -> int:
+    """CPU time of all processes of the lab's control plane and nodes, in clock ticks (proc(5), stat, fields 14, 15)."""
+    total = 0
+    for process in state.processes(lab.paths).values():
+        with suppress(OSError):
+            text = Path(f"/proc/{process.pid}/stat").read_text()
+            fields = text[text.rindex(")") + 2 :].split()
+            total += int(fields[11]) + int(fields[12])
+    return total
