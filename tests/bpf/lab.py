@@ -8,6 +8,8 @@ In overlay mode the router knows no pod; in native mode it routes every node's p
 from __future__ import annotations
 
 import contextlib
+import ctypes
+import fcntl
 import os
 import socket
 import struct
@@ -93,6 +95,17 @@ class Space:
                 return bytes(s.getsockname()[4])
 
         return self.inside(read)
+
+    def checksum_offload(self, device: str, on: bool) -> None:
+        """Whether the device takes packets whose checksum is still to be done (ETHTOOL_STXCSUM)."""
+        value = ctypes.create_string_buffer(struct.pack("=II", 0x17, on), 8)
+
+        def change() -> None:
+            with socket.socket() as s:
+                request = struct.pack("=16sQ16x", device.encode(), ctypes.addressof(value))
+                fcntl.ioctl(s, 0x8946, request)  # SIOCETHTOOL
+
+        self.inside(change)
 
     def socket(self, family: int, kind: int, proto: int = 0) -> socket.socket:
         domain = {4: socket.AF_INET, 6: socket.AF_INET6}[family]

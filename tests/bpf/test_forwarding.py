@@ -111,6 +111,29 @@ def test_service_without_backends_refuses_at_once(net: Lab, family: int) -> None
 
 
 @pytest.mark.parametrize("family", [4, 6])
+@pytest.mark.parametrize("where", ["pod", "node"])
+def test_checksums_are_right_without_offload(net: Lab, where: str, family: int) -> None:
+    """Between veths nobody sums up nor checks; here the pods do before the datapath, or the nodes after it."""
+    a, c = net.pod("a"), net.pod("c")
+    spaces = [p.space for p in (a, c)] if where == "pod" else [net.fabric, *(n.space for n in net.nodes)]
+    devices = [(s, d) for s in spaces for d in (("n1", "n2") if s is net.fabric else ("eth0",))]
+    front = ("10.96.0.20" if family == 4 else "fd96::20", 80)
+    backend = (c.addr[family], 8080)
+    net.nodes[0].dp.service(9, *front, socket.IPPROTO_TCP, [backend])
+    try:
+        for space, device in devices:
+            space.checksum_offload(device, False)
+        assert tcp_peer(net.fabric, a.space, family, WORLD_ADDR[family]) == net.nodes[0].addr[family]
+        assert udp_peer(net.fabric, a.space, family, WORLD_ADDR[family]) == net.nodes[0].addr[family]
+        assert tcp_service(c.space, a.space, family, backend, front) == a.addr[family]
+        assert tcp_peer(c.space, a.space, family, c.addr[family]) == a.addr[family]
+        assert udp_peer(c.space, a.space, family, c.addr[family]) == a.addr[family]
+    finally:
+        for space, device in devices:
+            space.checksum_offload(device, True)
+
+
+@pytest.mark.parametrize("family", [4, 6])
 def test_nobody_listening_is_said_at_once(net: Lab, family: int) -> None:
     for name in ("b", "c"):
         target = (net.pod(name).addr[family], 9)
