@@ -1,14 +1,18 @@
 """The lab with the real agents, operator and controllers: pods reach each other, processes can be ended and started."""
 
+import importlib.util
 import json
 import signal
-from collections.abc import Callable
+import sys
+from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 
 from fimbria.lab import cluster, kernel
 from fimbria.lab.errors import LabError
 from fimbria.lab.handle import Lab
+from fimbria.lab.layout import LabSpec
 
 APP = """
 apiVersion: apps/v1
@@ -51,9 +55,27 @@ def start_app(lab: Lab) -> list[str]:
     return names
 
 
+@pytest.fixture(scope="module")
+def real_kubeconfig(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    """A real kube-apiserver over etcd (built once, see tests/kube)."""
+    path = Path(__file__).parent.parent / "kube" / "realserver.py"
+    spec = importlib.util.spec_from_file_location("fimbria_lab_realserver", path)
+    assert spec and spec.loader
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module  # its dataclasses look themselves up there
+    spec.loader.exec_module(module)
+    with module.real_apiserver(tmp_path_factory.mktemp("kube")) as kubeconfig:
+        yield str(kubeconfig)
+
+
+@pytest.mark.parametrize("server", ["embedded", "real"])
 @pytest.mark.parametrize("routing", ["overlay", "native"])
-def test_pods_and_services_across_nodes(make_lab: Callable[..., Lab], routing: str) -> None:
-    lab = make_lab(routing=routing)
+def test_pods_and_services_across_nodes(
+    lab_name: str, request: pytest.FixtureRequest, routing: str, server: str
+) -> None:
+    kubeconfig = request.getfixturevalue("real_kubeconfig") if server == "real" else ""
+    cluster.up(LabSpec(name=lab_name, routing=routing, kubeconfig=kubeconfig, controllers=True))
+    lab = Lab(lab_name)
     names = start_app(lab)
     nodes = {lab.pod(n)["spec"]["nodeName"] for n in names}
     assert len(nodes) > 1, "the controllers spread pods"
@@ -70,6 +92,8 @@ def test_pods_and_services_across_nodes(make_lab: Callable[..., Lab], routing: s
     assert seen
     for address in (lab.spec.world.ipv4, lab.spec.world.ipv6):
         assert lab.probe("client", "icmp", address)["result"] == "ok", "masqueraded, so the world can answer"
+    lab.delete(APP)
+    lab.wait("all pods are gone", lambda: not lab.request("GET", "/api/v1/namespaces/default/pods")["items"])
 
 
 def _backends(lab: Lab, service: str) -> set[str]:

@@ -97,7 +97,9 @@ class Traffic:
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, tb: TracebackType | None) -> None:
         for process in (*self._streams.values(), *self._probes.values()):
             process.send_signal(signal.SIGTERM)
-        said = {w: p.communicate(timeout=20)[0].splitlines() for w, p in (*self._streams.items(), *self._probes.items())}
+        said = {
+            w: p.communicate(timeout=20)[0].splitlines() for w, p in (*self._streams.items(), *self._probes.items())
+        }
         for what in self._streams:
             outcome = json.loads(said[what][-1])
             if not outcome.get("ok"):

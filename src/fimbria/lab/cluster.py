@@ -19,9 +19,10 @@ from fimbria.lab.errors import LabError
 from fimbria.lab.layout import NETNS_DIR, PREFIX, STATE_ROOT, LabSpec, Member, Paths, check_name
 from fimbria.lab.manifests import Manifest, parse
 from fimbria.lab.objects import Objects, apply_all
+from fimbria.lab.runner.spec import RUNNER_VERSION
 from fimbria.sources.k8s import config
 from fimbria.sources.k8s.errors import ApiError
-from fimbria.sources.k8s.resources import NAMESPACES, NODES
+from fimbria.sources.k8s.resources import CILIUM_NODES, NAMESPACES, NODES
 from fimbria.sources.k8s.types.core import Node
 
 API_SERVER, CLOUD = "control/apiserver", f"{components.MACHINE}/cloud"
@@ -88,7 +89,7 @@ def _start_api(spec: LabSpec, paths: Paths, progress: Progress) -> None:
     components.start(paths, CLOUD, table[CLOUD].argv())
     components.wait_for("the way to the API server", paths, CLOUD, paths.host_kubeconfig.exists, API_PATIENCE)
     progress("custom resources")
-    asyncio.run(_prepare_api(paths))
+    asyncio.run(_prepare_api(spec, paths))
 
 
 async def _wait_api(client: Objects) -> None:
@@ -104,15 +105,31 @@ async def _wait_api(client: Objects) -> None:
         await asyncio.sleep(0.05)
 
 
-async def _prepare_api(paths: Paths) -> None:
+async def _prepare_api(spec: LabSpec, paths: Paths) -> None:
     async with api(paths) as client:
         await _wait_api(client)
+        await _remove_old_nodes(spec, client)
         failures: list[str] = []
         await apply_all(
             client, definitions(), lambda m, said: failures.append(said) if said.startswith("error") else None
         )
         if failures:
             raise LabError(failures[0])
+
+
+async def _remove_old_nodes(spec: LabSpec, client: Objects) -> None:
+    """A server that served a lab before still has its nodes, Ready as they were, and what belongs to them.
+
+    Raises LabError if a node of ours has the name of one that is no lab's.
+    """
+    for node in (await client.request("GET", "/api/v1/nodes"))["items"]:
+        name = node["metadata"]["name"]
+        if name not in spec.node_names:
+            continue
+        if (node["status"].get("nodeInfo") or {}).get("kubeletVersion") != RUNNER_VERSION:
+            raise LabError(f"the API server has a node {name} that is no lab's: this lab can't use the name")
+        await client.delete(NODES, name, missing_ok=True)
+        await client.delete(CILIUM_NODES, name, missing_ok=True)
 
 
 def definitions() -> list[Manifest]:

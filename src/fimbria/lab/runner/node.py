@@ -10,6 +10,7 @@ from typing import Any
 
 from fimbria.lab.runner.cni import CniError, NetworkList, Runtime
 from fimbria.lab.runner.pods import now
+from fimbria.lab.runner.spec import RUNNER_VERSION
 from fimbria.sources.k8s.client import ApiClient
 from fimbria.sources.k8s.errors import AlreadyExists, ApiError, NotFound
 from fimbria.sources.k8s.resources import LEASES, NAMESPACES, NODES
@@ -88,7 +89,7 @@ class NodeKeeper:
         info = {
             "kernelVersion": platform.release(),
             "operatingSystem": "linux",
-            "kubeletVersion": "fimbria-lab",
+            "kubeletVersion": RUNNER_VERSION,
             "osImage": "the machine's own",
             "containerRuntimeVersion": "fimbria-lab://1",
         }

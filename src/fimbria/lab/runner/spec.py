@@ -13,6 +13,7 @@ from fimbria.sources.k8s.resources import Resource
 from fimbria.sources.k8s.types.meta import ApiObject
 
 IMAGE = "fimbria/labtool"  # the one image name with a meaning; for others the command must be given
+RUNNER_VERSION = "fimbria-lab"  # as a node's kubeletVersion: tells the lab's nodes from others
 SUPPORTED_FIELDS = (
     "metadata.name",
     "metadata.namespace",
