@@ -14,6 +14,7 @@ from fimbria.lab.errors import LabError
 from fimbria.lab.layout import LabSpec, Paths
 from fimbria.lab.manifests import Manifest, parse
 from fimbria.lab.objects import Objects, apply_all, remove_all
+from fimbria.lab.slowness import factor
 
 T = TypeVar("T")
 POLL = 0.05
@@ -67,7 +68,7 @@ class Lab:
 
     def wait(self, what: str, condition: Callable[[], T], patience: float = 20.0) -> T:
         """The first value of `condition` that is true. Raises LabError after `patience` seconds."""
-        deadline = time.monotonic() + patience
+        deadline = time.monotonic() + patience * factor()
         while True:
             value = condition()
             if value:

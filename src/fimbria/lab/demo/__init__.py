@@ -17,6 +17,7 @@ from fimbria.lab.errors import LabError
 from fimbria.lab.layout import LabSpec, Paths
 from fimbria.lab.manifests import Manifest, parse
 from fimbria.lab.objects import apply_all
+from fimbria.lab.slowness import factor
 
 Json = dict[str, Any]
 APP, POLICIES = "app.yaml", "policies.yaml"
@@ -26,8 +27,8 @@ TARGETS: Final = ("shop/frontend", "shop/api", "shop/db", "monitoring/prometheus
 WORLD: Final = "outside world"
 WORLD_PORT: Final = 8080
 SELF: Final = "itself"
-READY_WITHIN: Final = 60.0
-TIMEOUT_MS: Final = 500
+READY_WITHIN: Final = 60.0 * factor()
+TIMEOUT_MS: Final = int(500 * factor())
 
 
 def manifests(name: str) -> list[Manifest]:
