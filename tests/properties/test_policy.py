@@ -194,7 +194,8 @@ def cilium(
         hit = any(cilium_endpoint(selector, home, party.pod) for selector in rule[f"{word}Endpoints"])
     elif f"{word}Entities" in rule:
         hit = any(cilium_entity(entity, party) for entity in rule[f"{word}Entities"])
-        by_address = any(entity.startswith("world-") for entity in rule[f"{word}Entities"])
+        families = [entity for entity in rule[f"{word}Entities"] if entity.startswith("world-")]
+        by_address = any(cilium_entity(entity, party) for entity in families)
     elif f"{word}CIDR" in rule or f"{word}CIDRSet" in rule:
         sets = [(text, []) for text in rule.get(f"{word}CIDR", [])]
         sets += [(entry["cidr"], entry.get("except", [])) for entry in rule.get(f"{word}CIDRSet", [])]
