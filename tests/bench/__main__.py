@@ -44,12 +44,13 @@ def document(figures: Sequence[Figure], load: str, took: float) -> str:
         "# Benchmarks", "",
         "Written by `make bench`; `python -m tests.bench NAME...` measures some groups again "
         f"({', '.join(TITLES)}). The same figures for programs: [benchmarks.json](benchmarks.json).", "",
-        f"- Machine: {machine()}", f"- Last run: {datetime.now(UTC):%Y-%m-%d %H:%M} UTC, {took / 60:.0f} minutes, {load}",
+        f"- Machine: {machine()}",
+        f"- Last run: {datetime.now(UTC):%Y-%m-%d %H:%M} UTC, {took / 60:.0f} minutes, {load}",
         f"- Goals met: {len(judged) - len(missed)} of {len(judged)}", "",
-        "How to read it: what is compared ran in the same minutes, A B A B, on the same machine, client and server pinned "
-        "to a core each. *Measured* and *baseline* are medians, *±* is half the distance between the quartiles, *ratio* "
-        "the median of the rounds' ratios. Absolute figures of a shared virtual machine mean little; ratios do. "
-        "Baselines are what the kernel does without us, in namespaces of their own.",
+        "How to read it: what is compared ran in the same minutes, A B A B, on the same machine, client and server "
+        "pinned to a core each. *Measured* and *baseline* are medians, *±* is half the distance between the quartiles, "
+        "*ratio* the median of the rounds' ratios. Absolute figures of a shared virtual machine mean little; ratios "
+        "do. Baselines are what the kernel does without us, in namespaces of their own.",
     ]  # fmt: skip
     for group, title in TITLES.items():
         mine = [f for f in figures if f.group == group]

@@ -13,10 +13,11 @@ from functools import partial
 from pathlib import Path
 from typing import Final
 
-from fimbria.lab import components, kernel
-from fimbria.lab.errors import LabError
 from tests.bench import rules
 from tests.bench.measure import BenchError, Place, server_command
+
+from fimbria.lab import components, kernel
+from fimbria.lab.errors import LabError
 
 NETNS: Final = Path("/run/netns")
 PREFIX: Final = "fimb"
@@ -32,7 +33,7 @@ class Net:
 
     name: str
     members: list[str] = field(default_factory=list)
-    servers: list["subprocess.Popen[bytes]"] = field(default_factory=list)
+    servers: list[subprocess.Popen[bytes]] = field(default_factory=list)
 
     def full(self, member: str) -> str:
         """The namespace's name."""
@@ -52,6 +53,16 @@ class Net:
         self.members.append(member)
         kernel.in_netns(self.path(member), partial(kernel.write_sysctls, QUIET | sysctls))
         self.ip(member, "link set lo up")
+
+    def bare(self, member: str) -> None:
+        """A namespace as a runtime makes it: empty. Raises LabError."""
+        kernel.ip("netns", "add", self.full(member))
+        self.members.append(member)
+
+    def drop(self, member: str) -> None:
+        """Remove one namespace before the end."""
+        self.members.remove(member)
+        kernel.ip("netns", "delete", self.full(member))
 
     def ip(self, member: str, *lines: str) -> None:
         """`ip -batch` lines inside. Raises LabError."""

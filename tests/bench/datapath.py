@@ -8,16 +8,18 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Final
 
-from fimbria.lab.handle import Lab
 from tests.bench import baseline
 from tests.bench.labs import BenchPod, bench_lab, place, start_pods
 from tests.bench.measure import Place, Settings, bulk, interleave, rate
 from tests.bench.report import Figure, Goal, explain, figure
 
+from fimbria.lab.handle import Lab
+
+WHERE: Final = {"client": "node1", "near": "node1", "far": "node2"}
 PODS: Final = tuple(
-    BenchPod(f"{role}-{side}", "node2" if role == "far" else "node1", f"{{role: {role}, side: {side}}}", role != "client")
+    BenchPod(f"{role}-{side}", WHERE[role], f"{{role: {role}, side: {side}}}", role != "client")
     for side in ("open", "guarded")
-    for role in ("client", "near", "far")
+    for role in WHERE
 )
 # Both directions: the servers let in nobody but the guarded client, which may go nowhere else.
 POLICIES: Final = """
@@ -76,7 +78,7 @@ def pods_of(settings: Settings) -> list[Figure]:
 def _overlay(settings: Settings) -> list[Figure]:
     with ExitStack() as stack:
         lab = stack.enter_context(bench_lab(settings.say, "overlay", nodes=2))
-        _prepare(lab, stack)
+        _prepare(lab)
         routed = Path(*_baseline(stack, "routed", baseline.one_node_routed))
         bridged = Path(*_baseline(stack, "bridged", baseline.one_node_bridged))
         near = _ours(lab, "near") | {"plain veth and routing": routed, "bridge + iptables": bridged}
@@ -91,7 +93,7 @@ def _overlay(settings: Settings) -> list[Figure]:
 def _native(settings: Settings) -> list[Figure]:
     with ExitStack() as stack:
         lab = stack.enter_context(bench_lab(settings.say, "native", nodes=2, routing="native"))
-        _prepare(lab, stack)
+        _prepare(lab)
         far = _ours(lab, "far")
         for name, iptables in (("plain veth and routing", False), ("routing + iptables", True)):
             build = partial(baseline.two_nodes, vxlan=False, iptables=iptables)
@@ -99,11 +101,12 @@ def _native(settings: Settings) -> list[Figure]:
         return _compare("across nodes, native", far, settings)
 
 
-def _prepare(lab: Lab, _stack: ExitStack) -> None:
+def _prepare(lab: Lab) -> None:
     start_pods(lab, PODS)
     lab.apply(POLICIES)
-    lab.wait("the policy is enforced", lambda: lab.probe(
-        "client-open", "tcp", lab.addresses("near-guarded")[0], 9000, "--timeout", "200")["result"] != "ok")  # fmt: skip
+    guarded = lab.addresses("near-guarded")[0]
+    options = ("--timeout", "200")
+    lab.wait("the policy holds", lambda: lab.probe("client-open", "tcp", guarded, 9000, *options)["result"] != "ok")
 
 
 def _baseline(stack: ExitStack, name: str, build: Callable[[baseline.Net], str]) -> tuple[Place, str]:

@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
+import asyncio
+import json
 import os
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Final
+from typing import Any, Final
 
-from fimbria.lab import cluster, state
+import aiohttp
+from tests.bench.measure import Place, server_command
+
+from fimbria.lab import access, cluster, state
 from fimbria.lab.handle import Lab
 from fimbria.lab.layout import LabSpec
-from tests.bench.measure import Place, server_command
 
 PREFIX: Final = "bench"
 CALM: Final = 0.5  # seconds
@@ -92,3 +96,25 @@ def _ticks(lab: Lab) -> int:
             fields = text[text.rindex(")") + 2 :].split()
             total += int(fields[11]) + int(fields[12])
     return total
+
+
+def agent_metrics(lab: Lab, node: str) -> dict[str, float]:
+    """What an agent counts, by the line's text before the value (Prometheus text format). Raises LabError."""
+    body = asyncio.run(_get(access.node_root(lab.paths, node) / "run/fimbria/agent.sock", "/v1/metrics")).decode()
+    lines = (line.rpartition(" ") for line in body.splitlines() if not line.startswith("#"))
+    return {name: float(value) for name, _, value in lines}
+
+
+def agent_status(lab: Lab, node: str) -> dict[str, Any]:
+    """What an agent says about itself. Raises OSError, aiohttp.ClientError while it isn't there."""
+    path = access.node_root(lab.paths, node) / "run/fimbria/agent.sock"
+    status: dict[str, Any] = json.loads(asyncio.run(_get(path, "/v1/status")))
+    return status
+
+
+async def _get(socket: Path, path: str) -> bytes:
+    async with (
+        aiohttp.ClientSession(connector=aiohttp.UnixConnector(str(socket))) as session,
+        session.get(f"http://agent{path}") as response,
+    ):
+        return await response.read()

@@ -1,4 +1,4 @@
-"""How things are measured: commands pinned to a core inside a namespace, and rounds that interleave what is compared."""
+"""How things are measured: commands pinned to a core inside a namespace, rounds that interleave what is compared."""
 
 from __future__ import annotations
 

@@ -8,7 +8,7 @@ import operator
 import statistics
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
-from typing import Any, Final
+from typing import Final
 
 KEYS: Final = ("name", "unit", "median", "spread", "baseline", "ratio", "goal", "met")
 NOISY: Final = 0.05  # of the median

@@ -7,13 +7,14 @@ from contextlib import ExitStack
 from functools import partial
 from typing import Any, Final
 
-from fimbria.lab.handle import Lab
-from fimbria.lab.objects import Objects
-from fimbria.sources.k8s import config
 from tests.bench import baseline, rules
 from tests.bench.labs import BenchPod, bench_lab, place, settle, start_pods
 from tests.bench.measure import BenchError, Place, Settings, interleave, rate
 from tests.bench.report import Figure, Goal, explain, figure
+
+from fimbria.lab.handle import Lab
+from fimbria.lab.objects import Objects
+from fimbria.sources.k8s import config
 
 SIZES: Final = (10, 1000, 10000)
 PODS: Final = (
