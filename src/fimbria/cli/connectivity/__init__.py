@@ -1,0 +1,1 @@
+"""`fimbria connectivity test`: does a cluster's network do what Kubernetes promises?"""
