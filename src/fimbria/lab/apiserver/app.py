@@ -81,7 +81,7 @@ class Api:
         if request.method in ("GET", "HEAD"):
             return await self._read(request, res, target)
         if res.namespaced and not target.namespace:
-            raise errors.method_not_allowed(res)
+            raise errors.method_not_allowed()
         raw = await request.read()
         applies = request.headers.get("Content-Type", "").startswith(requests.APPLY_PATCH)
         write = requests.write_options(request.query, request.headers.get("User-Agent", ""), applies)
@@ -171,7 +171,7 @@ class Api:
         if target.sub == "scale":
             return _answer(200, scale_of(entry.object()))
         if target.sub not in ("", "status"):
-            raise errors.method_not_allowed(res)
+            raise errors.method_not_allowed()
         return self._shaped(request, res, 200, entry)
 
     def _shaped(self, request: web.Request, res: Resource, code: int, body: Obj | bytes | Entry) -> web.Response:
@@ -228,7 +228,7 @@ class Api:
             return self._patch(res, target, kind.partition(";")[0].strip(), requests.parse_body(raw, kind), write)
         if method == "DELETE" and not target.sub:
             return self._delete(request.query, res, target, requests.parse_body(raw, kind))
-        raise errors.method_not_allowed(res)
+        raise errors.method_not_allowed()
 
     def _post(self, res: Resource, target: Target, body: Obj, write: Write) -> Answer:
         if target.sub == "binding":

@@ -130,4 +130,5 @@ def event_to_core(obj: Obj) -> Obj:
 
 def event_from_core(obj: Obj) -> Obj:
     back = {new: old for old, new in _RENAMED.items()}
-    return {back.get(key, key): value for key, value in obj.items()} | {"apiVersion": "events.k8s.io/v1"}
+    found = {back.get(key, key): value for key, value in obj.items()} | {"apiVersion": "events.k8s.io/v1"}
+    return {key: value for key, value in found.items() if value != ""}

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import base64
+import binascii
+import re
 from typing import Any
 
 from fimbria.lab.apiserver.errors import bad_request
@@ -9,6 +12,8 @@ from fimbria.lab.apiserver.model import Obj
 from fimbria.lab.apiserver.types import Type
 
 MAX_DEPTH = 100
+_TIME = re.compile(r"^\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d(\.\d+)?(Z|[+-]\d\d:\d\d)$")
+_MICRO_TIME = re.compile(r"^\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d\.\d{6}(Z|[+-]\d\d:\d\d)$")
 
 _SCALARS: dict[str, tuple[type, ...]] = {
     "s": (str,),
@@ -32,6 +37,10 @@ _NAMES = {
     "is": "int or string",
     "b": "bool",
 }
+
+
+# Go's encoding leaves empty lists and maps out, except where a type wants them shown.
+_KEPT_EMPTY = ("endpoints", "ports", "rules")
 
 
 def prune(obj: Obj, kind: Type, described: str) -> list[str]:
@@ -65,8 +74,23 @@ def _prune(value: Any, kind: Type, path: str, unknown: list[str], described: str
         if not isinstance(value, accepted) or (isinstance(value, bool) and bool not in accepted):
             raise bad_request(f"{described}: cannot unmarshal {_json_type(value)} into field {path} of type "
                               f"{_NAMES[kind.name]}")  # fmt: skip
+        _check_encoding(value, kind.name, path, described)
     else:
         _prune_struct(value, kind, path, unknown, described)
+
+
+def _check_encoding(value: Any, kind: str, path: str, described: str) -> None:
+    """Times and bytes are strings of a certain form. A time with microseconds must show all six digits of them."""
+    if kind == "t" and not _TIME.match(value):
+        raise bad_request(f'{described}: parsing time "{value}" of field {path} as RFC 3339: cannot parse')
+    if kind == "T" and not _MICRO_TIME.match(value):
+        layout = "2006-01-02T15:04:05.000000Z07:00"
+        raise bad_request(f'{described}: parsing time "{value}" of field {path} as "{layout}": cannot parse')
+    if kind == "B":
+        try:
+            base64.b64decode(value, validate=True)
+        except binascii.Error:
+            raise bad_request(f"{described}: illegal base64 data in field {path}") from None
 
 
 def _prune_struct(value: Any, kind: Type, path: str, unknown: list[str], described: str) -> None:
@@ -82,6 +106,8 @@ def _prune_struct(value: Any, kind: Type, path: str, unknown: list[str], describ
             del value[key]
         else:
             _prune(value[key], fields[key], where, unknown, described)
+            if not value[key] and (fields[key].is_list or fields[key].is_map) and where not in _KEPT_EMPTY:
+                del value[key]
 
 
 def _expect(value: Any, wanted: type, path: str, described: str) -> None:

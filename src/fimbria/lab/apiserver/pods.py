@@ -12,8 +12,8 @@ _HANDLERS = ("exec", "httpGet", "tcpSocket", "grpc")
 _PROTOCOLS = ["TCP", "UDP", "SCTP"]
 _NOT_READY = ("node.kubernetes.io/not-ready", "node.kubernetes.io/unreachable")
 _MUTABLE = (
-    "spec.containers[*].image,spec.initContainers[*].image,spec.activeDeadlineSeconds,spec.tolerations "
-    "(only additions to existing tolerations),spec.terminationGracePeriodSeconds (allow it to be set to 1 if it was "
+    "`spec.containers[*].image`,`spec.initContainers[*].image`,`spec.activeDeadlineSeconds`,`spec.tolerations` "
+    "(only additions to existing tolerations),`spec.terminationGracePeriodSeconds` (allow it to be set to 1 if it was "
     "previously negative)"
 )
 
@@ -75,6 +75,13 @@ def _default_volume(volume: Obj) -> None:
     for key in ("configMap", "secret", "projected", "downwardAPI"):
         if key in volume:
             volume[key].setdefault("defaultMode", 420)
+    sources = (volume.get("projected") or {}).get("sources") or []
+    for source in [volume, *sources]:
+        for item in (source.get("downwardAPI") or {}).get("items") or []:
+            if "fieldRef" in item:
+                item["fieldRef"].setdefault("apiVersion", "v1")
+        if "serviceAccountToken" in source:
+            source["serviceAccountToken"].setdefault("expirationSeconds", 3600)
     if "hostPath" in volume:
         volume["hostPath"].setdefault("type", "")
     if volume.keys() == {"name"}:
@@ -123,8 +130,13 @@ def _validate_container(container: Obj, field: str, names: set[str], volumes: se
         errors.append(invalid(f"{field}.image", container["image"], "must not have leading or trailing whitespace"))
     errors += validation.one_of(container["imagePullPolicy"], f"{field}.imagePullPolicy",
                                 ["Always", "IfNotPresent", "Never"])  # fmt: skip
+    port_names: set[str] = set()
     for at, port in enumerate(container.get("ports") or []):
         errors += _validate_port(port, f"{field}.ports[{at}]")
+        if port.get("name") in port_names:
+            errors.append(duplicate(f"{field}.ports[{at}].name", port["name"]))
+        port_names.add(port.get("name") or "")
+        port_names.discard("")
     for at, variable in enumerate(container.get("env") or []):
         if not variable.get("name"):
             errors.append(required(f"{field}.env[{at}].name"))
@@ -155,7 +167,8 @@ def _validate_port(port: Obj, field: str) -> list[FieldError]:
 
 def qos_class(spec: Obj) -> str:
     """Guaranteed, Burstable or BestEffort, from the containers' requests and limits of cpu and memory."""
-    resources = [container.get("resources") or {} for container in spec.get("containers") or []]
+    containers = [*(spec.get("initContainers") or []), *(spec.get("containers") or [])]
+    resources = [container.get("resources") or {} for container in containers]
     named = {"cpu", "memory"}
     used = [one for one in resources if named & ({*(one.get("limits") or {})} | {*(one.get("requests") or {})})]
     if not used:
@@ -178,6 +191,9 @@ class PodStrategy(Strategy):
         spec = obj.setdefault("spec", {})
         default_spec(spec)
         spec.setdefault("enableServiceLinks", True)
+        for condition in (obj.get("status") or {}).get("conditions") or []:
+            for key in ("lastProbeTime", "lastTransitionTime"):
+                condition.setdefault(key, None)
         for container in [*(spec.get("initContainers") or []), *(spec.get("containers") or [])]:
             limits = container["resources"].get("limits")
             if limits:
@@ -187,15 +203,11 @@ class PodStrategy(Strategy):
         spec = obj["spec"]
         spec.setdefault("priority", 0)
         spec.setdefault("preemptionPolicy", "PreemptLowerPriority")
-        tolerations = spec.setdefault("tolerations", [])
-        for key in _NOT_READY:
-            if not any(one.get("key") in (None, "", key) and one.get("effect") in (None, "", "NoExecute")
-                       and (one.get("key") or one.get("operator") == "Exists") for one in tolerations):  # fmt: skip
-                tolerations.append(
-                    {"key": key, "operator": "Exists", "effect": "NoExecute", "tolerationSeconds": 300})  # fmt: skip
+        _tolerate_lost_nodes(spec)
         obj["status"] = {"phase": "Pending", "qosClass": qos_class(spec)}
 
     def prepare_update(self, new: Obj, old: Obj) -> None:
+        _tolerate_lost_nodes(new["spec"])
         new["status"] = old.get("status", {})
 
     def prepare_status(self, new: Obj, old: Obj) -> None:
@@ -230,6 +242,19 @@ class PodStrategy(Strategy):
             return 0
         seconds = requested if requested is not None else int(spec.get("terminationGracePeriodSeconds", 30))
         return max(seconds, 0)
+
+
+def _tolerate_lost_nodes(spec: Obj) -> None:
+    """What the DefaultTolerationSeconds admission adds: five minutes on a node that went away."""
+    tolerations = spec.setdefault("tolerations", [])
+    for key in _NOT_READY:
+        covered = any(
+            (one.get("key") == key or (not one.get("key") and one.get("operator") == "Exists"))
+            and one.get("effect") in (None, "", "NoExecute")
+            for one in tolerations
+        )
+        if not covered:
+            tolerations.append({"key": key, "operator": "Exists", "effect": "NoExecute", "tolerationSeconds": 300})
 
 
 def _frozen(spec: Obj) -> Obj:

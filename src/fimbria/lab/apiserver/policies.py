@@ -80,20 +80,15 @@ def _ip_block(block: Obj, field: str) -> list[FieldError]:
     if not cidr:
         return [required(f"{field}.cidr")]
     network = validation.parse_cidr(cidr)
+    errors = validation.cidr(cidr, f"{field}.cidr")
     if network is None:
-        return [_not_cidr(f"{field}.cidr", cidr)]
-    errors: list[FieldError] = []
+        return errors
     for at, text in enumerate(block.get("except") or []):
         where, inner = f"{field}.except[{at}]", validation.parse_cidr(text)
-        if inner is None:
-            errors.append(_not_cidr(where, text))
-        elif not _strictly_inside(inner, network):
+        errors += validation.cidr(text, where)
+        if inner is not None and not _strictly_inside(inner, network):
             errors.append(invalid(where, text, "must be a strict subset of `cidr`"))
     return errors
-
-
-def _not_cidr(field: str, value: str) -> FieldError:
-    return invalid(field, value, "must be a valid CIDR value, (e.g. 10.9.8.0/24 or 2001:db8::/64)")
 
 
 Network = ipaddress.IPv4Network | ipaddress.IPv6Network

@@ -140,7 +140,7 @@ class Registry:
         if managed:
             meta["managedFields"] = managed
         res.strategy.prepare_create(obj)
-        problems = _check_name(res, meta) + validation.metadata(meta)
+        problems = _check_name(res, meta) + validation.metadata(meta, bool(res.type_name))
         problems = problems or res.strategy.validate(obj, None)
         if problems:
             raise errors.invalid_object(res, meta.get("name") or meta.get("generateName") or "", problems)
@@ -232,7 +232,8 @@ class Registry:
             return self.create(res, key.namespace, body, write), True
         new = self._decode(res, body, write)
         if not name:
-            raise errors.bad_request("the name of the object must be given in metadata.name")
+            message = f"the name of the object ({key.name} based on URL) was undeterminable: name must be provided"
+            raise errors.bad_request(message)
         self._check_namespace(res, key.namespace, new["metadata"])
         needs_version = not res.strategy.unconditional_update
         if needs_version and not new["metadata"].get("resourceVersion"):
@@ -248,7 +249,8 @@ class Registry:
             raise errors.bad_request("the patch does not leave an object")
         for name in ("kind", "apiVersion"):
             if changed.get(name) != current[name]:
-                raise errors.bad_request(f"a patch may not change {name}")
+                problem = errors.invalid("patch", changed.get(name), f"a patch may not change {name}")
+                raise errors.invalid_object(res, "", [problem])
         try:
             new = self._decode(res, changed, write)
         except ApiError as error:
@@ -260,6 +262,9 @@ class Registry:
         if new["metadata"].get("name") != key.name:
             message = f"the name of the object ({new['metadata'].get('name')}) does not match the name on the URL"
             raise errors.bad_request(f"{message} ({key.name})")
+        if new["metadata"].get("uid") != current["metadata"]["uid"]:
+            problem = validation.immutable("metadata.uid", new["metadata"].get("uid"))
+            raise errors.invalid_object(res, key.name, [problem])
         self._check_namespace(res, key.namespace, new["metadata"])
         return self._replace(res, key, new, sub, write)
 
@@ -272,13 +277,13 @@ class Registry:
         strategy.default(new)
         if sub == "status":
             strategy.prepare_status(new, old)
-            problems = validation.metadata(new["metadata"]) or strategy.validate_status(new, old)
+            problems = validation.metadata(new["metadata"], bool(res.type_name)) or strategy.validate_status(new, old)
         elif sub == "finalize":
             self.namespaces.strategy.prepare_finalize(new, old)  # type: ignore[attr-defined]
             problems = []
         else:
             strategy.prepare_update(new, old)
-            problems = validation.metadata(new["metadata"]) + validation.metadata_update(
+            problems = validation.metadata(new["metadata"], bool(res.type_name)) + validation.metadata_update(
                 new["metadata"], old["metadata"]
             )
             problems = problems or strategy.validate(new, old)

@@ -99,6 +99,9 @@ class ServiceStrategy(Strategy):
         if spec["sessionAffinity"] == "ClientIP":
             config = spec.setdefault("sessionAffinityConfig", {}).setdefault("clientIP", {})
             config.setdefault("timeoutSeconds", 10800)
+        for ingress in obj["status"]["loadBalancer"].get("ingress") or []:
+            if ingress.get("ip"):
+                ingress.setdefault("ipMode", "VIP")
         for port in spec.get("ports") or []:
             port.setdefault("protocol", "TCP")
             if port.get("targetPort") in (None, 0, "") and "port" in port:
@@ -116,6 +119,8 @@ class ServiceStrategy(Strategy):
 
     def prepare_update(self, new: Obj, old: Obj) -> None:
         new["status"] = old.get("status", {"loadBalancer": {}})
+        if new["spec"]["type"] != "LoadBalancer":
+            new["status"] = new["status"] | {"loadBalancer": {}}
         _carry_over(new["spec"], old["spec"])
         _mirror_cluster_ip(new["spec"])
 
@@ -160,8 +165,8 @@ class ServiceStrategy(Strategy):
             if address in own:
                 continue
             if ipaddress.ip_address(address) not in pool.network:
-                detail = f"failed to allocate IP {address}: the provided IP is not in the valid range. The range of "
-                return [invalid("spec.clusterIPs", addresses, f"{detail}valid IPs is {pool.network}")]
+                detail = f"failed to allocate IP {address}: the provided network does not match the current range"
+                return [invalid("spec.clusterIPs", addresses, detail)]
             if address in pool.used:
                 detail = f"failed to allocate IP {address}: provided IP is already allocated"
                 return [invalid(where.rpartition("[")[0], addresses, detail)]
@@ -203,8 +208,6 @@ def _mirror_cluster_ip(spec: Obj) -> None:
     """clusterIP and the first of clusterIPs are one field written twice."""
     if spec.get("clusterIP") and not spec.get("clusterIPs"):
         spec["clusterIPs"] = [spec["clusterIP"]]
-    elif spec.get("clusterIPs") and not spec.get("clusterIP"):
-        spec["clusterIP"] = spec["clusterIPs"][0]
 
 
 def _carry_over(new: Obj, old: Obj) -> None:
@@ -221,6 +224,10 @@ def _carry_over(new: Obj, old: Obj) -> None:
                 new[key] = old[key]
         if new.get("ipFamilyPolicy") == "SingleStack" and old.get("ipFamilyPolicy") != "SingleStack":
             new["ipFamilies"], new["clusterIPs"] = new["ipFamilies"][:1], new["clusterIPs"][:1]
+    if new["type"] == "ExternalName":
+        for key in ("clusterIP", "clusterIPs", "ipFamilies", "ipFamilyPolicy", "internalTrafficPolicy"):
+            if new.get(key) == old.get(key):
+                new.pop(key, None)
     if new["type"] not in _WITH_PORTS:
         for key in ("externalTrafficPolicy", "healthCheckNodePort", "allocateLoadBalancerNodePorts"):
             if new.get(key) == old.get(key):
@@ -251,8 +258,8 @@ def choose_families(spec: Obj, cluster: list[str]) -> list[FieldError]:
     headless_bare = spec.get("clusterIP") == "None" and not spec.get("selector")
     policy = spec.get("ipFamilyPolicy") or ("RequireDualStack" if headless_bare else "SingleStack")
     if policy == "SingleStack" and len(families) > 1:
-        return [invalid("spec.ipFamilyPolicy", policy, 'must be "RequireDualStack" or "PreferDualStack" when multiple '
-                        "`ipFamilies` are specified")]  # fmt: skip
+        return [invalid("spec.ipFamilyPolicy", policy, "must be 'RequireDualStack' or 'PreferDualStack' when "
+                        "multiple IP families are specified")]  # fmt: skip
     if policy == "RequireDualStack" and len(cluster) < 2 and not headless_bare:
         return [invalid("spec.ipFamilyPolicy", policy, "this cluster is not configured for dual-stack services")]
     families = families or cluster[:1]
@@ -279,7 +286,10 @@ def _validate_spec(spec: Obj) -> list[FieldError]:
         if address != "None" and validation.parse_ip(address) is None:
             errors.append(invalid(f"spec.clusterIPs[{at}]", address, "must be a valid IP address, (e.g. 10.9.8.7 or "
                                   "2001:db8::ffff)"))  # fmt: skip
-    if spec.get("clusterIPs") and spec.get("clusterIP", "") != spec["clusterIPs"][0]:
+    if spec.get("clusterIPs") and not spec.get("clusterIP"):
+        detail = "must be empty when `clusterIP` is not specified"
+        errors.append(invalid("spec.clusterIPs", spec["clusterIPs"], detail))
+    elif spec.get("clusterIPs") and spec["clusterIP"] != spec["clusterIPs"][0]:
         errors.append(invalid("spec.clusterIPs", spec["clusterIPs"], "first value must match `clusterIP`"))
     for at, address in enumerate(spec.get("externalIPs") or []):
         if validation.parse_ip(address) is None:
@@ -287,7 +297,7 @@ def _validate_spec(spec: Obj) -> list[FieldError]:
                                   "2001:db8::ffff)"))  # fmt: skip
     for at, cidr in enumerate(spec.get("loadBalancerSourceRanges") or []):
         if validation.parse_cidr(cidr) is None:
-            errors.append(invalid(f"spec.loadBalancerSourceRanges[{at}]", cidr, "must be a valid CIDR value, "
+            errors.append(invalid(f"spec.LoadBalancerSourceRanges[{at}]", cidr, "must be a valid CIDR value, "
                                   "(e.g. 10.9.8.0/24 or 2001:db8::/64)"))  # fmt: skip
     return errors + _validate_policies(spec)
 

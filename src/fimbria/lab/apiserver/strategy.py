@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import re
 from collections.abc import Callable
 from typing import TYPE_CHECKING
 
@@ -54,8 +55,7 @@ class Strategy:
         for key in old.keys() | new.keys():
             if key not in ("status", "metadata"):
                 _restore(new, old, key)
-        for key in ("ownerReferences", "finalizers"):
-            _restore(new["metadata"], old["metadata"], key)
+        _restore(new["metadata"], old["metadata"], "ownerReferences")
 
     def validate(self, obj: Obj, old: Obj | None) -> list[FieldError]:
         return []
@@ -127,6 +127,15 @@ class NamespaceStrategy(Strategy):
         return super().fields(obj) | {"status.phase": phase, "name": obj["metadata"]["name"]}
 
 
+NODE_INFO = ("architecture", "bootID", "containerRuntimeVersion", "kernelVersion", "kubeProxyVersion", "kubeletVersion",
+             "machineID", "operatingSystem", "osImage", "systemUUID")  # fmt: skip
+_CONFIG_KEY = re.compile(r"^[-._a-zA-Z0-9]+$")
+_CONFIG_KEY_RULE = (
+    "a valid config key must consist of alphanumeric characters, '-', '_' or '.' (e.g. 'key.name',  or 'KEY_NAME',  or "
+    "'key-name', regex used for validation is '[-._a-zA-Z0-9]+')"
+)
+
+
 class NodeStrategy(Strategy):
     field_labels = frozenset({"spec.unschedulable"})
 
@@ -135,7 +144,11 @@ class NodeStrategy(Strategy):
 
     def default(self, obj: Obj) -> None:
         spec = obj.setdefault("spec", {})
-        obj.setdefault("status", {})
+        status = obj.setdefault("status", {})
+        status.setdefault("daemonEndpoints", {"kubeletEndpoint": {"Port": 0}})
+        info = status.setdefault("nodeInfo", {})
+        for key in NODE_INFO:
+            info.setdefault(key, "")
         if spec.get("podCIDR") and not spec.get("podCIDRs"):
             spec["podCIDRs"] = [spec["podCIDR"]]
         elif spec.get("podCIDRs") and not spec.get("podCIDR"):
@@ -161,8 +174,15 @@ class NodeStrategy(Strategy):
 
 class ConfigMapStrategy(Strategy):
     def validate(self, obj: Obj, old: Obj | None) -> list[FieldError]:
-        if not old or not old.get("immutable"):
-            return []
+        maps = (("data", obj.get("data")), ("binaryData", obj.get("binaryData")))
+        bad = [
+            invalid(f"{field}[{key}]", key, _CONFIG_KEY_RULE)
+            for field, values in maps
+            for key in values or {}
+            if not _CONFIG_KEY.match(key)
+        ]
+        if bad or not old or not old.get("immutable"):
+            return bad
         keys = ("data", "binaryData", "immutable", "type")
         return [forbidden_field(key, "field is immutable when `immutable` is set")
                 for key in keys if old.get(key) != obj.get(key)]  # fmt: skip
@@ -187,6 +207,12 @@ class ServiceAccountStrategy(Strategy):
 class LeaseStrategy(CreateOnUpdate):
     unconditional_update = False
 
+    def validate(self, obj: Obj, old: Obj | None) -> list[FieldError]:
+        seconds = (obj.get("spec") or {}).get("leaseDurationSeconds")
+        if seconds is not None and seconds <= 0:
+            return [invalid("spec.leaseDurationSeconds", seconds, "must be greater than 0")]
+        return []
+
 
 EVENT_FIELDS = ("kind", "namespace", "name", "uid", "apiVersion", "resourceVersion", "fieldPath")
 
@@ -199,11 +225,15 @@ class EventStrategy(CreateOnUpdate):
                              | {"reason", "source", "type", "reportingComponent", "reportingController"})  # fmt: skip
 
     def default(self, obj: Obj) -> None:
-        obj.setdefault("metadata", {})
+        for key in ("firstTimestamp", "lastTimestamp", "eventTime"):
+            obj.setdefault(key, None)
+        for key in ("reportingComponent", "reportingInstance"):
+            obj.setdefault(key, "")
+        obj.setdefault("source", {})
 
     def validate(self, obj: Obj, old: Obj | None) -> list[FieldError]:
-        namespace = (obj.get("involvedObject") or {}).get("namespace") or "default"
-        if namespace != obj["metadata"].get("namespace"):
+        namespace = (obj.get("involvedObject") or {}).get("namespace", "")
+        if (namespace or "default") != obj["metadata"].get("namespace"):
             return [invalid("involvedObject.namespace", namespace, "does not match event.namespace")]
         return []
 

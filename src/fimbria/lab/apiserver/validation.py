@@ -74,7 +74,10 @@ def labels(values: Any, field: str) -> list[FieldError]:
     return errors
 
 
-def metadata(meta: Obj) -> list[FieldError]:
+STANDARD_FINALIZERS = ("kubernetes", "orphan", "foregroundDeletion")
+
+
+def metadata(meta: Obj, builtin: bool) -> list[FieldError]:
     """Everything of metadata except the name, which has rules of its own for each kind."""
     errors = labels(meta.get("labels"), "metadata.labels")
     annotations = meta.get("annotations") or {}
@@ -91,8 +94,8 @@ def metadata(meta: Obj) -> list[FieldError]:
     if sum(len(key) + len(value) for key, value in annotations.items()) > MAX_ANNOTATIONS:
         message = f"Too long: may not be more than {MAX_ANNOTATIONS} bytes"
         errors.append(FieldError("metadata.annotations", "FieldValueTooLong", message))
-    for at, owner in enumerate(meta.get("ownerReferences") or []):
-        where = f"metadata.ownerReferences[{at}]"
+    for owner in meta.get("ownerReferences") or []:
+        where = "metadata.ownerReferences"
         errors += [
             invalid(f"{where}.{key}", "", "must not be empty")
             for key in ("apiVersion", "kind", "name", "uid")
@@ -103,7 +106,10 @@ def metadata(meta: Obj) -> list[FieldError]:
         errors.append(
             invalid("metadata.ownerReferences", len(controllers), "Only one reference can have Controller set to true")
         )
-    for finalizer in meta.get("finalizers") or []:
+    for at, finalizer in enumerate(meta.get("finalizers") or []):
+        if builtin and "/" not in finalizer and finalizer not in STANDARD_FINALIZERS:
+            detail = "name is neither a standard finalizer name nor is it fully qualified"
+            errors.append(invalid(f"metadata.finalizers[{at}]", finalizer, detail))
         if not is_label_key(finalizer):
             errors.append(
                 invalid("metadata.finalizers", finalizer, "name part must consist of alphanumeric characters")
@@ -182,6 +188,20 @@ def parse_cidr(value: Any) -> ipaddress.IPv4Network | ipaddress.IPv6Network | No
         return ipaddress.ip_network(value, strict=False)
     except ValueError:
         return None
+
+
+def cidr(value: Any, field: str) -> list[FieldError]:
+    """A CIDR as strict validation wants it: canonical enough that no two readers take it for different networks."""
+    network = parse_cidr(value)
+    if network is None:
+        if isinstance(value, str) and re.search(r"(^|\.)0\d|/0\d", value):
+            return [invalid(field, value, "must not have leading 0s in IP or prefix length")]
+        return [invalid(field, value, "must be a valid CIDR value, (e.g. 10.9.8.0/24 or 2001:db8::/64)")]
+    if isinstance(network, ipaddress.IPv6Network) and network.network_address.ipv4_mapped:
+        return [invalid(field, value, "must not have an IPv4-mapped IPv6 address")]
+    if ipaddress.ip_address(value.partition("/")[0]) != network.network_address:
+        return [invalid(field, value, "must not have bits set beyond the prefix length")]
+    return []
 
 
 def parse_ip(value: Any) -> ipaddress.IPv4Address | ipaddress.IPv6Address | None:

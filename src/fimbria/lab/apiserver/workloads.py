@@ -37,7 +37,10 @@ class WorkloadStrategy(Strategy):
         errors: list[FieldError] = []
         selector = spec.get("selector")
         if selector is None:
+            labels = spec["template"]["metadata"].get("labels") or {}
+            detail = "`selector` does not match template `labels`"
             errors.append(required("spec.selector"))
+            errors.append(invalid("spec.template.metadata.labels", labels, detail))
         else:
             errors += validation.label_selector(selector, "spec.selector")
             if not selector.get("matchLabels") and not selector.get("matchExpressions"):
@@ -117,10 +120,11 @@ class EndpointSliceStrategy(Strategy):
     has_generation = True
 
     def default(self, obj: Obj) -> None:
-        for port in obj.setdefault("ports", []):
+        for port in obj.setdefault("ports", None) or []:
             port.setdefault("name", "")
             port.setdefault("protocol", "TCP")
-        obj.setdefault("endpoints", [])
+        for endpoint in obj.setdefault("endpoints", None) or []:
+            endpoint.setdefault("conditions", {})
 
     def validate(self, obj: Obj, old: Obj | None) -> list[FieldError]:
         family = obj.get("addressType")
@@ -129,9 +133,9 @@ class EndpointSliceStrategy(Strategy):
             errors.append(not_supported("addressType", family, ["FQDN", "IPv4", "IPv6"]))
         if old and old.get("addressType") != family:
             errors.append(validation.immutable("addressType", family))
-        for at, endpoint in enumerate(obj["endpoints"]):
+        for at, endpoint in enumerate(obj["endpoints"] or []):
             errors += _endpoint(endpoint, family or "", f"endpoints[{at}]")
-        for at, port in enumerate(obj["ports"]):
+        for at, port in enumerate(obj["ports"] or []):
             if port["name"]:
                 errors += validation.dns_label(port["name"], f"ports[{at}].name")
             errors += validation.one_of(port["protocol"], f"ports[{at}].protocol", ["SCTP", "TCP", "UDP"])
