@@ -20,13 +20,14 @@ from fimbria.lab.layout import NETNS_DIR, PREFIX, STATE_ROOT, LabSpec, Member, P
 from fimbria.lab.manifests import Manifest, parse
 from fimbria.lab.objects import Objects, apply_all
 from fimbria.lab.runner.spec import RUNNER_VERSION
+from fimbria.lab.slowness import factor
 from fimbria.sources.k8s import config
 from fimbria.sources.k8s.errors import ApiError
 from fimbria.sources.k8s.resources import CILIUM_NODES, NAMESPACES, NODES
 from fimbria.sources.k8s.types.core import Node
 
 API_SERVER, CLOUD = "control/apiserver", f"{components.MACHINE}/cloud"
-API_PATIENCE, NODE_PATIENCE = 20.0, 60.0  # seconds
+API_PATIENCE, NODE_PATIENCE = 20.0 * factor(), 60.0 * factor()  # seconds
 
 Progress = Callable[[str], None]
 
@@ -240,7 +241,18 @@ def down(lab: str, progress: Progress = quiet) -> bool:
 
 
 def _remove(lab: str) -> None:
-    """The processes first: they hold the rest. Every step is tried, whatever happened to the one before."""
+    """Once more if something is left: of an `up` that was killed, the last helpers may just be finishing their work."""
+    for _ in range(5):
+        failures = _remove_once(lab)
+        if not remains(lab):
+            return
+        time.sleep(0.05)
+    left = failures or remains(lab)
+    raise LabError(f"lab {lab} could not be removed completely: {'; '.join(left)}")
+
+
+def _remove_once(lab: str) -> list[str]:
+    """The processes first: they hold the rest. Every step is tried; returns what went wrong."""
     paths = Paths(lab)
     failures: list[str] = []
 
@@ -256,8 +268,7 @@ def _remove(lab: str) -> None:
     for point in _mounts(lab):
         attempt(partial(kernel.umount, point))
     attempt(lambda: _remove_directory(paths))
-    if failures:
-        raise LabError(f"lab {lab} could not be removed completely: {'; '.join(failures)}")
+    return failures
 
 
 def _remove_directory(paths: Paths) -> None:

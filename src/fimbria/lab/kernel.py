@@ -197,9 +197,11 @@ def cgroup_kill(group: Path, timeout: float = 10.0) -> None:
     seconds."""
     if not group.exists():
         return
-    (group / "cgroup.kill").write_text("1")
     deadline = time.monotonic() + timeout
-    while "populated 1" in (group / "cgroup.events").read_text():
+    while True:
+        (group / "cgroup.kill").write_text("1")  # again and again: a process may be on its way in
+        if "populated 0" in (group / "cgroup.events").read_text():
+            break
         if time.monotonic() > deadline:
             raise LabError(f"processes in {group} don't die")
         time.sleep(0.01)
