@@ -19,7 +19,7 @@ static __always_inline int from_pod_ip(struct __sk_buff *skb, struct packet *p, 
 	if (is_v6(p) && is_link_control(p))
 		return answer_nd(skb, p, ep);
 	/* Group membership goes nowhere: no multicast is forwarded. */
-	if (p->t.proto == IPPROTO_IGMP)
+	if (!is_v6(p) && p->t.proto == IPPROTO_IGMP)
 		return TC_ACT_SHOT;
 	if (!reason)
 		reason = check_source_addr(p, ep);
