@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
@@ -12,6 +11,7 @@ from fimbria.apply.maps import U32, ManyCodec, MapTarget, PolicySetsTarget, Raw
 from fimbria.apply.programs import Constant, Datapath
 from fimbria.kernel.btf import Btf
 from fimbria.kernel.codec import Codec, layout_hash
+from fimbria.kernel.maps import Map
 from fimbria.model import rows
 from fimbria.model.address import Prefix, unpack
 from fimbria.model.network import DeviceSet
@@ -39,6 +39,27 @@ STRUCTS: dict[str, type[Any]] = {
 }
 
 
+# What each map consists of, apart from plain numbers and addresses. A map whose structs changed is another map.
+MAP_STRUCTS: dict[str, tuple[str, ...]] = {
+    "endpoints": ("endpoint",),
+    "local_addrs": ("local_addr",),
+    "ipcache": ("prefix_key", "remote"),
+    "cidrs": ("prefix_key", "cidr"),
+    "policy_sets": ("policy_key", "policy_entry"),
+    "conntrack": ("ct_key", "ct_entry"),
+    "frontends": ("frontend_key", "frontend"),
+    "service_slots": ("slot_key",),
+    "backends": ("backend",),
+    "sock_revnat": ("sock_revnat_key", "sock_revnat"),
+    "sock_choices": ("sock_choice_key", "sock_choice"),
+    "nat": ("nat_key", "nat_entry"),
+    "fragments": ("fragment_key", "fragment"),
+    "events": ("event",),
+    "metrics": ("metric",),
+    "runtime": ("runtime",),
+}
+
+
 def objects_folder() -> Path:
     """Where the compiled BPF objects are installed."""
     return Path(str(files("fimbria"))) / "_bpf"
@@ -51,8 +72,11 @@ class Layouts:
         """Raises LayoutError if a dataclass and its struct differ, OSError if the object isn't there."""
         btf = Btf.from_elf((objects_folder() / "layout.bpf.o").read_bytes())
         self._codecs = {name: Codec(btf, f"struct {name}", cls) for name, cls in STRUCTS.items()}
-        digest = hashlib.sha256("".join(layout_hash(btf, f"struct {name}") for name in sorted(STRUCTS)).encode())
-        self.hash = digest.hexdigest()[:16]
+        self._hashes = {name: layout_hash(btf, f"struct {name}") for names in MAP_STRUCTS.values() for name in names}
+
+    def of_map(self, name: str) -> str:
+        """A hash of what the map's keys and values look like; the same for every map of plain numbers or addresses."""
+        return " ".join(self._hashes[struct] for struct in MAP_STRUCTS.get(name, ()))
 
     def __getitem__(self, name: str) -> Codec[Any]:
         return self._codecs[name]
@@ -74,10 +98,10 @@ def map_codecs(layouts: Layouts) -> dict[str, tuple[ManyCodec[Any], ManyCodec[An
     }
 
 
-def map_target(name: str, datapath: Datapath, layouts: Layouts) -> MapTarget[Any, Any]:
+def map_target(name: str, bpf_map: Map, layouts: Layouts) -> MapTarget[Any, Any]:
     """The target of a map all of whose rows are ours."""
     keys, values = map_codecs(layouts)[name]
-    return MapTarget(name, datapath.maps[name], keys, values, show_key)
+    return MapTarget(name, bpf_map, keys, values, show_key)
 
 
 def policy_target(datapath: Datapath, layouts: Layouts) -> PolicySetsTarget:

@@ -6,6 +6,7 @@ Rules
    before the interface is made, or by the interface's name, which is derived from the attachment; an ADD that fails
    takes back what it did.
 3. DEL of something unknown succeeds; it removes what exists of the attachment, in whatever state.
+4. An endpoint whose interface is gone (its network namespace was deleted without a DEL) is removed: it can't come back.
 """
 
 from __future__ import annotations
@@ -14,19 +15,25 @@ import asyncio
 import errno
 import hashlib
 import logging
-from collections.abc import Awaitable, Callable, Mapping
+from collections import Counter
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
+from contextlib import asynccontextmanager
 from dataclasses import dataclass, field, replace
 from typing import Final, TypeVar
 
 from fimbria.agent.engine import Engine
 from fimbria.agent.journal import Journal
 from fimbria.agent.wiring import Wiring, WiringError
+from fimbria.apply.attach import EGRESS, INGRESS, DeviceHook
 from fimbria.apply.loop import ApplyLoop
+from fimbria.decide.identity import IdentitiesExhausted
 from fimbria.decide.ipam import AddressPool, AddressTaken, PoolExhausted
-from fimbria.model.address import is_v4, unpack
+from fimbria.model.address import Prefix, is_v4, unpack
 from fimbria.model.endpoint import EndpointIdentity, LocalEndpoint
-from fimbria.model.rows import NO_ADDR
+from fimbria.model.network import NeighbourKey
+from fimbria.model.rows import NO_ADDR, PrefixKey
 from fimbria.sources.cni.spec import Address, CniError, Code, Interface, Request, Result, encode_result
+from fimbria.sources.k8s.errors import ApiError
 from fimbria.tables import Tables
 
 log = logging.getLogger(__name__)
@@ -62,6 +69,7 @@ class EndpointManager:
     fetch_pod: Callable[[str, str], Awaitable[None]]
     next_id: Callable[[], int]
     _locks: dict[str, asyncio.Lock] = field(default_factory=dict)
+    _waiting: Counter[str] = field(default_factory=Counter)
 
     async def handle(self, request: Request) -> bytes:
         """One CNI request. Raises CniError."""
@@ -69,38 +77,69 @@ class EndpointManager:
             return self._status()
         if request.command == "GC":
             return await self._collect(request)
-        lock = self._locks.setdefault(request.owner, asyncio.Lock())
-        try:
-            async with lock:
-                if request.command == "ADD":
-                    return await self._add_in_time(request)
-                if request.command == "CHECK":
-                    return await self._check(request)
-                await self._delete(request.owner)
-                return b""
-        finally:
-            if not lock.locked():
-                self._locks.pop(request.owner, None)
+        async with self._lock(request.owner):
+            if request.command == "ADD":
+                return await self._add_in_time(request)
+            if request.command == "CHECK":
+                return await self._check(request)
+            await self._delete(request.owner)
+            return b""
 
     def restore(self) -> int:
         """Take over the endpoints of the journal whose interfaces still exist; returns how many."""
         restored = 0
         for endpoint, identity in self.journal.endpoints():
-            if not self.wiring.host_exists(endpoint.host_ifname, endpoint.ifindex):
-                log.info("endpoint %s of %s is gone with its interface", endpoint.id, endpoint.label)
+            problem = self._gone(endpoint)
+            if problem:
+                log.warning("endpoint %s of %s is removed: %s", endpoint.id, endpoint.label, problem)
+                self.wiring.remove(endpoint.host_ifname)
                 self.journal.remove_endpoint(endpoint.id)
                 continue
             try:
                 for addr in endpoint.addrs:
                     self.pool.claim(addr, endpoint.owner)
             except AddressTaken as error:
-                log.error("endpoint %s of %s: %s", endpoint.id, endpoint.label, error)
+                log.error("endpoint %s of %s is not served: %s", endpoint.id, endpoint.label, error)
                 continue
             if identity is not None:
                 self.tables.endpoint_identities.upsert(endpoint.id, identity)
             self.tables.endpoints.upsert(endpoint.id, endpoint)
             restored += 1
         return restored
+
+    def _gone(self, endpoint: LocalEndpoint) -> str:
+        """Why a saved endpoint can't go on, empty if it can."""
+        if not endpoint.ifindex:
+            return "its ADD was never finished"
+        exists = self.wiring.host_exists(endpoint.host_ifname, endpoint.ifindex)
+        return "" if exists else f"interface {endpoint.host_ifname} is gone"
+
+    async def vanished(self, ifindex: int) -> None:
+        """The interface of an endpoint was deleted, most likely with its network namespace."""
+        found = [e for e in self.tables.endpoints.values() if e.ifindex == ifindex]
+        for endpoint in found:
+            async with self._lock(endpoint.owner):
+                if self.tables.endpoints.get(endpoint.id) == endpoint and not self.wiring.host_exists(
+                    endpoint.host_ifname, ifindex
+                ):
+                    log.warning(
+                        "interface %s of %s was deleted without a CNI DEL; its endpoint is removed",
+                        endpoint.host_ifname, endpoint.label,
+                    )  # fmt: skip
+                    await self._delete(endpoint.owner)
+
+    @asynccontextmanager
+    async def _lock(self, owner: str) -> AsyncIterator[None]:
+        """One request of an attachment at a time."""
+        lock = self._locks.setdefault(owner, asyncio.Lock())
+        self._waiting[owner] += 1
+        try:
+            async with lock:
+                yield
+        finally:
+            self._waiting[owner] -= 1
+            if not self._waiting[owner]:
+                del self._waiting[owner], self._locks[owner]
 
     def set_identity(self, endpoint_id: int, identity: EndpointIdentity) -> None:
         """The labels of a running pod led to another identity."""
@@ -189,20 +228,25 @@ class EndpointManager:
         labels = self.engine.labels(probe)
         deadline = asyncio.get_running_loop().time() + POD_TIMEOUT
         pause = 0.02
+        refused = "it may just be deleted"
         while labels is None:
-            await self.fetch_pod(namespace, name)
+            try:
+                await self.fetch_pod(namespace, name)
+            except ApiError as error:
+                refused = str(error)
             labels = self.engine.labels(probe)
             if labels is not None:
                 break
             if asyncio.get_running_loop().time() > deadline:
-                raise CniError(
-                    Code.TRY_AGAIN_LATER,
-                    f"pod {namespace}/{name} is not known to the API server",
-                    "it may just be deleted",
-                )
+                raise CniError(Code.TRY_AGAIN_LATER, f"pod {namespace}/{name} is not known to the API server", refused)
             await asyncio.sleep(pause)
             pause = min(pause * 2, 1.0)
-        return await self.identify(labels)
+        try:
+            return await self.identify(labels)
+        except (ApiError, IdentitiesExhausted) as error:
+            raise CniError(
+                Code.TRY_AGAIN_LATER, f"pod {namespace}/{name} gets no security identity", str(error)
+            ) from None
 
     async def _connect(self, request: Request, planned: LocalEndpoint, identity: EndpointIdentity) -> bytes:
         self.journal.save_endpoint(planned, identity)
@@ -229,9 +273,15 @@ class EndpointManager:
             raise CniError(code, f"cannot make the interface of {_who(request)}", str(error)) from None
 
     def _failure(self, endpoint: LocalEndpoint) -> str | None:
-        reasons = [self.loop.failure("endpoints", endpoint.ifindex)]
-        reasons += [self.loop.failure("local_addrs", a) for a in endpoint.addrs]
-        reasons += [f for k, f in self.loop.failures().get("device_links", {}).items() if k.ifindex == endpoint.ifindex]
+        """Why something of the endpoint is not in the kernel."""
+        ifindex, failure = endpoint.ifindex, self.loop.failure
+        reasons = [failure("device_links", DeviceHook(ifindex, side)) for side in (INGRESS, EGRESS)]
+        reasons.append(failure("endpoints", ifindex))
+        for addr in endpoint.addrs:
+            reasons.append(failure("ipcache", PrefixKey(128, addr)))
+            reasons.append(failure("local_addrs", addr))
+            reasons.append(failure("neighbours", NeighbourKey(ifindex, addr)))
+            reasons.append(failure("routes", Prefix.host(addr)))
         return next((r for r in reasons if r is not None), None)
 
     def _result(self, request: Request, endpoint: LocalEndpoint) -> Result:

@@ -109,6 +109,7 @@ class Engine:
         self._service_of_slice: dict[ObjectKey, ServiceKey] = {}
         self._pending: set[int] = set()
         self._known: dict[int, LocalEndpoint] = {}
+        self._own: Node | None = None
         self.changes = Changes(getattr(tables, f) for f in tables.__slots__)
         for number, labels in RESERVED_LABELS.items():
             self.policy.upsert_identity(number, labels)
@@ -137,12 +138,24 @@ class Engine:
 
     def set_devices(self, devices: DeviceSet) -> None:
         """The node's devices are known, or changed: everything that names them is computed again."""
-        self.devices = devices
+        former, self.devices = self.devices, devices
+        if former is not None:
+            for ifindex in {former.overlay, *former.uplinks} - {devices.overlay, *devices.uplinks}:
+                self._drop_hooks(ifindex)
+            if former.overlay != devices.overlay:
+                self.rows.neighbours.drop_many(key for key, _ in network.overlay_neighbours(former))
         self._nodes(set(self.tables.nodes))
         self._locals(set(self.tables.endpoints))
         self._device_hooks()
         for key, mac in network.overlay_neighbours(devices):
             self.rows.neighbours.put(key, mac)
+
+    def own_node(self) -> Node | None:
+        """This node as it was last seen with pod addresses. Its object may be deleted; the node is still there."""
+        seen = self.tables.nodes.get(self.node)
+        if seen is not None and (seen.pod_cidrs or self._own is None or not self._own.pod_cidrs):
+            self._own = seen
+        return self._own
 
     def labels(self, endpoint: LocalEndpoint) -> Mapping[str, str] | None:
         """All labels of a local endpoint's pod; None while its pod or namespace is unknown."""
@@ -214,17 +227,17 @@ class Engine:
     def _nodes(self, keys: Iterable[str]) -> None:
         if self.node in keys:
             # Which addresses are our own decides about every report of a pod, and every route's source.
-            own = self.tables.nodes.get(self.node)
+            own = self.own_node()
             self._put_ipcache(self.ipcache.set_node(self.node, own))
             keys = set(self.tables.nodes) | set(keys)
             self._locals(set(self.tables.endpoints))
         for name in keys:
-            node = self.tables.nodes.get(name)
+            node = self.own_node() if name == self.node else self.tables.nodes.get(name)
             self._put_ipcache(self.ipcache.set_node(name, node))
             self._networks_of(("node", name), tuple(self._node_routes(node)))
 
     def _node_routes(self, node: Node | None) -> Iterable[tuple[Prefix, Route]]:
-        own = self.tables.nodes.get(self.node)
+        own = self.own_node()
         if node is None or own is None or self.devices is None:
             return ()
         if node.name == self.node:
@@ -326,7 +339,7 @@ class Engine:
             self._endpoint_row(endpoint_id)
 
     def _local_networks(self, endpoint: LocalEndpoint) -> None:
-        own = self.tables.nodes.get(self.node)
+        own = self.own_node()
         if own is not None:
             self._networks_of(("endpoint", endpoint.id), tuple(network.pod_routes(endpoint, own)))
         for key, mac in network.pod_neighbours(endpoint):

@@ -10,16 +10,17 @@ from __future__ import annotations
 import asyncio
 import logging
 import os
+import secrets
 import signal
 import sys
 import time
-from collections.abc import Callable, Coroutine, Sequence
-from contextlib import suppress
+from collections.abc import Callable, Coroutine, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Final
 
 from fimbria.agent import datapath as dp
+from fimbria.agent import devices
 from fimbria.agent.api import AgentApi
 from fimbria.agent.config import AgentConfig, ConfigError, parse
 from fimbria.agent.endpoints import EndpointManager
@@ -27,24 +28,22 @@ from fimbria.agent.engine import DesiredRows, Engine, NumberBook
 from fimbria.agent.identities import Identities
 from fimbria.agent.install import install_cni
 from fimbria.agent.journal import Journal
+from fimbria.agent.keeper import Keeper
 from fimbria.agent.node import NodeRegistration
 from fimbria.agent.publisher import Publisher
 from fimbria.agent.sources import Sources, vocabulary
 from fimbria.agent.wiring import Wiring
 from fimbria.apply.attach import SOCKET_HOOKS, CgroupTarget, ClsactTarget, DeviceHook, TcxTarget
-from fimbria.apply.devices import NodeDevices, find_uplinks
+from fimbria.apply.devices import NodeDevices
 from fimbria.apply.loop import ApplyLoop, Stage
 from fimbria.apply.network import NeighbourTarget, RouteTarget, SysctlTarget
-from fimbria.apply.programs import Datapath
-from fimbria.compute.network import routers
+from fimbria.apply.programs import Constant, Datapath
 from fimbria.decide.ipam import AddressPool
 from fimbria.kernel import probe
-from fimbria.kernel.monitor import Group, Monitor
-from fimbria.kernel.netlink import NetlinkSocket, ResyncNeeded
-from fimbria.model.address import is_v4
+from fimbria.kernel.netlink import NetlinkSocket
 from fimbria.model.network import DeviceSet
 from fimbria.model.node import Node
-from fimbria.model.rows import NO_ADDR, Endpoint, Runtime
+from fimbria.model.rows import Endpoint, Runtime
 from fimbria.sources.cni.server import CniServer
 from fimbria.sources.k8s import config as k8s_config
 from fimbria.sources.k8s.client import ApiClient
@@ -52,7 +51,6 @@ from fimbria.tables import Tables
 
 log = logging.getLogger("fimbria.agent")
 VERDICT_TARGETS: Final = frozenset(("policy_sets", "cidrs", "ipcache", "endpoints"))
-GUARD_PERIOD: Final = 5.0
 SAVE_PAUSE: Final = 1.0
 ENDPOINT_ID_BLOCK: Final = 1000
 
@@ -78,16 +76,28 @@ class Agent:
     wiring: Wiring
     registration: NodeRegistration
     attach: str
+    maker: NodeDevices | None = None
     devices: DeviceSet | None = None
+    constants: Mapping[str, Constant] = field(default_factory=dict)
     endpoints: EndpointManager | None = None
     cni: CniServer | None = None
     started: float = field(default_factory=time.time)
     ready_after: float = 0.0
     ready: asyncio.Event = field(default_factory=asyncio.Event)
     epoch: int = 0
+    keeper: Keeper = field(init=False)
     _next_id: int = 1
     _reserved_ids: int = 0
     _saved_numbers: dict[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        self.keeper = Keeper(self)
+
+    def sweep(self) -> None:
+        """Remove what former versions left, once nothing uses it."""
+        failures = self.loop.failures()
+        if not failures.get("device_links") and not failures.get("socket_links"):
+            self.datapath.sweep()
 
     def next_endpoint_id(self) -> int:
         """A number no endpoint of this boot ever had. Reserved in blocks, so that it needn't be written each time."""
@@ -137,7 +147,7 @@ def build(config: AgentConfig, client: ApiClient) -> Agent:
     journal.open()
     layouts = dp.Layouts()
     netlink = NetlinkSocket()
-    datapath = Datapath(Path(config.bpffs), dp.objects_folder(), dp.sizes(config), layouts.hash)
+    datapath = Datapath(Path(config.bpffs), dp.objects_folder(), dp.sizes(config), layouts.of_map)
     words = vocabulary(config.label_filter, config.cluster_name)
     engine = Engine(tables, rows, numbers, node=config.node_name, cluster=config.cluster_name, overlay=config.overlay)
     identities = Identities(client, tables, words.labels)
@@ -158,26 +168,15 @@ def build(config: AgentConfig, client: ApiClient) -> Agent:
 
 async def prepare(agent: Agent) -> None:
     """Everything between knowing the node's addresses and following the sources: devices, programs, targets."""
-    config, addrs = agent.config, agent.registration.addrs
     node = await _node_with_blocks(agent)
-    uplinks = find_uplinks(agent.netlink, config.devices, addrs)
-    agent.wiring.routers = routers(node)
-    agent.pool.set_blocks(node.pod_cidrs)
-    underlay6 = not any(is_v4(a) for a in addrs)
-    maker = NodeDevices(
-        agent.netlink, overlay=config.overlay, port=config.overlay_port, mtu=config.mtu, underlay6=underlay6
-    )
-    agent.devices = maker.ensure(uplinks, agent.wiring.routers)
-    agent.wiring.pod_mtu = agent.devices.pod_mtu
-    own4 = next((a for a in addrs if is_v4(a)), NO_ADDR)
-    own6 = next((a for a in addrs if not is_v4(a)), NO_ADDR)
-    agent.datapath.load(dp.constants(config, agent.devices, (own4, own6), agent.wiring.routers))
+    devices.prepare(agent, node)
     agent.epoch = _read_epoch(agent)
     agent.loop.stages.extend(stages(agent))
     agent.loop.bind()
     _wanted_sysctls(agent)
     for hook in SOCKET_HOOKS:
         agent.rows.socket_links.put(hook, f"sock_{hook}")
+    assert agent.devices is not None
     agent.engine.set_devices(agent.devices)
     _restore_services(agent)
     agent.endpoints = EndpointManager(
@@ -186,24 +185,23 @@ async def prepare(agent: Agent) -> None:
     )  # fmt: skip
     agent.identities.on_changed = agent.endpoints.set_identity
     restored = agent.endpoints.restore()
-    log.info("datapath ready: %s, %s, %d endpoints restored", config.routing, agent.attach, restored)
+    log.info("datapath ready: %s, %s, %d endpoints restored", agent.config.routing, agent.attach, restored)
 
 
 def stages(agent: Agent) -> list[Stage]:
     """The targets, references first."""
     rows, datapath, layouts = agent.rows, agent.datapath, agent.layouts
-    devices = agent.devices
 
     def known_devices() -> list[int]:
-        extra = [devices.overlay, *devices.uplinks] if devices else []
+        extra = [agent.devices.overlay, *agent.devices.uplinks] if agent.devices else []
         return [*(e.ifindex for e in agent.tables.endpoints.values()), *filter(None, extra)]
 
     def our_devices() -> list[int]:
-        extra = [devices.overlay] if devices and devices.overlay else []
+        extra = [agent.devices.overlay] if agent.devices and agent.devices.overlay else []
         return [*(e.ifindex for e in agent.tables.endpoints.values()), *extra]
 
     def plain(name: str) -> Stage:
-        return Stage(dp.map_target(name, datapath, layouts), getattr(rows, name))
+        return Stage(dp.map_target(name, datapath.maps[name], layouts), getattr(rows, name))
 
     links = TcxTarget(datapath) if agent.attach == "tcx" else ClsactTarget(datapath, known_devices)
     cgroup = agent.config.cgroup or probe.cgroup2_mount()
@@ -212,10 +210,10 @@ def stages(agent: Agent) -> list[Stage]:
         plain("backends"), plain("service_slots"), plain("frontends"),
         Stage(dp.policy_target(datapath, layouts), rows.policy_sets),
         plain("cidrs"), plain("ipcache"),
-        Stage(links, rows.device_links, quick=True),
+        Stage(links, rows.device_links, quick=True, swaps=True),
     ]  # fmt: skip
     if cgroup:
-        found.append(Stage(CgroupTarget(datapath, Path(cgroup)), rows.socket_links, quick=True))
+        found.append(Stage(CgroupTarget(datapath, Path(cgroup)), rows.socket_links, quick=True, swaps=True))
     endpoints = plain("endpoints")
     endpoints.requires = _endpoint_requires
     found += [
@@ -232,15 +230,22 @@ def _endpoint_requires(ifindex: int, row: Endpoint) -> list[tuple[str, Any]]:
 
 
 def _read_epoch(agent: Agent) -> int:
+    """The epoch in the kernel. A fresh one starts anywhere: carried-over connections know an older one."""
     raw = agent.datapath.maps["runtime"].lookup(bytes(4))
     row: Runtime | None = agent.layouts["runtime"].decode(raw) if raw else None
-    return row.policy_epoch if row else 0
+    return row.policy_epoch if row and row.policy_epoch else secrets.randbits(32)
 
 
 def _restore_services(agent: Agent) -> None:
+    """Numbers of services and backends, from today's maps or those of a former version: connections name them."""
+    datapath = agent.datapath
     names = ("frontends", "service_slots", "backends")
-    read = {n: dp.map_target(n, agent.datapath, agent.layouts).read() for n in names}
-    agent.engine.services.restore(read["frontends"], read["service_slots"], read["backends"])
+    for version in (datapath.maps, {n: found[0] for n, found in datapath.former.items()}):
+        if all(n in version for n in names):
+            read = {n: dp.map_target(n, version[n], agent.layouts).read() for n in names}
+            if read["frontends"]:
+                agent.engine.services.restore(read["frontends"], read["service_slots"], read["backends"])
+                return
 
 
 def _wanted_sysctls(agent: Agent) -> None:
@@ -280,7 +285,7 @@ async def compute(agent: Agent) -> None:
     failures = agent.loop.failures()
     if failures:
         log.error("started with rows that could not be written: %s", {k: len(v) for k, v in failures.items()})
-    agent.datapath.sweep()
+    agent.sweep()
     if agent.config.cni_bin_dir and agent.config.cni_conf_dir:
         install_cni(Path(agent.config.cni_bin_dir), Path(agent.config.cni_conf_dir))
     nodes, endpoints = len(agent.tables.nodes), len(agent.tables.endpoints)
@@ -295,32 +300,6 @@ async def save(agent: Agent) -> None:
     while True:
         await asyncio.sleep(SAVE_PAUSE)
         agent.save_numbers()
-
-
-async def guard(agent: Agent) -> None:
-    """Watch routes, links, filters and pins: what others change is repaired at once rather than at the next audit."""
-    groups = (Group.LINK, Group.IPV4_ROUTE, Group.IPV6_ROUTE, Group.TC, Group.NEIGH)
-    loop = asyncio.get_running_loop()
-    with Monitor(groups) as monitor:
-        readable = asyncio.Event()
-        loop.add_reader(monitor.fileno(), readable.set)
-        try:
-            while True:
-                with suppress(TimeoutError):
-                    await asyncio.wait_for(readable.wait(), GUARD_PERIOD)
-                readable.clear()
-                try:
-                    gone = any(c.gone for c in monitor.read())
-                except ResyncNeeded:
-                    gone = True
-                missing = agent.datapath.repin() if agent.loop.opened else 0
-                if missing:
-                    log.warning("drift: %d pins of ours were removed by somebody; pinned again", missing)
-                if agent.loop.opened and (gone or missing):
-                    agent.loop.audit_soon(quick=True)
-                await asyncio.sleep(0.2)
-        finally:
-            loop.remove_reader(monitor.fileno())
 
 
 async def run(config: AgentConfig) -> None:
@@ -345,7 +324,7 @@ async def run(config: AgentConfig) -> None:
             group.create_task(agent.cni.run(), name="cni")
             group.create_task(_after_ready(agent, publisher.run), name="publisher")
             group.create_task(save(agent), name="save")
-            group.create_task(guard(agent), name="guard")
+            group.create_task(agent.keeper.run(), name="keeper")
 
 
 async def _after_ready(agent: Agent, work: Callable[[], Coroutine[Any, Any, None]]) -> None:

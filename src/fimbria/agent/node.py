@@ -91,9 +91,12 @@ class NodeRegistration:
             await self.client.patch(CILIUM_NODES, self.name, {"spec": {"addresses": wanted, "bootid": self.boot_id}})
 
     async def _create(self, addresses: list[dict[str, str]]) -> None:
+        # Somebody deleted the object of a running node: it asks for the blocks that its pods have addresses of.
+        saved = self.journal.node()
+        blocks = [str(c) for c in saved.pod_cidrs] if saved else []
         body: dict[str, Any] = {
             "metadata": {"name": self.name},
-            "spec": {"addresses": addresses, "bootid": self.boot_id, "ipam": {}},
+            "spec": {"addresses": addresses, "bootid": self.boot_id, "ipam": {"podCIDRs": blocks} if blocks else {}},
         }
         try:
             owner = await self.client.get(NODES, self.name)
@@ -105,7 +108,7 @@ class NodeRegistration:
             await self._reconcile()
 
     def _spec_addresses(self) -> list[dict[str, str]]:
-        node = self.tables.nodes.get(self.name)
+        node = self.tables.nodes.get(self.name) or self.journal.node()
         pod_side = [r for r in routers(node) if r != NO_ADDR] if node else []
         rows = [{"type": "InternalIP", "ip": unpack(a)} for a in self.addrs]
         return rows + [{"type": "CiliumInternalIP", "ip": unpack(a)} for a in pod_side]

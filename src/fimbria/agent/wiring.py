@@ -107,6 +107,13 @@ class Wiring:
             if error.errno != errno.ENODEV:
                 log.error("interface %s can't be removed: %s", name, error)
 
+    def raise_up(self, index: int) -> None:
+        """Set an interface up that somebody set down."""
+        try:
+            self.netlink.do(link.change(index, up=True))
+        except NetlinkError as error:
+            log.error("interface %s can't be set up: %s", index, error)
+
     def host_exists(self, name: str, ifindex: int) -> bool:
         """Whether that very interface is there."""
         device = link.get(self.netlink, name)

@@ -2,13 +2,17 @@
 
 How a restarted agent knows what is ours: links by their pin; a clsact filter by a program that uses one of our maps.
 Nothing is ever removed by handle or name alone.
+
+A program that replaces one of a former version is swapped in one step, and only when the loop says "swap": by then all
+maps are filled. Learned maps of the former version are carried over just before and, for what was learned meanwhile,
+just after.
 """
 
 from __future__ import annotations
 
 import errno
 import logging
-from collections.abc import Callable, Hashable, Mapping
+from collections.abc import Callable, Hashable, Iterable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -21,6 +25,7 @@ from fimbria.kernel.bpf import (
     BpfError,
     Link,
     LinkInfo,
+    Map,
     Program,
     TcSlot,
     attach_cgroup,
@@ -72,6 +77,7 @@ class PinnedLinks(Generic[H]):
     def __init__(self, datapath: Datapath) -> None:
         self._datapath = datapath
         self._links: dict[H, Link] = {}
+        self._fresh: set[H] = set()
 
     def read(self) -> dict[H, str]:
         """Pinned links and the program each runs; one whose device or cgroup is gone is shown as detached."""
@@ -86,21 +92,42 @@ class PinnedLinks(Generic[H]):
             except BpfError:
                 found[hook] = "unreadable pin"
                 continue
-            program = self._datapath.program_ids.get(info.prog_id, f"program {info.prog_id}")
+            program = self._datapath.program_ids.get(info.prog_id) or _name(info.prog_id)
             found[hook] = program if self.attached(hook, info) else "detached"
             self._links[hook] = link
         return found
 
+    def intact(self) -> bool:
+        """Whether all links are attached, run programs of ours and are pinned: two cheap system calls a link."""
+        try:
+            pins = {p.name for p in self._datapath.links.iterdir()}
+            states = [(hook, link.info()) for hook, link in self._links.items()]
+        except OSError:
+            return False
+        return all(
+            self.pin_name(h) in pins and i.prog_id in self._datapath.program_ids and self.attached(h, i)
+            for h, i in states
+        )
+
     def write(self, delta: Delta[H, str], *, order: str) -> Mapping[H, str]:
-        """Swap programs in place where a link is there, attach where not."""
+        """Attach where nothing is; then, on "swap", replace programs in place where a link is there."""
+        if order == "out":
+            for hook in delta.deletes:
+                self._drop(hook)
+            return {}
         failures: dict[H, str] = {}
-        for hook in delta.upserts if order == "in" else ():
+        swap = order == "swap"
+        hooks = [h for h in delta.upserts if self._alive(h) == swap and h not in self._fresh]
+        self._fresh = set() if swap else set(hooks)
+        if swap and hooks:
+            self._datapath.carry_over()
+        for hook in hooks:
             try:
                 self._ensure(hook, self._datapath.programs[delta.upserts[hook]])
             except OSError as error:
                 failures[hook] = str(error)
-        for hook in delta.deletes if order == "out" else ():
-            self._drop(hook)
+        if swap and hooks:
+            self._datapath.carry_over()
         return failures
 
     def parse(self, pin: str) -> H | None:
@@ -119,16 +146,20 @@ class PinnedLinks(Generic[H]):
         """A new link."""
         raise NotImplementedError
 
+    def _alive(self, hook: H) -> bool:
+        link = self._links.get(hook)
+        try:
+            return link is not None and self.attached(hook, link.info())
+        except OSError:
+            return False
+
     def _ensure(self, hook: H, program: Program) -> None:
         path = self._datapath.links / self.pin_name(hook)
-        link = self._links.get(hook)
-        if link is not None:
-            with suppress(BpfError):
-                if self.attached(hook, link.info()):
-                    link.update(program)
-                    link.pin(path)
-                    return
-            self._drop(hook)
+        if self._alive(hook):
+            self._links[hook].update(program)
+            self._links[hook].pin(path)
+            return
+        self._drop(hook)
         link = self.attach(hook, program)
         link.pin(path)
         self._links[hook] = link
@@ -214,33 +245,47 @@ class ClsactTarget:
                 mine = self._find(hook)
                 if mine is not None:
                     self._slots[hook] = mine
-                    found[hook] = self.datapath.program_ids.get(prog_id := mine[1], f"program {prog_id}")
+                    found[hook] = self.datapath.program_ids.get(mine[1]) or _name(mine[1])
         return found
 
+    def intact(self) -> bool:
+        """The kernel tells of every change of a filter: there is nothing to poll for."""
+        return True
+
     def write(self, delta: Delta[DeviceHook, str], *, order: str) -> Mapping[DeviceHook, str]:
-        """Replace our own filter in place; take a free handle otherwise."""
+        """Take a free handle; on "swap", replace our own filter in place."""
+        if order == "out":
+            self._detach(delta.deletes)
+            return {}
         failures: dict[DeviceHook, str] = {}
-        for hook in delta.upserts if order == "in" else ():
+        swap = order == "swap"
+        found = {h: self._find(h) for h in delta.upserts}
+        hooks = [h for h, mine in found.items() if (mine is not None) == swap]
+        if swap and hooks:
+            self.datapath.carry_over()
+        for hook in hooks:
             try:
-                self._ensure(hook, delta.upserts[hook])
+                self._ensure(hook, self.datapath.programs[delta.upserts[hook]], found[hook])
             except OSError as error:
                 failures[hook] = str(error)
-        for hook in delta.deletes if order == "out" else ():
+        if swap and hooks:
+            self.datapath.carry_over()
+        return failures
+
+    def _detach(self, hooks: Iterable[DeviceHook]) -> None:
+        for hook in hooks:
             slot = self._slots.pop(hook, None) or self._find(hook)
             if slot is not None:
                 with suppress(BpfError):
                     tc_detach(*slot)
-        return failures
 
     def foreign(self, hook: DeviceHook) -> list[str]:
         """Other programs in the handles we use, for people."""
         ids = [i for s in self._candidates(hook) if (i := tc_query(s)) is not None]
         return [_name(i) for i in ids if not self._ours(i)]
 
-    def _ensure(self, hook: DeviceHook, program_name: str) -> None:
-        program = self.datapath.programs[program_name]
+    def _ensure(self, hook: DeviceHook, program: Program, mine: tuple[TcSlot, int] | None) -> None:
         clsact(hook.ifindex)
-        mine = self._find(hook)
         if mine is not None:
             self._slots[hook] = (mine[0], tc_attach(program, mine[0], replace=True))
             return
@@ -256,23 +301,34 @@ class ClsactTarget:
 
     def _find(self, hook: DeviceHook) -> tuple[TcSlot, int] | None:
         for slot in self._candidates(hook):
-            prog_id = tc_query(slot)
-            if prog_id is not None and self._ours(prog_id):
-                return slot, prog_id
+            with suppress(BpfError):  # a device that is gone has no filters
+                prog_id = tc_query(slot)
+                if prog_id is not None and self._ours(prog_id):
+                    return slot, prog_id
         return None
 
     def _ours(self, prog_id: int) -> bool:
+        """By a map of ours; or, when all pins are gone, by its own name and those of its maps together."""
         if prog_id in self.datapath.program_ids:
             return True
         with suppress(BpfError), program_by_id(prog_id) as program:
-            maps = {m.info.id for m in self.datapath.maps.values()}
-            return bool(maps.intersection(prog_info(program.fd).map_ids))
+            info = prog_info(program.fd)
+            if self.datapath.map_ids.intersection(info.map_ids):
+                return True
+            if info.name in self.datapath.programs:
+                names = {_map_name(i) for i in info.map_ids}
+                return {"metrics", "events"} <= names <= self.datapath.maps.keys() | {n for n in names if "rodata" in n}
         return False
 
     @staticmethod
     def _candidates(hook: DeviceHook) -> list[TcSlot]:
         egress = hook.side == EGRESS
         return [TcSlot(hook.ifindex, egress, TC_PRIORITY, TC_HANDLE + i) for i in range(TC_HANDLES)]
+
+
+def _map_name(map_id: int) -> str:
+    with Map.by_id(map_id) as found:
+        return found.info.name
 
 
 def _name(prog_id: int) -> str:

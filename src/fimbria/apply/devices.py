@@ -53,7 +53,7 @@ def node_addresses(netlink: NetlinkSocket, devices: Iterable[link.Device]) -> tu
 
 
 class NodeDevices:
-    """Makes and repairs the node's devices. `ensure` is idempotent."""
+    """Makes and repairs the node's devices. `ensure` is idempotent; `repairs` says what the last one had to do."""
 
     def __init__(self, netlink: NetlinkSocket, *, overlay: bool, port: int, mtu: int, underlay6: bool) -> None:
         self._netlink = netlink
@@ -61,9 +61,11 @@ class NodeDevices:
         self._port = port
         self._mtu = mtu
         self._overhead = VXLAN_OVERHEAD6 if underlay6 else VXLAN_OVERHEAD4
+        self.repairs: list[str] = []
 
     def ensure(self, uplinks: list[link.Device], routers: Iterable[bytes]) -> DeviceSet:
         """Make what is missing, correct what differs. Raises NetlinkError, DeviceError."""
+        self.repairs = []
         mtu = self._mtu or min(d.mtu for d in uplinks)
         pod_mtu = mtu - self._overhead if self._overlay else mtu
         host = self._pair(mtu)
@@ -83,10 +85,10 @@ class NodeDevices:
     def _pair(self, mtu: int) -> link.Device:
         if link.get(self._netlink, HOST_DEVICE) is None:
             self._netlink.do(link.create(link.Veth(HOST_DEVICE, NET_DEVICE, mtu=mtu)))
+            self.repairs.append(f"device {HOST_DEVICE} was missing")
         host = self._get(HOST_DEVICE)
         for device in (host, self._get(NET_DEVICE)):
-            if not device.up or device.mtu != mtu:
-                self._netlink.do(link.change(device.index, up=True, mtu=mtu))
+            self._raise(device, mtu)
         return host
 
     def _overlay_device(self, mtu: int) -> link.Device:
@@ -98,10 +100,15 @@ class NodeDevices:
             device = None
         if device is None:
             self._create_overlay(mtu)
+            self.repairs.append(f"device {OVERLAY_DEVICE} was missing")
         device = self._get(OVERLAY_DEVICE)
+        self._raise(device, mtu)
+        return device
+
+    def _raise(self, device: link.Device, mtu: int) -> None:
         if not device.up or device.mtu != mtu:
             self._netlink.do(link.change(device.index, up=True, mtu=mtu))
-        return device
+            self.repairs.append(f"device {device.name} was down or had another MTU")
 
     def _create_overlay(self, mtu: int) -> None:
         spec = link.Vxlan(OVERLAY_DEVICE, port=self._port, mtu=mtu, udp_csum=False, zero_csum6=True)
@@ -120,7 +127,9 @@ class NodeDevices:
             link.add_address(link.Address(host, a, 8 * len(a), nodad=len(a) == 16, noprefixroute=len(a) == 16))
             for a in wanted - there.keys()
         ]
-        self._netlink.do(*stale, *fresh) if stale or fresh else None
+        if stale or fresh:
+            self._netlink.do(*stale, *fresh)
+            self.repairs.append(f"addresses of {HOST_DEVICE} were not those of this node's blocks")
 
     def _remove(self, name: str) -> None:
         device = link.get(self._netlink, name)

@@ -2,13 +2,16 @@
 
 Rules
 1. Targets are listed references first. Upserts go through the list forwards, deletes backwards, so no row ever points
-   at something that is not there.
-2. A row that fails stays pending, is tried again with growing pauses, and never stops its neighbours; but a row that
-   *requires* a failed one is held back (an endpoint is not opened before its policy is in the kernel).
+   at something that is not there. Programs that replace others are swapped between the two: when new programs start
+   everything that they read is there (an upgrade fills new maps first), and what the old ones read still is.
+2. A row that fails stays pending, is tried again with growing pauses (at once when something was removed: that makes
+   room), and never stops its neighbours; but a row that *requires* a failed one is held back (an endpoint is not opened
+   before its policy is in the kernel).
 3. Nothing is written before compute has seen every source once (`open`): until then the kernel goes on with what it
    has.
 4. The first pass, and one every `audit_interval`, reads the kernel back and touches only what is wrong. Restart,
-   upgrade, drift repair and garbage collection are this one path.
+   upgrade, drift repair and garbage collection are this one path. An audit reads everything first, and only then takes
+   what is pending, in one step: rows that belong together are written together.
 """
 
 from __future__ import annotations
@@ -17,6 +20,7 @@ import asyncio
 import logging
 import time
 from collections.abc import Callable, Iterable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Any, Final
 
@@ -37,13 +41,16 @@ class Stage:
     """One target with its desired rows.
 
     `requires(key, row)` names (target, key) pairs that must not be pending. `quick` targets are cheap to read, and are
-    what others most likely change.
+    what others most likely change. `swaps` targets are written a second time, after all upserts, with order "swap".
+    `unreadable` says why the last audit could not read the target back.
     """
 
     target: Target[Any, Any]
     rows: Rows[Any, Any]
     requires: Require | None = None
     quick: bool = False
+    swaps: bool = False
+    unreadable: str = ""
     repaired: int = 0
     writes: int = 0
     errors: int = 0
@@ -130,14 +137,19 @@ class ApplyLoop:
         return None
 
     def failures(self) -> dict[str, dict[Any, str]]:
-        """All failed rows by target."""
-        return {s.rows.name: dict(s.rows.failed) for s in self.stages if s.rows.failed}
+        """All failed rows by target; under None why a target can't be read back."""
+        found = {s.rows.name: dict(s.rows.failed) for s in self.stages if s.rows.failed or s.unreadable}
+        for stage in self.stages:
+            if stage.unreadable:
+                found[stage.rows.name][None] = stage.unreadable
+        return found
 
     def plan(self) -> list[PlannedChange]:
         """What a pass would change in the kernel now. Reads the kernel, writes nothing."""
         changes: list[PlannedChange] = []
         for stage in self.stages:
-            delta = compare(stage.rows.desired, stage.target.read())
+            # Called in a thread: a copy of the dict is made in one step, walking it would not be.
+            delta = compare(dict(stage.rows.desired), stage.target.read())
             name = stage.rows.name
             changes += [PlannedChange(name, "write", str(k), str(v)) for k, v in delta.upserts.items()]
             changes += [PlannedChange(name, "delete", str(k), "") for k in delta.deletes]
@@ -170,21 +182,22 @@ class ApplyLoop:
 
     async def _sleep(self, next_audit: float) -> None:
         """Until there is something to write, an audit is due, or failed rows are to be tried again."""
-        now = time.monotonic()
         until = next_audit
         if any(s.rows.failed for s in self.stages):
-            if self._retry_at <= now:
-                self._retry_at = now + self._retry_pause
-                self._retry_pause = min(self._retry_pause * 2, RETRY_MAX)
+            if not self._retry_at:
+                self._retry_at = time.monotonic() + self._retry_pause
             until = min(until, self._retry_at)
         else:
             self._retry_at, self._retry_pause = 0.0, RETRY_MIN
-        try:
-            await asyncio.wait_for(self._wake.wait(), max(until - now, 0.01))
-        except TimeoutError:
-            if self._opened and time.monotonic() < next_audit:
-                for stage in self.stages:
-                    stage.rows.dirty.update(stage.rows.failed)
+        with suppress(TimeoutError):
+            await asyncio.wait_for(self._wake.wait(), max(until - time.monotonic(), 0.001))
+        if self._retry_at and time.monotonic() >= self._retry_at:
+            self._retry_at, self._retry_pause = 0.0, min(self._retry_pause * 2, RETRY_MAX)
+            self._retry()
+
+    def _retry(self) -> None:
+        for stage in self.stages:
+            stage.rows.dirty.update(stage.rows.failed)
 
     async def _pass(self) -> None:
         started = time.perf_counter()
@@ -194,23 +207,31 @@ class ApplyLoop:
 
     async def _audit(self, stages: list[Stage]) -> None:
         started = time.perf_counter()
-        deltas = {s.rows.name: s.rows.take() for s in self.stages if s not in stages}
+        actual: dict[str, Mapping[Any, Any]] = {}
         for stage in stages:
             try:
-                actual = await asyncio.to_thread(stage.target.read)
+                actual[stage.rows.name] = await asyncio.to_thread(stage.target.read)
+                stage.unreadable = ""
             except OSError as error:
-                log.error("cannot read %s back: %s", stage.rows.name, error)
-                continue
-            # From here to the end of this step there is no await: dirty marks and desired rows belong together.
-            pending = stage.rows.take()
-            delta = compare(stage.rows.desired, actual)
-            self._note_drift(stage, delta, pending)
-            deltas[stage.rows.name] = delta
+                stage.unreadable = f"{stage.rows.name} can't be read back: {error}"
+                log.error("%s", stage.unreadable)
+        # No await from the first `take` to the last comparison. What was read is still true: only this loop writes.
+        deltas = {s.rows.name: s.rows.take() for s in self.stages}
+        for stage in stages:
+            name = stage.rows.name
+            if name in actual:
+                delta = compare(stage.rows.desired, actual[name])
+                self._note_drift(stage, delta, deltas[name], actual[name])
+                for key in stage.rows.failed.keys() - delta.upserts.keys() - delta.deletes:
+                    del stage.rows.failed[key]
+                deltas[name] = delta
         await self._write(deltas)
         self.stats.audits += 1
         self.stats.last_audit_seconds = time.perf_counter() - started
 
-    def _note_drift(self, stage: Stage, delta: Delta[Any, Any], pending: Delta[Any, Any]) -> None:
+    def _note_drift(
+        self, stage: Stage, delta: Delta[Any, Any], pending: Delta[Any, Any], actual: Mapping[Any, Any]
+    ) -> None:
         if not self.stats.audits:
             return
         known = pending.upserts.keys() | pending.deletes | stage.rows.failed.keys()
@@ -220,23 +241,31 @@ class ApplyLoop:
             return
         stage.repaired += len(drift)
         for key in [*upserts, *drift.deletes][:MAX_LOGGED]:
-            what = "was changed or removed" if key in upserts else "was added"
-            log.warning("drift: %s %s %s behind our back; repaired", stage.rows.name, key, what)
+            what = ("was changed" if key in actual else "was removed") if key in upserts else "was added"
+            now = f", now {actual[key]}" if key in actual else ""
+            log.warning("drift: %s %s %s behind our back%s; repaired", stage.rows.name, key, what, now)
         if self.on_drift is not None:
             self.on_drift(stage.rows.name, drift)
 
     async def _write(self, deltas: Mapping[str, Delta[Any, Any]]) -> None:
         changed: set[str] = set()
+        room = False
         for stage in self.stages:
             delta = deltas.get(stage.rows.name)
             if delta and delta.upserts:
                 await self._write_stage(stage, Delta(self._admitted(stage, delta.upserts)), "in")
                 changed.add(stage.rows.name)
+        for stage in self.stages:
+            if stage.swaps and stage.rows.name in changed:
+                await self._write_stage(stage, Delta(deltas[stage.rows.name].upserts), "swap")
         for stage in reversed(self.stages):
             delta = deltas.get(stage.rows.name)
             if delta and delta.deletes:
-                await self._write_stage(stage, Delta(deletes=delta.deletes), "out")
+                room |= await self._write_stage(stage, Delta(deletes=delta.deletes), "out") > 0
                 changed.add(stage.rows.name)
+        if room and any(s.rows.failed for s in self.stages):
+            self._retry()
+            self._wake.set()
         if changed:
             self.on_applied(frozenset(changed))
 
@@ -254,13 +283,21 @@ class ApplyLoop:
                 stage.rows.failed[key] = blocked
         return admitted
 
-    async def _write_stage(self, stage: Stage, delta: Delta[Any, Any], order: str) -> None:
-        if len(delta) >= THREAD_FROM:
-            failures = await asyncio.to_thread(stage.target.write, delta, order=order)
+    async def _write_stage(self, stage: Stage, delta: Delta[Any, Any], order: str) -> int:
+        """Returns how many rows were written."""
+        try:
+            if len(delta) >= THREAD_FROM:
+                failures = await asyncio.to_thread(stage.target.write, delta, order=order)
+            else:
+                failures = stage.target.write(delta, order=order)
+        except OSError as error:
+            failures = dict.fromkeys([*delta.upserts, *delta.deletes], f"{stage.rows.name}: {error}")
+        if order == "swap":
+            stage.rows.failed.update(failures)
         else:
-            failures = stage.target.write(delta, order=order)
-        stage.rows.settle(delta, failures)
-        stage.writes += len(delta) - len(failures)
+            stage.rows.settle(delta, failures)
+            stage.writes += len(delta) - len(failures)
         stage.errors += len(failures)
         for reason in list(failures.values())[:MAX_LOGGED]:
             log.error("apply: %s", reason)
+        return len(delta) - len(failures)

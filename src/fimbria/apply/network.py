@@ -14,7 +14,7 @@ from fimbria.model.address import V4_MAPPED, Prefix, is_v4
 from fimbria.model.network import NeighbourKey, Route
 
 PROTOCOL: Final = 241
-_MAIN: Final = 254
+MAIN_TABLE: Final = 254
 _METRIC6: Final = 1024
 _FAMILIES: Final = (socket.AF_INET, socket.AF_INET6)
 _PERMANENT: Final = 0x80
@@ -42,9 +42,9 @@ class RouteTarget:
         """All routes of our protocol."""
         found: dict[Prefix, Route] = {}
         for family in _FAMILIES:
-            for r in route.dump(self._netlink, family, table=_MAIN, protocol=PROTOCOL):
-                length = r.prefix_len + (96 if family == socket.AF_INET else 0)
-                found[Prefix(mapped(r.dst), length)] = Route(r.oif, mapped(r.gateway), mapped(r.src), r.mtu)
+            for r in route.dump(self._netlink, family, table=MAIN_TABLE, protocol=PROTOCOL):
+                prefix, row = route_row(r)
+                found[prefix] = row
         return found
 
     def write(self, delta: Delta[Prefix, Route], *, order: str) -> Mapping[Prefix, str]:
@@ -59,6 +59,12 @@ class RouteTarget:
         outcome = self._netlink.run(requests)
         gone = (3, 2)  # ESRCH, ENOENT
         return {p: str(e) for p, e in zip(keys, outcome, strict=True) if e is not None and e.errno not in gone}
+
+
+def route_row(r: route.Route) -> tuple[Prefix, Route]:
+    """A route of the kernel as a row of ours."""
+    length = r.prefix_len + (96 if len(r.dst) == 4 else 0)
+    return Prefix(mapped(r.dst), length), Route(r.oif, mapped(r.gateway), mapped(r.src), r.mtu)
 
 
 def _wire(prefix: Prefix, row: Route) -> route.Route:

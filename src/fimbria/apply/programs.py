@@ -1,9 +1,11 @@
 """Maps and programs of the datapath: loaded once per node, pinned, and found again after a restart.
 
 How a restarted agent knows what is ours: everything lies under `<bpffs>/fimbria`. A map's pin name carries a hash of
-its layout and size, so a changed layout is a new map next to the old one. A program's pin folder carries a hash of the
-object, its constants and the maps it uses: when all are the same the pinned programs are taken as they are, without
-verification. Pins of former versions go after the new programs are attached everywhere (`sweep`).
+its layout, and its size: a changed map is a new one next to the old one. Derived maps are filled anew; learned ones
+(LEARNED) are carried over from the former map if only the size differs, and started empty with a log line if the layout
+does. A program's pin folder carries a hash of the object, its constants and the maps it uses: when all are the same the
+pinned programs are taken as they are, without verification. Pins of former versions go after the new programs are
+attached everywhere (`sweep`).
 """
 
 from __future__ import annotations
@@ -11,22 +13,23 @@ from __future__ import annotations
 import hashlib
 import logging
 import shutil
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Final
 
-from fimbria.kernel.bpf import BpfObject, Map, MapSpec, Program, prog_info
+from fimbria.kernel.bpf import BpfObject, Map, MapError, MapSpec, Program, prog_info
 
 log = logging.getLogger(__name__)
 OBJECTS: Final = ("pod", "host", "overlay", "socket")
+LEARNED: Final = ("conntrack", "nat", "sock_revnat", "sock_choices")
 Constant = int | bool | bytes
 
 
 class Datapath:
     """The node's maps and programs. `sizes` are max_entries by map name, for maps sized by configuration."""
 
-    def __init__(self, bpffs: Path, objects: Path, sizes: Mapping[str, int], layout: str) -> None:
-        """`layout` is a hash of all shared types: part of every map's pin name."""
+    def __init__(self, bpffs: Path, objects: Path, sizes: Mapping[str, int], layout: Callable[[str], str]) -> None:
+        """`layout` gives a hash of the types in a map: part of its pin name."""
         self._root = bpffs / "fimbria"
         self._objects = objects
         self._sizes = sizes
@@ -34,7 +37,9 @@ class Datapath:
         self.maps: dict[str, Map] = {}
         self.programs: dict[str, Program] = {}
         self.program_ids: dict[int, str] = {}
-        self._live: set[Path] = set()
+        self.map_ids: set[int] = set()
+        self.former: dict[str, list[Map]] = {}
+        self._live: dict[Path, Program] = {}
 
     @property
     def links(self) -> Path:
@@ -46,30 +51,39 @@ class Datapath:
 
         Raises VerifierError, MapError or OSError naming the object; what was attached before stays attached.
         """
-        for part in ("maps", "progs", "links"):
-            (self._root / part).mkdir(mode=0o700, parents=True, exist_ok=True)
+        self._folders()
+        self._remove_half_pins()
         programs: dict[str, Program] = {}
-        for name in OBJECTS:
-            programs.update(self._load_object(name, constants))
+        live, self._live = self._live, {}
+        try:
+            for name in OBJECTS:
+                programs.update(self._load_object(name, constants))
+        except OSError:
+            self._live = live
+            raise
         self.programs = programs
         self.program_ids = {prog_info(p.fd).id: n for n, p in programs.items()}
+        self._look_around()
 
-    def repin(self) -> int:
-        """Pin again what somebody unpinned (or unmounted); returns how many pins were missing."""
-        missing = 0
-        for part in ("maps", "progs", "links"):
-            (self._root / part).mkdir(mode=0o700, parents=True, exist_ok=True)
-        for name, bpf_map in self.maps.items():
-            path = self._map_path(name, bpf_map.info.layout)
-            if not path.exists():
-                bpf_map.pin(path)
-                missing += 1
-        for path in self._live:
-            if not path.exists():
-                path.parent.mkdir(mode=0o700, exist_ok=True)
-                self.programs[path.name].pin(path)
-                missing += 1
-        return missing
+    def carry_over(self) -> None:
+        """Copy what former maps learned and today's don't know; learned rows of today are younger and stay."""
+        for name in LEARNED:
+            for old in self.former.get(name, ()):
+                try:
+                    _copy_missing(old, self.maps[name])
+                except MapError as error:
+                    log.warning("connections of a former version are lost: %s", error)
+
+    def repin(self) -> list[str]:
+        """Pin again what somebody unpinned (or unmounted); returns the names of the pins that were missing."""
+        self._folders()
+        wanted: dict[Path, Map | Program] = {self._map_path(n, m.info.layout): m for n, m in self.maps.items()}
+        wanted |= self._live
+        missing = [p for p in wanted if not p.exists()]
+        for path in missing:
+            path.parent.mkdir(mode=0o700, exist_ok=True)
+            wanted[path].pin(path)
+        return [p.name for p in missing]
 
     def sweep(self) -> None:
         """Remove pins of former versions. Only after every link runs today's programs."""
@@ -82,6 +96,35 @@ class Datapath:
         for path in (self._root / "progs").iterdir():
             if path not in folders:
                 shutil.rmtree(path)
+        self.former = {}
+        self.map_ids = {m.info.id for m in self.maps.values()}
+
+    def _folders(self) -> None:
+        for part in ("maps", "progs", "links"):
+            (self._root / part).mkdir(mode=0o700, parents=True, exist_ok=True)
+
+    def _remove_half_pins(self) -> None:
+        # An agent that died between pinning and renaming left a second name: it would keep a link alive unseen.
+        for path in self._root.rglob("*_new*"):
+            path.unlink()
+
+    def _look_around(self) -> None:
+        """Find the former version's maps."""
+        self.former, self.map_ids = {}, {m.info.id for m in self.maps.values()}
+        for path in sorted((self._root / "maps").iterdir()):
+            name, digest, _ = path.name.rsplit("-", 2) if path.name.count("-") >= 2 else (path.name, "", "")
+            found = self.maps.get(name)
+            try:
+                old = Map.open(path, name)
+            except OSError:
+                continue
+            self.map_ids.add(old.info.id)
+            if found is None or old.info.id == found.info.id:
+                continue
+            if self._map_path(name, found.info.layout).name.rsplit("-", 2)[1] == digest:
+                self.former.setdefault(name, []).append(old)
+            elif name in LEARNED:
+                log.warning("map %s has another layout than before: what it learned can't be carried over", name)
 
     def _load_object(self, name: str, constants: Mapping[str, Constant]) -> dict[str, Program]:
         source = (self._objects / f"{name}.bpf.o").read_bytes()
@@ -114,8 +157,9 @@ class Datapath:
         return self.maps[name]
 
     def _map_path(self, name: str, layout: tuple[int, ...]) -> Path:
-        digest = hashlib.sha256(f"{self._layout} {layout}".encode()).hexdigest()[:12]
-        return self._root / "maps" / f"{name}-{digest}"
+        kind, key, value, entries, flags = layout
+        digest = hashlib.sha256(f"{self._layout(name)} {(kind, key, value, flags)}".encode()).hexdigest()[:12]
+        return self._root / "maps" / f"{name}-{digest}-{entries}"
 
     def _folder(self, name: str, source: bytes, constants: Mapping[str, Constant], maps: Iterable[Map]) -> Path:
         digest = hashlib.sha256(source)
@@ -127,12 +171,19 @@ class Datapath:
         paths = {n: folder / n for n in names}
         if not all(p.exists() for p in paths.values()):
             return None
-        self._live.update(paths.values())
-        return {n: Program.open(p) for n, p in paths.items()}
+        programs = {n: Program.open(p) for n, p in paths.items()}
+        self._live |= {p: programs[n] for n, p in paths.items()}
+        return programs
 
     def _pin_programs(self, folder: Path, programs: dict[str, Program]) -> dict[str, Program]:
         folder.mkdir(mode=0o700, exist_ok=True)
         for name, program in programs.items():
             program.pin(folder / name)
-            self._live.add(folder / name)
+            self._live[folder / name] = program
         return programs
+
+
+def _copy_missing(old: Map, new: Map) -> None:
+    have = {key for key, _ in new.items()}
+    rows = [(k, v) for k, v in old.items() if k not in have]
+    new.update_batch(b"".join(k for k, _ in rows), b"".join(v for _, v in rows), len(rows))

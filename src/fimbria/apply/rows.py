@@ -67,9 +67,10 @@ class Rows(Generic[K, V]):
         for key in keys:
             self.drop(key)
 
-    def touch(self, key: K) -> None:
-        """Write the row again although it did not change."""
-        self._mark(key)
+    def touch_all(self) -> None:
+        """Write all rows again although they did not change."""
+        self.dirty.update(self.desired)
+        self.on_change()
 
     def take(self) -> Delta[K, V]:
         """Hand over what is dirty; from now on new changes collect anew."""

@@ -26,6 +26,7 @@ class Target(Protocol[K, V]):
     def write(self, delta: Delta[K, V], *, order: str) -> Mapping[K, str]:
         """Write a delta and return the reason for each key that failed; its neighbours are not affected.
 
-        `order` is "in" for upserts only and "out" for deletes only, so that the loop can keep references sound.
+        `order` is "in" for upserts only and "out" for deletes only, so that the loop can keep references sound. Targets
+        of programs leave what replaces a running program to a second call, "swap", after the upserts of all targets.
         """
         ...
