@@ -124,9 +124,15 @@ class Keeper:
         readable = asyncio.Event()
         polled = 0.0
         with Monitor(GROUPS) as monitor:
-            loop.add_reader(monitor.fileno(), readable.set)
+
+            def woken() -> None:
+                # Until it is read the socket stays readable: left in place, the reader would spin while we gather.
+                loop.remove_reader(monitor.fileno())
+                readable.set()
+
             try:
                 while True:
+                    loop.add_reader(monitor.fileno(), woken)
                     try:
                         await asyncio.wait_for(readable.wait(), POLL)
                         await asyncio.sleep(GATHER)

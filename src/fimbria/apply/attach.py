@@ -165,10 +165,12 @@ class PinnedLinks(Generic[H]):
         self._links[hook] = link
 
     def _drop(self, hook: H) -> None:
-        (self._datapath.links / self.pin_name(hook)).unlink(missing_ok=True)
+        # The pin goes last: the kernel then detaches in a thread of its own, while closing the last descriptor would
+        # wait for an RCU grace period (8 ms and more) here.
         link = self._links.pop(hook, None)
         if link is not None:
             link.close()
+        (self._datapath.links / self.pin_name(hook)).unlink(missing_ok=True)
 
 
 class TcxTarget(PinnedLinks[DeviceHook]):
