@@ -26,6 +26,11 @@ SLICES = "/apis/discovery.k8s.io/v1/namespaces/NS/endpointslices"
 LEASES = "/apis/coordination.k8s.io/v1/namespaces/NS/leases"
 EVENTS = "/api/v1/namespaces/NS/events"
 CONFIG = "/api/v1/namespaces/NS/configmaps"
+READY: Obj = {"type": "Ready", "status": "True"}
+ABOUT: Obj = {"kind": "Pod", "namespace": "NS"}
+ENDPOINT: Obj = {"addresses": ["1.2.3.4"]}
+LOOPBACK: Obj = {"addresses": ["127.0.0.1"]}
+ENDING: Obj = {"containers": [{"name": "c", "image": "x"}], "restartPolicy": "Never"}
 TEMPLATE: Obj = {"metadata": {"labels": {"a": "b"}}, "spec": {"containers": [{"name": "c", "image": "x"}]}}
 SELECTOR: Obj = {"matchLabels": {"a": "b"}}
 FULL_POD: Obj = {
@@ -101,7 +106,7 @@ STORIES: dict[str, list[Request]] = {
     ],
     "pod status": [
         pod("p", {"restartPolicy": "Never", "containers": [{"name": "c", "image": "x:1"}]}),
-        change(f"{PODS}/p/status", {"status": {"phase": "Running", "conditions": [{"type": "Ready", "status": "True"}]}}),
+        change(f"{PODS}/p/status", {"status": {"phase": "Running", "conditions": [READY]}}),
         change(f"{PODS}/p/status", {"metadata": {"labels": {"z": "1"}, "finalizers": ["a.b/c"]}}),
         change(f"{PODS}/p", {"spec": {"tolerations": []}}),
         ("DELETE", f"{PODS}/p", None),
@@ -116,7 +121,7 @@ STORIES: dict[str, list[Request]] = {
     "no selector": [deployment("d", selector=None)],
     "empty selector": [deployment("d", selector={})],
     "negative replicas": [deployment("d", replicas=-1)],
-    "template that ends": [deployment("d", template={**TEMPLATE, "spec": TEMPLATE["spec"] | {"restartPolicy": "Never"}})],
+    "template that ends": [deployment("d", template=TEMPLATE | {"spec": ENDING})],
     "load balancer": [
         service("lb", type="LoadBalancer", clusterIP="10.96.9.9", externalTrafficPolicy="Local",
                 healthCheckNodePort=31111, ports=[{"port": 80, "nodePort": 31112}], sessionAffinity="ClientIP"),
@@ -133,8 +138,8 @@ STORIES: dict[str, list[Request]] = {
     "headless": [service("h", clusterIP="None", selector={"a": "b"}, ipFamilyPolicy="PreferDualStack")],
     "headless without selector": [service("h", clusterIP="None")],
     "two families without policy": [service("s", ipFamilies=["IPv4", "IPv6"])],
-    "IPv6 first": [service("s", ipFamilies=["IPv6", "IPv4"], ipFamilyPolicy="RequireDualStack", clusterIP="fd00:10:96::99",
-                           clusterIPs=["fd00:10:96::99", "10.96.9.11"])],
+    "IPv6 first": [service("s", ipFamilies=["IPv6", "IPv4"], ipFamilyPolicy="RequireDualStack",
+                           clusterIP="fd00:10:96::99", clusterIPs=["fd00:10:96::99", "10.96.9.11"])],
     "addresses without the first": [service("s", clusterIPs=["10.96.9.12"])],
     "doubled port": [service("s", ports=[{"name": "a", "port": 1}, {"name": "b", "port": 1}])],
     "doubled port name": [service("s", ports=[{"name": "a", "port": 1}, {"name": "a", "port": 2}])],
@@ -156,12 +161,12 @@ STORIES: dict[str, list[Request]] = {
     "exception of another family": [block("fd00::/8", "10.0.0.0/8")],
     "three policy types": [policy(policyTypes=["Ingress", "Egress", "Ingress"])],
     "policy port out of range": [policy(ingress=[{"ports": [{"port": 70000}]}])],
-    "slice": [("POST", SLICES, {"metadata": {"name": "e"}, "addressType": "IPv4", "endpoints": [{"addresses": ["1.2.3.4"]}],
+    "slice": [("POST", SLICES, {"metadata": {"name": "e"}, "addressType": "IPv4", "endpoints": [ENDPOINT],
                                 "ports": [{"port": 1}]})],
     "bare slice": [("POST", SLICES, {"metadata": {"name": "e"}, "addressType": "IPv6"})],
     "bad slice": [("POST", SLICES, {"metadata": {"name": "e"}, "addressType": "X", "endpoints": [{"addresses": []}]})],
     "slice of loopback": [("POST", SLICES, {"metadata": {"name": "e"}, "addressType": "IPv4",
-                                            "endpoints": [{"addresses": ["127.0.0.1"]}, {"addresses": ["1.2.3.4.5"]}]})],
+                                            "endpoints": [LOOPBACK, {"addresses": ["1.2.3.4.5"]}]})],
     "config key": [("POST", CONFIG, {"metadata": {"name": "c"}, "data": {"a/b": "x"}})],
     "secret": [("POST", "/api/v1/namespaces/NS/secrets", {"metadata": {"name": "s"}, "data": {"a": "!!"}})],
     "lease": [
@@ -170,7 +175,7 @@ STORIES: dict[str, list[Request]] = {
         ("POST", LEASES, {"metadata": {"name": "l"}, "spec": {"renewTime": "2026-01-01T00:00:00.000000Z"}}),
     ],
     "event": [
-        ("POST", EVENTS, {"metadata": {"name": "e"}, "involvedObject": {"kind": "Pod", "namespace": "NS"}, "reason": "R"}),
+        ("POST", EVENTS, {"metadata": {"name": "e"}, "involvedObject": ABOUT, "reason": "R"}),
         ("POST", EVENTS, {"metadata": {"name": "f"}, "involvedObject": {"kind": "Pod"}}),
         ("GET", "/apis/events.k8s.io/v1/namespaces/NS/events/e", None),
     ],
