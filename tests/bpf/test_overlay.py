@@ -1,9 +1,10 @@
 """What may come out of the tunnel: node 1 gets crafted VXLAN packets from node 2 and from a stranger."""
 
 from collections.abc import Iterator
+from dataclasses import replace
 
 import pytest
-from datapath import DROP, EVENT_DROP, Datapath, addr
+from datapath import DROP, EVENT_DROP, Datapath, addr, prefix
 from scapy.layers.inet import IP, UDP
 from scapy.layers.inet6 import IPv6
 from scapy.layers.l2 import ARP, Ether
@@ -11,7 +12,7 @@ from scapy.layers.vxlan import VXLAN
 from scapy.packet import Packet, Raw
 
 from fimbria.kernel.probe import has_tcx
-from lab import IDENTITY, Lab, Mode, Node, Space, lab, ping
+from lab import IDENTITY, Lab, Mode, Node, Space, lab, ping, tcp_peer
 from lab import UDP as UDP_SOCKET
 
 
@@ -96,3 +97,25 @@ def test_broken_inner_packet(net: Lab) -> None:
     assert drops(net.nodes[0].dp) == {DROP["DROP_INVALID_PACKET"]}
 
 
+
+
+@pytest.mark.parametrize("family", [4, 6])
+def test_the_underlay_may_be_ipv6(net: Lab, family: int) -> None:
+    first, second = net.nodes
+    a, c = net.pod("a"), net.pod("c")
+    rows_before = []
+    for node, pod, other in ((first, c, second), (second, a, first)):
+        key = prefix(f"{pod.addr[family]}/{32 if family == 4 else 128}")
+        old = node.dp.get("ipcache", key)
+        rows_before.append((node, key, old))
+        node.dp.put("ipcache", key, replace(old, tunnel=addr(other.addr[6])))
+        # IPv6 takes 20 bytes more.
+        pod.space.ip("link set eth0 mtu 1430")
+    try:
+        assert ping(a.space, family, c.addr[family])
+        assert tcp_peer(c.space, a.space, family, c.addr[family]) == a.addr[family]
+    finally:
+        for node, key, old in rows_before:
+            node.dp.put("ipcache", key, old)
+        for pod in (a, c):
+            pod.space.ip("link set eth0 mtu 1450")
