@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import importlib
 import sys
 from typing import Final
@@ -88,6 +87,8 @@ class LazyGroup(click.Group):
         """As click does, with a hint for a mistyped name."""
         name = args[0]
         if name not in COMMANDS and name not in ALIASES and not ctx.resilient_parsing and not name.startswith("-"):
+            import difflib  # late: only a mistake is worth its 20 ms
+
             close = difflib.get_close_matches(name, [*COMMANDS, *ALIASES], n=1)
             hint = f" Did you mean {close[0]!r}?" if close else " `fimbria --help` lists the commands."
             ctx.fail(f"There is no command {name!r}.{hint}")

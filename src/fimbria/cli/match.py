@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import ipaddress
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any, Final
@@ -41,6 +40,8 @@ def some(rows: Sequence[Row], name: str, what: str, names: Names, group: Callabl
 
 
 def _missing(rows: Sequence[Row], name: str, what: str, names: Names) -> NotFound:
+    import difflib  # late: only a mistake is worth its 20 ms
+
     known = sorted({next(iter(names(r))) for r in rows})
     close = difflib.get_close_matches(name, {n for r in rows for n in names(r)}, n=1)
     if close:
