@@ -32,7 +32,17 @@ from fimbria.model.address import Prefix, is_v4, unpack
 from fimbria.model.endpoint import EndpointIdentity, LocalEndpoint
 from fimbria.model.network import NeighbourKey
 from fimbria.model.rows import NO_ADDR, PrefixKey
-from fimbria.sources.cni.spec import Address, CniError, Code, Interface, Request, Result, encode_result
+from fimbria.sources.cni.spec import (
+    Address,
+    CniError,
+    Code,
+    Interface,
+    PrevResult,
+    Request,
+    Result,
+    ResultRoute,
+    encode_result,
+)
 from fimbria.sources.k8s.errors import ApiError
 from fimbria.tables import Tables
 
@@ -40,6 +50,7 @@ log = logging.getLogger(__name__)
 T = TypeVar("T")
 ADD_TIMEOUT: Final = 60.0
 POD_TIMEOUT: Final = 15.0
+CHECK_PAUSE: Final = 0.3
 HOST_PREFIX: Final = "fim"
 
 
@@ -161,10 +172,6 @@ class EndpointManager:
             ) from None
 
     async def _add(self, request: Request) -> bytes:
-        if request.prev_result is not None:
-            raise CniError(
-                Code.INVALID_CONFIG, "fimbria must be the first plugin of a chain", "prevResult is set on ADD"
-            )
         if not self.loop.opened:
             raise CniError(Code.TRY_AGAIN_LATER, "the Fimbria agent is still starting", "see fimbria status")
         known = self._find(request.owner)
@@ -266,8 +273,13 @@ class EndpointManager:
         return encode_result(self._result(request, endpoint), request.version)
 
     async def _wire(self, request: Request, step: Callable[[LocalEndpoint, int], T], endpoint: LocalEndpoint) -> T:
+        work = asyncio.create_task(asyncio.to_thread(step, endpoint, request.netns_fd))
         try:
-            return await asyncio.to_thread(step, endpoint, request.netns_fd)
+            return await asyncio.shield(work)
+        except asyncio.CancelledError:
+            # The thread goes on all the same: what it makes must be there before it is taken back.
+            await asyncio.wait([work])
+            raise
         except WiringError as error:
             code = Code.INTERFACE_EXISTS if error.errno == errno.EEXIST else Code.IO_FAILURE
             raise CniError(code, f"cannot make the interface of {_who(request)}", str(error)) from None
@@ -294,7 +306,7 @@ class EndpointManager:
             v4 = is_v4(addr)
             gateway = self.wiring.gateway(v4=v4)
             ips.append(Address(addr, 32 if v4 else 128, gateway, 1))
-            routes.append(("0.0.0.0/0" if v4 else "::/0", gateway))
+            routes.append(ResultRoute(_default(v4), gateway, self.wiring.pod_mtu))
         return Result(interfaces, tuple(ips), tuple(routes), request.config.get("dns") or {})
 
     # --- DEL, CHECK, STATUS, GC --------------------------------------------------------------------------------------
@@ -320,40 +332,74 @@ class EndpointManager:
         endpoint = self._find(request.owner)
         if endpoint is None:
             raise CniError(Code.UNKNOWN_CONTAINER, f"{_who(request)} has no interface {request.ifname} of ours")
-        problems = await asyncio.to_thread(self.wiring.problems, endpoint, request.netns_fd)
-        failure = self._failure(endpoint)
-        problems += [failure] if failure else []
-        listed = {ip.get("address", "").split("/")[0] for ip in (request.prev_result or {}).get("ips", [])}
-        missing = [unpack(a) for a in endpoint.addrs if request.prev_result is not None and unpack(a) not in listed]
-        problems += [f"prevResult lacks our address {a}" for a in missing]
+        expected = request.prev_result
+        if expected is None:
+            raise CniError(Code.INVALID_CONFIG, "CHECK without a prevResult", "it is the result of ADD")
+        problems = await self._problems(endpoint, request, expected)
+        if problems:
+            # A runtime may take a failed CHECK for final: what the agent repairs by itself must not cost the pod.
+            self.loop.audit_soon(quick=True)
+            await self.loop.flush()
+            await asyncio.sleep(CHECK_PAUSE)
+            problems = await self._problems(endpoint, request, expected)
         if problems:
             raise CniError(
                 Code.CHECK_FAILED, f"{request.ifname} of {_who(request)} is not as ADD left it", "; ".join(problems)
             )
         return b""
 
+    async def _problems(self, endpoint: LocalEndpoint, request: Request, expected: PrevResult) -> list[str]:
+        """What is missing or wrong of what ADD made, as far as `expected` has it: later plugins may have changed it."""
+        addrs = tuple(a for a in endpoint.addrs if unpack(a) in expected.addresses)
+        routes = tuple(v4 for v4 in (True, False) if _default(v4) in expected.routes)
+        problems = await asyncio.to_thread(self.wiring.problems, endpoint, request.netns_fd, addrs, routes)
+        if request.ifname not in expected.macs:
+            problems.append(f"prevResult has no interface {request.ifname}")
+        if not addrs:
+            problems.append(f"prevResult has none of {', '.join(map(unpack, endpoint.addrs))}")
+        failure = self._failure(endpoint)
+        return [*problems, failure] if failure else problems
+
     def _status(self) -> bytes:
         if not self.loop.opened:
             raise CniError(Code.NOT_AVAILABLE, "the Fimbria agent is still starting", "see fimbria status")
         if not self.pool.blocks(v4=True) and not self.pool.blocks(v4=False):
             raise CniError(Code.NOT_AVAILABLE, "this node has no pod addresses yet", "its CiliumNode has no podCIDRs")
+        for v4 in (True, False):
+            blocks = self.pool.blocks(v4=v4)
+            used = sum(any(Prefix.host(a) in b for b in blocks) for a in self.pool.owners if is_v4(a) == v4)
+            if blocks and used >= self.pool.capacity(v4=v4):
+                raise CniError(
+                    Code.NOT_AVAILABLE,
+                    f"no {'IPv4' if v4 else 'IPv6'} address is left on this node",
+                    f"all {used} of {', '.join(map(str, blocks))} are in use",
+                )
         return b""
 
     async def _collect(self, request: Request) -> bytes:
         valid = request.valid_attachments
-        if valid is None:
-            raise CniError(Code.INVALID_CONFIG, "GC without cni.dev/valid-attachments", "nothing was removed")
         stale = [
             e.owner for e in self.tables.endpoints.values() if e.network == request.network and e.owner not in valid
         ]
+        failed = []
         for owner in stale:
             log.info("CNI GC: %s is not valid any more", owner)
-            await self._delete(owner)
+            try:
+                async with self._lock(owner):
+                    await self._delete(owner)
+            except OSError as error:
+                failed.append(f"{owner}: {error}")
+        if failed:
+            raise CniError(Code.IO_FAILURE, f"{len(failed)} of {len(stale)} could not be removed", "; ".join(failed))
         return b""
 
     def _find(self, owner: str) -> LocalEndpoint | None:
         ids = self.tables.endpoints.by("owner", owner)
         return self.tables.endpoints.get(next(iter(ids))) if ids else None
+
+
+def _default(v4: bool) -> str:
+    return "0.0.0.0/0" if v4 else "::/0"
 
 
 def _who(request: Request) -> str:

@@ -6,6 +6,7 @@ import asyncio
 import errno
 import logging
 import socket
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Final
@@ -124,8 +125,11 @@ class Wiring:
         with NetlinkSocket(netns_fd) as pod:
             return link.get(pod, ifname) is not None
 
-    def problems(self, endpoint: LocalEndpoint, netns_fd: int) -> list[str]:
-        """What differs from what `connect` made, for CHECK."""
+    def problems(
+        self, endpoint: LocalEndpoint, netns_fd: int, addrs: Sequence[bytes], routes: Sequence[bool]
+    ) -> list[str]:
+        """What differs from what `create` and `configure` made, for CHECK. `addrs` are the addresses that should be
+        there, `routes` the families (True: IPv4) whose default route should."""
         found = []
         host = link.get(self.netlink, endpoint.host_ifname)
         if host is None or host.index != endpoint.ifindex:
@@ -136,15 +140,22 @@ class Wiring:
             device = link.get(pod, endpoint.ifname)
             if device is None:
                 return [*found, f"interface {endpoint.ifname} is gone"]
+            if not device.up:
+                found.append(f"interface {endpoint.ifname} is down")
             if device.mac != endpoint.pod_mac:
-                found.append(f"interface {endpoint.ifname} has another MAC")
+                found.append(
+                    f"interface {endpoint.ifname} has MAC {device.mac.hex(':')} instead of {endpoint.pod_mac.hex(':')}"
+                    " and what it sends is dropped"
+                )
             there = {a.address for a in link.dump_addresses(pod, index=device.index)}
-            found += [f"address {unpack(a)} is gone" for a in endpoint.addrs if plain(a) not in there]
-            for addr in endpoint.addrs:
-                family = socket.AF_INET if is_v4(addr) else socket.AF_INET6
-                routes = route.dump(pod, family, oif=device.index)
-                if not any(r.prefix_len == 0 for r in routes):
-                    found.append(f"the default route of {unpack(addr)} is gone")
+            found += [f"address {unpack(a)} is gone" for a in addrs if plain(a) not in there]
+            for v4 in routes:
+                gateway = self.gateway(v4=v4)
+                # In any table: a plugin after us may have moved it there.
+                family = socket.AF_INET if v4 else socket.AF_INET6
+                there_are = route.dump(pod, family, oif=device.index)
+                if not any(r.prefix_len == 0 and r.gateway == plain(gateway) for r in there_are):
+                    found.append(f"the default route via {unpack(gateway)} is gone")
         return found
 
     def _remove_stale(self, endpoint: LocalEndpoint) -> None:

@@ -5,7 +5,7 @@
  *
  * Request on the socket: u32 length, u32 number of variables, "KEY=VALUE\0"..., then the network configuration from stdin;
  * the pod's network namespace goes along as an open descriptor (SCM_RIGHTS), so the agent need not share our mounts.
- * Answer: u32 exit status, then what goes to stdout until the end of the stream. Integers are in network byte order.
+ * Answer: u32 exit status, u32 length, then what goes to stdout. Integers are in network byte order.
  *
  * What works without an agent: VERSION. Everything else fails with a CNI error that tells the runtime to try again.
  */
@@ -20,12 +20,16 @@
 #include <sys/socket.h>
 #include <sys/time.h>
 #include <sys/un.h>
+#include <time.h>
 #include <unistd.h>
 
 #define DEFAULT_SOCKET "/run/fimbria/cni.sock"
 #define MAX_CONFIG (1 << 20)
 #define MAX_REQUEST (MAX_CONFIG + (64 << 10))
-#define ANSWER_TIMEOUT_SECONDS 100
+#define MAX_ANSWER (1 << 20)
+#ifndef TIMEOUT_MILLISECONDS /* tests have no time for the real one; kubelet gives up after 120 s */
+#define TIMEOUT_MILLISECONDS 100000
+#endif
 
 enum cni_error { /* CNI specification, section "Error codes" */
 	CNI_INVALID_ENVIRONMENT = 4,
@@ -36,12 +40,14 @@ enum cni_error { /* CNI specification, section "Error codes" */
 };
 
 static const char *const forwarded[] = {
-	"CNI_COMMAND", "CNI_CONTAINERID", "CNI_NETNS", "CNI_IFNAME", "CNI_ARGS", "CNI_PATH", "CNI_NETNS_OVERRIDE",
+	"CNI_COMMAND", "CNI_CONTAINERID", "CNI_NETNS", "CNI_IFNAME", "CNI_ARGS",
 };
 
 static char request[MAX_REQUEST];
 static char config[MAX_CONFIG + 1];
-static char version[16] = "1.1.0";
+static char answer[2 * sizeof(uint32_t) + MAX_ANSWER];
+static char version[32] = "1.1.0";
+static struct timespec deadline;
 
 static int fail(enum cni_error code, const char *what, const char *details)
 {
@@ -49,23 +55,51 @@ static int fail(enum cni_error code, const char *what, const char *details)
 	return 1;
 }
 
-/* The error must carry the version of the request; a full parser for that one word would be larger than all the rest. */
+/* The end of the string that begins behind `at`: its closing quote, or the end of the text. */
+static const char *string_end(const char *at)
+{
+	while (*at && *at != '"')
+		at += *at == '\\' && at[1] ? 2 : 1;
+	return at;
+}
+
+static void take_version(const char *value)
+{
+	size_t n;
+
+	value += strspn(value, " \t\r\n");
+	if (*value++ != ':')
+		return;
+	value += strspn(value, " \t\r\n");
+	if (*value++ != '"')
+		return;
+	n = strspn(value, "0123456789abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ.+-");
+	if (n && n < sizeof(version) && value[n] == '"') {
+		memcpy(version, value, n);
+		version[n] = 0;
+	}
+}
+
+/* An error must carry the version of the request, which is the outermost object's: prevResult has one of its own. */
 static void find_version(void)
 {
-	const char *at = strstr(config, "\"cniVersion\"");
-	size_t n = 0;
+	static const char key[] = "cniVersion";
+	int depth = 0;
 
-	if (!at)
-		return;
-	at += strlen("\"cniVersion\"");
-	at += strspn(at, " \t\r\n:");
-	if (*at++ != '"')
-		return;
-	while (n < sizeof(version) - 1 && ((at[n] >= '0' && at[n] <= '9') || at[n] == '.'))
-		n++;
-	if (n && at[n] == '"') {
-		memcpy(version, at, n);
-		version[n] = 0;
+	for (const char *at = config; *at; at++) {
+		if (*at == '{' || *at == '[') {
+			depth++;
+		} else if (*at == '}' || *at == ']') {
+			depth--;
+		} else if (*at == '"') {
+			const char *start = ++at;
+
+			at = string_end(start);
+			if (!*at)
+				return;
+			if (depth == 1 && (size_t)(at - start) == strlen(key) && !memcmp(start, key, strlen(key)))
+				take_version(at + 1);
+		}
 	}
 }
 
@@ -90,10 +124,34 @@ static ssize_t read_config(void)
 	}
 }
 
+static void start_clock(void)
+{
+	clock_gettime(CLOCK_MONOTONIC, &deadline);
+	deadline.tv_sec += TIMEOUT_MILLISECONDS / 1000;
+	deadline.tv_nsec += TIMEOUT_MILLISECONDS % 1000 * 1000000L;
+}
+
+/* What is left until the deadline becomes the limit of the next system call: an agent that trickles gains nothing. */
+static int limit(int fd, int option)
+{
+	struct timespec now;
+	struct timeval left;
+	long long us;
+
+	clock_gettime(CLOCK_MONOTONIC, &now);
+	us = (deadline.tv_sec - now.tv_sec) * 1000000LL + (deadline.tv_nsec - now.tv_nsec) / 1000;
+	if (us <= 0) {
+		errno = ETIMEDOUT;
+		return -1;
+	}
+	left.tv_sec = us / 1000000;
+	left.tv_usec = us % 1000000;
+	return setsockopt(fd, SOL_SOCKET, option, &left, sizeof(left));
+}
+
 static int dial(const char *path)
 {
 	struct sockaddr_un address = { .sun_family = AF_UNIX };
-	struct timeval timeout = { .tv_sec = ANSWER_TIMEOUT_SECONDS };
 	int fd;
 
 	if (strlen(path) >= sizeof(address.sun_path)) {
@@ -104,9 +162,7 @@ static int dial(const char *path)
 	fd = socket(AF_UNIX, SOCK_STREAM | SOCK_CLOEXEC, 0);
 	if (fd < 0)
 		return -1;
-	setsockopt(fd, SOL_SOCKET, SO_RCVTIMEO, &timeout, sizeof(timeout));
-	setsockopt(fd, SOL_SOCKET, SO_SNDTIMEO, &timeout, sizeof(timeout));
-	if (connect(fd, (struct sockaddr *)&address, sizeof(address)) == 0)
+	if (!limit(fd, SO_SNDTIMEO) && !connect(fd, (struct sockaddr *)&address, sizeof(address)))
 		return fd;
 	close(fd);
 	return -1;
@@ -131,7 +187,7 @@ static int send_request(int fd, size_t length, int netns)
 		memcpy(CMSG_DATA(&control.header), &netns, sizeof(int));
 	}
 	while (part.iov_len) {
-		ssize_t n = sendmsg(fd, &message, MSG_NOSIGNAL);
+		ssize_t n = limit(fd, SO_SNDTIMEO) ? -1 : sendmsg(fd, &message, MSG_NOSIGNAL);
 
 		if (n < 0 && errno == EINTR)
 			continue;
@@ -145,32 +201,38 @@ static int send_request(int fd, size_t length, int netns)
 	return 0;
 }
 
-static ssize_t read_some(int fd, void *into, size_t size)
+static int no_answer(const char *why)
 {
-	ssize_t n;
-
-	do
-		n = read(fd, into, size);
-	while (n < 0 && errno == EINTR);
-	return n;
+	return fail(CNI_TRY_AGAIN_LATER, "the Fimbria agent did not answer", why);
 }
 
 /* Nothing reaches stdout before the whole answer is there: half a result and then an error would be no JSON at all. */
 static int relay_answer(int fd)
 {
-	static char answer[MAX_CONFIG];
-	size_t length = 0;
-	uint32_t status;
-	ssize_t n;
+	size_t length = 0, wanted = 2 * sizeof(uint32_t);
+	uint32_t word;
 
-	while ((n = read_some(fd, answer + length, sizeof(answer) - length)) > 0)
+	while (length < wanted) {
+		ssize_t n = limit(fd, SO_RCVTIMEO) ? -1 : read(fd, answer + length, wanted - length);
+
+		if (n < 0 && errno == EINTR)
+			continue;
+		if (n < 0)
+			return no_answer(errno == EAGAIN || errno == ETIMEDOUT ? "it took too long; see the agent's log" :
+									  strerror(errno));
+		if (n == 0)
+			return no_answer("it may just be restarting; see the agent's log");
 		length += (size_t)n;
-	if (n < 0 || length < sizeof(status))
-		return fail(CNI_TRY_AGAIN_LATER, "the Fimbria agent did not answer",
-			    "it may just be restarting; see the agent's log");
-	memcpy(&status, answer, sizeof(status));
-	fwrite(answer + sizeof(status), 1, length - sizeof(status), stdout);
-	return (int)ntohl(status);
+		if (length == 2 * sizeof(uint32_t)) {
+			memcpy(&word, answer + sizeof(word), sizeof(word));
+			wanted += ntohl(word);
+			if (wanted > sizeof(answer))
+				return no_answer("what it said is too long");
+		}
+	}
+	memcpy(&word, answer, sizeof(word));
+	fwrite(answer + 2 * sizeof(word), 1, length - 2 * sizeof(word), stdout);
+	return ntohl(word) != 0;
 }
 
 static int print_versions(void)
@@ -179,7 +241,7 @@ static int print_versions(void)
 	return 0;
 }
 
-int main(void)
+static int run(void)
 {
 	const char *command = getenv("CNI_COMMAND");
 	const char *path = getenv("CNI_NETNS");
@@ -221,11 +283,12 @@ int main(void)
 	memcpy(request + 4, &word, 4);
 
 	if (path && *path) {
-		netns = open(path, O_RDONLY | O_CLOEXEC);
+		netns = open(path, O_RDONLY | O_CLOEXEC | O_NONBLOCK); /* a FIFO would have us wait for its writer */
 		/* On DEL the namespace may be gone already, and the agent still has to clean up. */
 		if (netns < 0 && !strcmp(command, "ADD"))
 			return fail(CNI_INVALID_ENVIRONMENT, "cannot open CNI_NETNS", strerror(errno));
 	}
+	start_clock();
 	fd = dial(socket_path && *socket_path ? socket_path : DEFAULT_SOCKET);
 	if (fd < 0)
 		return fail(strcmp(command, "STATUS") ? CNI_TRY_AGAIN_LATER : CNI_NOT_AVAILABLE,
@@ -233,4 +296,15 @@ int main(void)
 	if (send_request(fd, length, netns))
 		return fail(CNI_TRY_AGAIN_LATER, "cannot hand the request to the Fimbria agent", strerror(errno));
 	return relay_answer(fd);
+}
+
+int main(void)
+{
+	int status = run();
+
+	if (fflush(stdout) || ferror(stdout)) {
+		fprintf(stderr, "fimbria-cni: cannot write the answer: %s\n", strerror(errno));
+		return 1;
+	}
+	return status;
 }

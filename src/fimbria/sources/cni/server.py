@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import fcntl
 import logging
 import os
 import socket
@@ -13,11 +14,15 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Final
 
-from fimbria.sources.cni.spec import CniError, Code, Request, encode_error, parse, peek_version
+from fimbria.sources.cni.spec import COMMANDS, CniError, Code, Request, encode_error, parse, peek_version
 
 log = logging.getLogger(__name__)
 MAX_FRAME: Final = (1 << 20) + (64 << 10)
+MAX_VARIABLES: Final = 64
 READ_TIMEOUT: Final = 10.0
+ACCEPT_PAUSE: Final = 0.1
+_NS_GET_NSTYPE: Final = 0xB703  # ioctl_ns(2)
+_CLONE_NEWNET: Final = 0x40000000
 Handler = Callable[[Request], Awaitable[bytes]]
 
 
@@ -30,6 +35,8 @@ def split_frame(frame: bytes) -> tuple[dict[str, str], bytes]:
     if len(frame) < 4:
         raise FrameError("frame too short")
     (count,) = struct.unpack_from("!I", frame)
+    if count > MAX_VARIABLES:
+        raise FrameError(f"{count} variables are too many")
     env: dict[str, str] = {}
     at = 4
     for _ in range(count):
@@ -42,6 +49,18 @@ def split_frame(frame: bytes) -> tuple[dict[str, str], bytes]:
         env[key.decode("ascii", "replace")] = value.decode("utf-8", "replace")
         at = end + 1
     return env, frame[at:]
+
+
+def netns_problem(fd: int) -> str:
+    """Why a descriptor is not the network namespace of a container, empty if it is one."""
+    try:
+        kind = fcntl.ioctl(fd, _NS_GET_NSTYPE)
+    except OSError:
+        kind = 0
+    if kind != _CLONE_NEWNET:
+        return "is no network namespace"
+    own = os.path.samestat(os.fstat(fd), Path("/proc/thread-self/ns/net").stat())
+    return "is the node's own network namespace" if own else ""
 
 
 class CniServer:
@@ -64,7 +83,12 @@ class CniServer:
         pending: set[asyncio.Task[None]] = set()
         try:
             while True:
-                connection, _ = await loop.sock_accept(listener)
+                try:
+                    connection, _ = await loop.sock_accept(listener)
+                except OSError as error:  # no descriptor is left, for one: those who wait are served when there is
+                    log.error("CNI request can't be accepted: %s", error)
+                    await asyncio.sleep(ACCEPT_PAUSE)
+                    continue
                 task = asyncio.create_task(self._serve(connection))
                 pending.add(task)
                 task.add_done_callback(pending.discard)
@@ -95,7 +119,7 @@ class CniServer:
         try:
             frame, netns_fd = await asyncio.wait_for(_receive(connection), READ_TIMEOUT)
             status, answer = await self._answer(frame, netns_fd)
-            await loop.sock_sendall(connection, struct.pack("!I", status) + answer)
+            await loop.sock_sendall(connection, struct.pack("!II", status, len(answer)) + answer)
         except (FrameError, TimeoutError, OSError) as error:
             log.warning("CNI request dropped: %s", error)
         finally:
@@ -106,9 +130,10 @@ class CniServer:
     async def _answer(self, frame: bytes, netns_fd: int) -> tuple[int, bytes]:
         env, stdin = split_frame(frame)
         started = time.monotonic()
-        command = env.get("CNI_COMMAND", "")[:16]
+        command = env.get("CNI_COMMAND", "")
+        command = command if command in COMMANDS else "unknown"
         try:
-            answer = await self._handler(parse(env, stdin, netns_fd))
+            answer = await self._handler(_checked(parse(env, stdin, netns_fd)))
         except CniError as error:
             log.warning("CNI %s of %s refused: %s", command, _who(env), error)
             self._count(command, str(int(error.code)), started)
@@ -127,7 +152,14 @@ class CniServer:
 
 
 def _who(env: dict[str, str]) -> str:
-    return f"container {env.get('CNI_CONTAINERID', '?')[:64]} interface {env.get('CNI_IFNAME', '?')[:16]}"
+    return f"container {env.get('CNI_CONTAINERID', '')[:64]!r} interface {env.get('CNI_IFNAME', '')[:16]!r}"
+
+
+def _checked(request: Request) -> Request:
+    problem = netns_problem(request.netns_fd) if request.command in ("ADD", "CHECK") else ""
+    if problem:
+        raise CniError(Code.INVALID_ENVIRONMENT, f"CNI_NETNS {request.netns[:256]} {problem}")
+    return request
 
 
 async def _receive(connection: socket.socket) -> tuple[bytes, int]:

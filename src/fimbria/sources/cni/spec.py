@@ -1,4 +1,12 @@
-"""Requests, results and errors of the CNI specification 1.1.0 (sections 2 and 4), and the results of 0.3.0 to 1.0.0."""
+"""Requests, results and errors of the CNI specification 1.1.0 (sections 2, 3 and 5), and the results of 0.3.0 to 1.0.0.
+
+Decisions where the specification leaves one
+1. We are an interface plugin and come first in a chain: ADD with a prevResult is refused (code 7).
+2. Unknown keys of a configuration are ignored. What asks for something we don't do is refused (code 2, ADD only):
+   a delegated `ipam` plugin, and capability arguments (`runtimeConfig`), of which we support none.
+3. CNI_ARGS we don't know are ignored, with or without IgnoreUnknown.
+4. `cni.dev/valid-attachments: null` is an empty list: that is how Go encodes one. Without the key GC removes nothing.
+"""
 
 from __future__ import annotations
 
@@ -13,9 +21,12 @@ from fimbria.model.address import is_v4, unpack
 
 SUPPORTED: Final = ("0.3.0", "0.3.1", "0.4.0", "1.0.0", "1.1.0")
 COMMANDS: Final = ("ADD", "DEL", "CHECK", "STATUS", "GC")
+_ATTACHED: Final = ("ADD", "DEL", "CHECK")
 _SINCE: Final = {"CHECK": "0.4.0", "STATUS": "1.1.0", "GC": "1.1.0"}
-_CONTAINER_ID: Final = re.compile(r"[a-zA-Z0-9][a-zA-Z0-9_.\-]*")
+_NAME: Final = re.compile(r"[a-zA-Z0-9][a-zA-Z0-9_.\-]*")
 _MAX_CONTAINER_ID: Final = 256
+_MAX_IFNAME: Final = 15  # IFNAMSIZ with its end, include/uapi/linux/if.h
+_GC_KEYS: Final = ("cni.dev/valid-attachments", "cni.dev/attachments")  # the second: libcni 1.2
 
 
 class Code(IntEnum):
@@ -72,26 +83,77 @@ class Request:
         return (namespace, name) if namespace and name else None
 
     @property
-    def prev_result(self) -> Mapping[str, Any] | None:
-        """The result of the plugin before us (ADD) or of the whole chain (CHECK, DEL)."""
-        result = self.config.get("prevResult")
-        return result if isinstance(result, dict) else None
+    def prev_result(self) -> PrevResult | None:
+        """The result of the plugin before us (ADD) or of the whole chain (CHECK, DEL). Raises CniError."""
+        raw = self.config.get("prevResult")
+        return None if raw is None else parse_prev_result(raw)
 
     @property
-    def valid_attachments(self) -> frozenset[str] | None:
-        """GC: the owners that still exist, or None if the runtime named none."""
-        listed = self.config.get("cni.dev/valid-attachments", self.config.get("cni.dev/attachments"))
+    def valid_attachments(self) -> frozenset[str]:
+        """GC: the owners that still exist. Raises CniError if the runtime names none or one that can't be read: what
+        was misunderstood must not cost a pod its network."""
+        key = next((k for k in _GC_KEYS if k in self.config), None)
+        if key is None:
+            raise CniError(Code.INVALID_CONFIG, f"GC without {_GC_KEYS[0]}", "nothing was removed")
+        listed = self.config[key] or []
         if not isinstance(listed, list):
-            return None
-        rows = [a for a in listed if isinstance(a, dict)]
-        return frozenset(f"{a.get('containerID', '')}/{a.get('ifname', '')}" for a in rows)
+            raise CniError(Code.INVALID_CONFIG, f"{key} is not a list", "nothing was removed")
+        return frozenset(_attachment(key, row) for row in listed)
+
+
+def _attachment(key: str, row: Any) -> str:
+    container, ifname = (row.get("containerID"), row.get("ifname")) if isinstance(row, dict) else ("", "")
+    if not isinstance(container, str) or not isinstance(ifname, str) or not container or not ifname:
+        raise CniError(Code.INVALID_CONFIG, f"{key} has an entry that is no attachment: {_short(row)}")
+    return f"{container}/{ifname}"
+
+
+def _short(value: Any) -> str:
+    return json.dumps(value, default=str)[:200]
+
+
+@dataclass(frozen=True, slots=True)
+class PrevResult:
+    """What matters to us in a result: for an interface name inside the pod its MAC as written (or ""), the addresses
+    (without length), and the destinations of the routes."""
+
+    macs: Mapping[str, str]
+    addresses: frozenset[str]
+    routes: frozenset[str]
+
+
+def parse_prev_result(raw: Any) -> PrevResult:
+    """A prevResult of any supported version. Raises CniError."""
+    if not isinstance(raw, dict):
+        raise CniError(Code.INVALID_CONFIG, "prevResult is not an object")
+    interfaces = _objects(raw, "interfaces")
+    addresses = [_text(ip, "address", "ips").split("/")[0] for ip in _objects(raw, "ips")]
+    return PrevResult(
+        {_text(i, "name", "interfaces"): str(i.get("mac") or "") for i in interfaces if i.get("sandbox")},
+        frozenset(addresses),
+        frozenset(_text(r, "dst", "routes") for r in _objects(raw, "routes")),
+    )
+
+
+def _objects(raw: Mapping[str, Any], key: str) -> list[dict[str, Any]]:
+    rows = raw.get(key) or []
+    if not isinstance(rows, list) or not all(isinstance(r, dict) for r in rows):
+        raise CniError(Code.INVALID_CONFIG, f"prevResult.{key} is not a list of objects")
+    return rows
+
+
+def _text(row: Mapping[str, Any], key: str, where: str) -> str:
+    value = row.get(key)
+    if not isinstance(value, str):
+        raise CniError(Code.INVALID_CONFIG, f"prevResult.{where} has an entry without {key}: {_short(row)}")
+    return value
 
 
 def peek_version(config: bytes) -> str:
     """The request's version, for an error answer to a request that can't be parsed further."""
     try:
         version = json.loads(config).get("cniVersion", "")
-    except (ValueError, AttributeError):
+    except (ValueError, AttributeError, RecursionError):
         return SUPPORTED[-1]
     return version if isinstance(version, str) and version else "0.1.0"
 
@@ -100,18 +162,17 @@ def parse(env: Mapping[str, str], stdin: bytes, netns_fd: int) -> Request:
     """Check a request against the specification. Raises CniError."""
     command = env.get("CNI_COMMAND", "")
     if command not in COMMANDS:
-        raise CniError(Code.INVALID_ENVIRONMENT, f"CNI_COMMAND {command!r} is not one of {', '.join(COMMANDS)}")
+        raise CniError(Code.INVALID_ENVIRONMENT, f"CNI_COMMAND {command[:32]!r} is not one of {', '.join(COMMANDS)}")
     config = _parse_config(stdin)
     version = _parse_version(config, command)
-    attached = command in ("ADD", "DEL", "CHECK")
     container, ifname = env.get("CNI_CONTAINERID", ""), env.get("CNI_IFNAME", "")
-    if attached:
+    if command in _ATTACHED:
         _check_container(container)
         _check_ifname(ifname)
-    if command in ("ADD", "CHECK") and not env.get("CNI_NETNS"):
-        raise CniError(Code.INVALID_ENVIRONMENT, f"CNI_NETNS is not set for {command}")
-    if command in ("ADD", "CHECK") and netns_fd < 0:
-        raise CniError(Code.INVALID_ENVIRONMENT, f"CNI_NETNS {env['CNI_NETNS']} can't be opened")
+    if command in ("ADD", "CHECK"):
+        _check_netns(env.get("CNI_NETNS", ""), command, netns_fd)
+    if command == "ADD":
+        _check_add(config)
     return Request(
         command=command,
         version=version,
@@ -120,20 +181,25 @@ def parse(env: Mapping[str, str], stdin: bytes, netns_fd: int) -> Request:
         ifname=ifname,
         netns=env.get("CNI_NETNS", ""),
         netns_fd=netns_fd,
-        args=_parse_args(env.get("CNI_ARGS", "")),
+        args=_parse_args(env.get("CNI_ARGS", "")) if command in _ATTACHED else {},
         config=config,
     )
 
 
 def _parse_config(stdin: bytes) -> dict[str, Any]:
+    if not stdin.strip():
+        raise CniError(Code.DECODE_FAILURE, "the network configuration is empty", "it is expected on stdin")
     try:
         config = json.loads(stdin)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise CniError(Code.DECODE_FAILURE, "the network configuration is not JSON", str(error)) from None
     if not isinstance(config, dict):
         raise CniError(Code.DECODE_FAILURE, "the network configuration is not a JSON object")
-    if not isinstance(config.get("name"), str) or not config["name"]:
+    name = config.get("name")
+    if not isinstance(name, str) or not name:
         raise CniError(Code.INVALID_CONFIG, "the network configuration has no name")
+    if not _NAME.fullmatch(name):
+        raise CniError(Code.INVALID_CONFIG, f"the network's name {name[:64]!r} is not valid")
     return config
 
 
@@ -141,7 +207,9 @@ def _parse_version(config: Mapping[str, Any], command: str) -> str:
     version = config.get("cniVersion", "0.1.0")
     if version not in SUPPORTED:
         listed = ", ".join(SUPPORTED)
-        raise CniError(Code.INCOMPATIBLE_VERSION, f"cniVersion {version!r} is not supported", f"supported: {listed}")
+        raise CniError(
+            Code.INCOMPATIBLE_VERSION, f"cniVersion {_short(version)} is not supported", f"supported: {listed}"
+        )
     since = _SINCE.get(command, SUPPORTED[0])
     if SUPPORTED.index(str(version)) < SUPPORTED.index(since):
         raise CniError(
@@ -153,21 +221,57 @@ def _parse_version(config: Mapping[str, Any], command: str) -> str:
 def _check_container(container: str) -> None:
     if not container:
         raise CniError(Code.INVALID_ENVIRONMENT, "CNI_CONTAINERID is not set")
-    if len(container) > _MAX_CONTAINER_ID or not _CONTAINER_ID.fullmatch(container):
+    if len(container) > _MAX_CONTAINER_ID or not _NAME.fullmatch(container):
         raise CniError(Code.INVALID_ENVIRONMENT, f"CNI_CONTAINERID {container[:64]!r} is not valid")
 
 
 def _check_ifname(ifname: str) -> None:
-    bad = not ifname or len(ifname) > 15 or ifname in (".", "..") or any(c in "/:" or c.isspace() for c in ifname)
-    if bad:
+    """The kernel's rule (dev_valid_name), and no %: the kernel would number such a name itself."""
+    size = len(ifname.encode("utf-8", "surrogatepass"))
+    if not 0 < size <= _MAX_IFNAME or ifname in (".", "..") or any(c in "/:%\ufffd" or c.isspace() for c in ifname):
         raise CniError(Code.INVALID_ENVIRONMENT, f"CNI_IFNAME {ifname[:64]!r} is not a valid interface name")
+
+
+def _check_netns(netns: str, command: str, netns_fd: int) -> None:
+    if not netns:
+        raise CniError(Code.INVALID_ENVIRONMENT, f"CNI_NETNS is not set for {command}")
+    if netns_fd < 0:
+        raise CniError(Code.INVALID_ENVIRONMENT, f"CNI_NETNS {netns[:256]} can't be opened")
+
+
+def _check_add(config: Mapping[str, Any]) -> None:
+    """What a user would expect to happen, and wouldn't."""
+    if config.get("prevResult") is not None:
+        raise CniError(
+            Code.INVALID_CONFIG,
+            "fimbria-cni must be the first plugin of a chain",
+            "ADD came with a prevResult; put other plugins after it",
+        )
+    if config.get("ipam"):
+        raise CniError(
+            Code.UNSUPPORTED_FIELD,
+            f"unsupported field ipam: {_short(config['ipam'])}",
+            "addresses come from the node's CiliumNode",
+        )
+    runtime = config.get("runtimeConfig") or {}
+    if not isinstance(runtime, dict):
+        raise CniError(Code.INVALID_CONFIG, "runtimeConfig is not an object")
+    for key, value in runtime.items():
+        if value:
+            raise CniError(
+                Code.UNSUPPORTED_FIELD,
+                f"unsupported field runtimeConfig.{key}: {_short(value)}",
+                "remove it from the plugin's capabilities",
+            )
+    if not isinstance(config.get("dns") or {}, dict):
+        raise CniError(Code.INVALID_CONFIG, f"dns is not an object: {_short(config['dns'])}")
 
 
 def _parse_args(text: str) -> dict[str, str]:
     args: dict[str, str] = {}
     for pair in filter(None, text.split(";")):
         key, equals, value = pair.partition("=")
-        if not equals:
+        if not equals or not key:
             raise CniError(Code.INVALID_ENVIRONMENT, f"CNI_ARGS has {pair[:64]!r}, which is no KEY=VALUE")
         args[key] = value
     return args
@@ -194,17 +298,26 @@ class Address:
 
 
 @dataclass(frozen=True, slots=True)
+class ResultRoute:
+    """A route inside the pod: destination in CIDR notation, gateway (16 bytes), MTU in bytes (0: the device's)."""
+
+    dst: str
+    gateway: bytes
+    mtu: int = 0
+
+
+@dataclass(frozen=True, slots=True)
 class Result:
     """What ADD answers."""
 
     interfaces: tuple[Interface, ...]
     ips: tuple[Address, ...]
-    routes: tuple[tuple[str, bytes], ...]
+    routes: tuple[ResultRoute, ...]
     dns: Mapping[str, Any] = field(default_factory=dict)
 
 
 def encode_result(result: Result, version: str) -> bytes:
-    """The result in the form of the requested version: `version` in ips up to 0.4.0, `mtu` from 1.1.0 on."""
+    """The result in the form of the requested version: `version` in ips up to 0.4.0, every `mtu` from 1.1.0 on."""
     interfaces: list[dict[str, Any]] = []
     for i in result.interfaces:
         row: dict[str, Any] = {"name": i.name, "mac": i.mac}
@@ -221,7 +334,12 @@ def encode_result(result: Result, version: str) -> bytes:
         if version.startswith("0."):
             ip["version"] = "4" if is_v4(a.addr) else "6"
         ips.append(ip)
-    routes = [{"dst": dst, "gw": unpack(gw)} for dst, gw in result.routes]
+    routes: list[dict[str, Any]] = []
+    for r in result.routes:
+        route: dict[str, Any] = {"dst": r.dst, "gw": unpack(r.gateway)}
+        if r.mtu and version == "1.1.0":
+            route["mtu"] = r.mtu
+        routes.append(route)
     body = {"cniVersion": version, "interfaces": interfaces, "ips": ips, "routes": routes, "dns": dict(result.dns)}
     return json.dumps(body, separators=(",", ":")).encode() + b"\n"
 
