@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import http.client
+import os
 import socket
 import stat
+import subprocess
+import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -12,6 +15,7 @@ from typing import Any
 import pytest
 
 pytestmark = pytest.mark.timeout(120)
+SOURCE = Path(__file__).parents[2] / "src"
 Obj = dict[str, Any]
 
 
@@ -104,3 +108,47 @@ def test_unix_socket_is_private_and_needs_no_token(embedded_server: Any, tmp_pat
     connection.request("GET", "/api/v1/namespaces/default")
     assert connection.getresponse().status == 200
     connection.close()
+
+
+def test_controllers_outlive_the_server(embedded_server: Any, tmp_path: Path) -> None:
+    client = embedded_server.start()
+    log = (tmp_path / "controllers.log").open("wb")
+    command = [sys.executable, "-m", "fimbria.lab.apiserver.controllers", "--kubeconfig", str(client.kubeconfig)]
+    process = subprocess.Popen(command, stdout=log, stderr=log, env=os.environ | {"PYTHONPATH": str(SOURCE)})
+    try:
+        labels = {"app": "a"}
+        template = {"metadata": {"labels": labels}, "spec": {"containers": [{"name": "c", "image": "x"}]}}
+        spec = {"replicas": 2, "selector": {"matchLabels": labels}, "template": template}
+        path = "/apis/apps/v1/namespaces/default/deployments"
+
+        def pods() -> int:
+            return len(client.get("/api/v1/namespaces/default/pods")["items"])
+
+        client.post(path, {"metadata": {"name": "d"}, "spec": spec})
+        client.eventually(lambda: pods() == 2)
+        for wanted in (3, 5, 1):
+            embedded_server.kill()
+            client = embedded_server.start()
+            client.patch(f"{path}/d", {"spec": {"replicas": wanted}})
+            client.eventually(lambda wanted=wanted: pods() == wanted)
+        assert process.poll() is None
+    finally:
+        process.kill()
+        process.wait()
+
+
+def test_port_in_use_and_bad_options_are_one_sentence(embedded_server: Any, tmp_path: Path) -> None:
+    embedded_server.start()
+    address = f"127.0.0.1:{embedded_server._port}"
+    cases = {
+        ("--listen", address): "address already in use",
+        ("--listen", "nowhere:1"): "does not appear to be an IPv4 or IPv6 address",
+        ("--listen", "127.0.0.1:0", "--service-cidr", "10.0.0.0/99"): "--service-cidr",
+        ("--listen", "127.0.0.1:0", "--db", "/nowhere/db"): "/nowhere/db: unable to open database file",
+        ("--listen", "127.0.0.1:0", "--db", str(embedded_server.folder / "db.sqlite")): "database is locked",
+    }
+    for options, words in cases.items():
+        command = [sys.executable, "-m", "fimbria.lab.apiserver", "--db", str(tmp_path / "other.db"), *options]
+        env = os.environ | {"PYTHONPATH": str(SOURCE)}
+        done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=60, check=False)
+        assert done.returncode != 0 and words in done.stderr and "Traceback" not in done.stderr, done.stderr

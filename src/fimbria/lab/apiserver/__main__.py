@@ -13,6 +13,7 @@ import ipaddress
 import logging
 import os
 import signal
+import sqlite3
 import sys
 from pathlib import Path
 
@@ -151,6 +152,9 @@ def main() -> int:
     logging.basicConfig(level=level, format="apiserver: %(levelname)s %(message)s")
     try:
         asyncio.run(serve(options))
+    except sqlite3.Error as error:
+        print(f"apiserver: {options.db}: {error}", file=sys.stderr)
+        return 1
     except (OSError, ValueError, credentials.CredentialError) as error:
         print(f"apiserver: {error}", file=sys.stderr)
         return 1

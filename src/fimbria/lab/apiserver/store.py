@@ -99,7 +99,9 @@ class Store:
     """All shelves and the one version counter. Synchronous: a step of the event loop is a transaction."""
 
     def __init__(self, path: Path | str, history: int = 10_000):
-        self._db = sqlite3.connect(str(path), isolation_level=None)
+        self._db = sqlite3.connect(str(path), isolation_level=None, timeout=1)
+        # what is in memory here must be what is in the file: nobody else may write it
+        self._db.execute("PRAGMA locking_mode=EXCLUSIVE")
         self._db.execute("PRAGMA journal_mode=WAL")
         # NORMAL survives the death of this process; only a power cut may cost the last changes, which a lab can bear.
         self._db.execute("PRAGMA synchronous=NORMAL")
