@@ -168,14 +168,20 @@ async def _wait_nodes(spec: LabSpec, paths: Paths, ready: bool) -> None:
             if time.monotonic() > deadline:
                 culprit = f"{missing[0]}/{'agent' if ready and missing[0] in known else 'runner'}"
                 words = components.tail(components.log_path(paths, culprit))
-                raise LabError(
-                    f"{', '.join(missing)}: not ready after {NODE_PATIENCE:.0f} s; last words of {culprit}: {words}"
-                )
+                why = ready_message(known.get(missing[0]))
+                late = f"{', '.join(missing)}: not ready after {NODE_PATIENCE:.0f} s: {why}"
+                raise LabError(f"{late}; last words of {culprit}: {words}")
             await asyncio.sleep(0.1)
 
 
 def is_ready(node: Node) -> bool:
     return any(c.type == "Ready" and c.status == "True" for c in node.status.conditions or ())
+
+
+def ready_message(node: Node | None) -> str:
+    """What the node says of its readiness."""
+    conditions = node.status.conditions or () if node else ()
+    return next((c.message for c in conditions if c.type == "Ready"), "not registered")
 
 
 def api(paths: Paths) -> Objects:
@@ -312,13 +318,11 @@ async def _nodes(paths: Paths) -> dict[str, Node]:
 
 
 def _node_picture(member: Member, node: Node | None) -> dict[str, Any]:
-    conditions = node.status.conditions or () if node else ()
-    message = next((c.message for c in conditions if c.type == "Ready"), "not registered")
     return {
         "name": member.name,
         "addresses": [member.ipv4, member.ipv6],
         "ready": node is not None and is_ready(node),
-        "message": message,
+        "message": ready_message(node),
     }
 
 
