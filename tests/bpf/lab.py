@@ -395,12 +395,10 @@ def ping(client: Space, family: int, target: str, size: int = 56, timeout: float
 
 def checksum(data: bytes) -> int:
     data += b"\0" * (len(data) % 2)
-    total = sum(struct.unpack(f">{len(data) // 2}H", data))
+    total: int = sum(struct.unpack(f">{len(data) // 2}H", data))
     while total >> 16:
         total = (total & 0xFFFF) + (total >> 16)
     return ~total & 0xFFFF
-
-
 
 
 def hop(client: Space, family: int, target: str, ttl: int) -> str:
@@ -427,7 +425,7 @@ def path_mtu(c: socket.socket, family: int, target: tuple[str, int]) -> int:
     for _ in range(20):
         with contextlib.suppress(OSError):
             c.send(b"x" * 1440)
-        if (learned := c.getsockopt(level, mtu)) < 1500:
+        if (learned := int(c.getsockopt(level, mtu))) < 1500:
             return learned
         time.sleep(0.05)
     return 1500

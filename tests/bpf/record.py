@@ -7,11 +7,26 @@ another one (reached through the overlay), `node` and `other` are nodes, `world`
 from __future__ import annotations
 
 import struct
-import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
-from datapath import DROP, EVENT_DROP, HOST, NODE, POD, READY, REMOTE_NODE, SHOT, TUNNEL, Datapath, addr, mac, prefix
+from datapath import (
+    DROP,
+    EVENT_DROP,
+    HOST,
+    NODE,
+    POD,
+    READY,
+    REMOTE_NODE,
+    SHOT,
+    TUNNEL,
+    Datapath,
+    Setting,
+    addr,
+    mac,
+    prefix,
+)
 from scapy.layers.inet import ICMP, IP, TCP, UDP
 from scapy.layers.inet6 import (
     ICMPv6DestUnreach,
@@ -27,7 +42,6 @@ from scapy.packet import Packet, Raw
 from fimbria.kernel.bpf import prog_test_run
 from fimbria.model import rows
 
-MONOTONIC = time.CLOCK_MONOTONIC
 A_IFINDEX, B_IFINDEX, OVERLAY_IFINDEX = 1, 4242, 4243  # the first is lo, where test runs take place
 A_ID, B_ID = 11, 12
 A_IDENTITY, B_IDENTITY, C_IDENTITY = 1001, 1002, 1003
@@ -40,11 +54,11 @@ ADDRS = {
     6: {"a": "fd10:1::10", "b": "fd10:1::11", "c": "fd10:2::10", "router": "fd10:1::1", "node": "fd01:1::2",
         "other": "fd01:2::2", "world": "fd99::9", "hop": "fd98::1", "front": "fd96::10", "empty": "fd96::11"},
 }  # fmt: skip
-OVERLAY = {"cfg_overlay_ifindex": OVERLAY_IFINDEX, "cfg_node_addr4": addr(ADDRS[4]["node"]),
+OVERLAY: dict[str, Setting] = {"cfg_overlay_ifindex": OVERLAY_IFINDEX, "cfg_node_addr4": addr(ADDRS[4]["node"]),
            "cfg_node_addr6": addr(ADDRS[6]["node"]), "cfg_router_addr4": addr(ADDRS[4]["router"]),
            "cfg_router_addr6": addr(ADDRS[6]["router"]), "cfg_nat_port_min": 61000,
            "cfg_nat_port_max": 61000 + 999}  # fmt: skip
-NATIVE = {**OVERLAY, "cfg_overlay_ifindex": 0}
+NATIVE: dict[str, Setting] = {**OVERLAY, "cfg_overlay_ifindex": 0}
 
 
 @dataclass(frozen=True)
@@ -62,7 +76,7 @@ class Wire:
     def cidr(self, name: str) -> str:
         return f"{self.addr(name)}/{32 if self.family == 4 else 128}"
 
-    def ip(self, src: str, dst: str, ttl: int = 64, **fields: object) -> Packet:
+    def ip(self, src: str, dst: str, ttl: int = 64, **fields: Any) -> Packet:
         if self.family == 4:
             return IP(src=self.addr(src), dst=self.addr(dst), ttl=ttl, id=7, **fields)
         return IPv6(src=self.addr(src), dst=self.addr(dst), hlim=ttl)
@@ -154,12 +168,12 @@ def base_rows(dp: Datapath, flags_a: int = READY, flags_b: int = READY) -> None:
         dp.endpoint(ifindex, row)
     for family in (4, 6):
         w, via = Wire(family), addr(ADDRS[4]["other"])
-        for name, row in {
+        for name, remote in {
             "a": rows.Remote(A_IDENTITY, POD), "b": rows.Remote(B_IDENTITY, POD),
             "c": rows.Remote(C_IDENTITY, POD | TUNNEL, via), "node": rows.Remote(HOST, NODE),
             "router": rows.Remote(HOST, NODE), "other": rows.Remote(REMOTE_NODE, NODE),
         }.items():  # fmt: skip
-            dp.put("ipcache", prefix(w.cidr(name)), row)
+            dp.put("ipcache", prefix(w.cidr(name)), remote)
 
 
 def context(mark: int = 0) -> bytes:
@@ -167,7 +181,7 @@ def context(mark: int = 0) -> bytes:
     return struct.pack("=III", 0, 0, mark) + bytes(192 - 12)
 
 
-def send(dp: Datapath, program: str, packet: Packet, mark: int = 0) -> tuple[int, bytes, int]:
+def send(dp: Datapath, program: str, packet: Packet | bytes, mark: int = 0) -> tuple[int, bytes, int]:
     """Verdict, packet and mark after one program."""
     done = prog_test_run(dp.programs[program].fd, bytes(packet), context(mark))
     return done.retval, done.data_out, struct.unpack_from("=I", done.ctx_out, 8)[0]

@@ -1,6 +1,7 @@
 """The pods' gateway exists by its answers only."""
 
 from collections.abc import Iterator
+from typing import Any
 
 import pytest
 from datapath import REDIRECT, SHOT, TCX_NEXT, Datapath
@@ -27,8 +28,8 @@ def dp() -> Iterator[Datapath]:
     loaded.close()
 
 
-def who_has(target: str, **fields: object) -> Packet:
-    question = {"op": 1, "hwsrc": MACS["a"], "psrc": ADDRS[4]["a"], "pdst": target, **fields}
+def who_has(target: str, **fields: Any) -> Packet:
+    question: dict[str, Any] = {"op": 1, "hwsrc": MACS["a"], "psrc": ADDRS[4]["a"], "pdst": target, **fields}
     return Ether(src=MACS["a"], dst="ff:ff:ff:ff:ff:ff") / ARP(**question)
 
 

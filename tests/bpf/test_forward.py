@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator
 from dataclasses import replace
+from typing import Any
 
 import pytest
 from datapath import EVENT_TRACE, POINT, REDIRECT, SHOT, TCX_NEXT, Datapath
@@ -68,10 +69,17 @@ def cut(packet: Packet, size: int) -> Packet:
     return Ether(bytes(packet)[:size])
 
 
-def with_field(packet: Packet, layer: type[Packet], **fields: object) -> Packet:
+def with_field(packet: Packet, layer: type[Packet], **fields: Any) -> Packet:
     for name, value in fields.items():
         setattr(packet[layer], name, value)
     return packet
+
+
+def stub(w: Wire, payload: Packet, size: int) -> Packet:
+    """A packet of which only so many bytes of the transport header are there."""
+    packet, header = w.sent("b", payload), 20 if w.family == 4 else 40
+    layer, length = (IP, {"len": header + size}) if w.family == 4 else (IPv6, {"plen": size})
+    return cut(with_field(packet, layer, **length), 14 + header + size)
 
 
 def fragment(w: Wire, dst: str, offset: int, more: bool, payload: bytes, ident: int = 99) -> Packet:
@@ -139,12 +147,8 @@ RECORDS = [
     Record("multicast goes nowhere", lambda w: w.sent("224.0.0.251" if w.family == 4 else "ff02::fb", udp()), SHOT,
            drop="DROP_STALE_OR_UNROUTABLE_IP"),
     Record("group membership is taken in silence", lambda w: raw_ip(w, 2), SHOT, families=(4,), events=[]),
-    Record("a cut transport header is refused", lambda w: cut(with_field(w.sent("b", udp()), *(
-           (IP, ) if w.family == 4 else (IPv6,)), **({"len": 24} if w.family == 4 else {"plen": 4})),
-           14 + (24 if w.family == 4 else 44)), SHOT, drop="DROP_CT_INVALID_HEADER"),
-    Record("a cut TCP header is refused", lambda w: cut(with_field(w.sent("b", syn()), *(
-           (IP, ) if w.family == 4 else (IPv6,)), **({"len": 30} if w.family == 4 else {"plen": 10})),
-           14 + (30 if w.family == 4 else 50)), SHOT, drop="DROP_CT_INVALID_HEADER"),
+    Record("a cut transport header is refused", lambda w: stub(w, udp(), 4), SHOT, drop="DROP_CT_INVALID_HEADER"),
+    Record("a cut TCP header is refused", lambda w: stub(w, syn(), 10), SHOT, drop="DROP_CT_INVALID_HEADER"),
     Record("a TCP header shorter than itself is refused",
            lambda w: with_field(w.sent("b", syn()), TCP, dataofs=4), SHOT,
            drop="DROP_CT_INVALID_HEADER"),

@@ -6,23 +6,20 @@ import pytest
 from datapath import EVENT_DROP, REDIRECT, SHOT, TCX_NEXT, Datapath, addr
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from record import ADDRS, MACS, OVERLAY, Wire, base_rows, send, syn, udp
+from record import ADDRS, MACS, OVERLAY, Build, Wire, base_rows, send, syn, udp
 from scapy.layers.inet6 import IPv6ExtHdrDestOpt, IPv6ExtHdrFragment, PadN
 from scapy.layers.l2 import Ether
 
 LEAST = 54
 MAC = bytes.fromhex(MACS["a"].replace(":", ""))
-SEEDS = [
-    bytes(packet(Wire(family)))
-    for family in (4, 6)
-    for packet in (
-        lambda w: w.sent("b", udp()),
-        lambda w: w.sent("c", syn()),
-        lambda w: w.sent("world", w.echo()),
-        lambda w: w.sent("front", syn()),
-        lambda w: w.sent("b", w.unreachable(w.ip("b", "a") / udp())),
-    )
-] + [
+BUILDS: list[Build] = [
+    lambda w: w.sent("b", udp()),
+    lambda w: w.sent("c", syn()),
+    lambda w: w.sent("world", w.echo()),
+    lambda w: w.sent("front", syn()),
+    lambda w: w.sent("b", w.unreachable(w.ip("b", "a") / udp())),
+]
+SEEDS = [bytes(build(Wire(family))) for family in (4, 6) for build in BUILDS] + [
     bytes(Ether(src=MACS["a"], dst=MACS["a-host"]) / Wire(6).ip("a", "b") / extension / udp())
     for extension in (IPv6ExtHdrFragment(nh=17, m=1), IPv6ExtHdrDestOpt(options=[PadN(optdata=b"\0" * 4)]))
 ]
