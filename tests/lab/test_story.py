@@ -1,7 +1,7 @@
 """The main story, as the demo tells it: pods of several nodes, Services, policies, drops with their rule.
 
 It runs on the embedded API server here, on the real one from tests/kube (FIMBRIA_STORY_KUBECONFIG), on other kernels
-from tests/vm (FIMBRIA_STORY_ROUTINGS limits how often).
+from tests/vm (FIMBRIA_STORY_ROUTINGS and _NODES make it smaller there).
 """
 
 import asyncio
@@ -20,6 +20,7 @@ pytestmark = pytest.mark.timeout(900)
 
 PODS = 8
 ROUTINGS = os.environ.get("FIMBRIA_STORY_ROUTINGS", "overlay native").split()
+NODES = int(os.environ.get("FIMBRIA_STORY_NODES", "3"))
 KUBECONFIG = os.environ.get("FIMBRIA_STORY_KUBECONFIG", "")
 
 # Who reaches what once the policies are there; everything else is dropped.
@@ -54,7 +55,7 @@ class Story:
 @pytest.fixture(scope="module", params=ROUTINGS)
 def story(request: pytest.FixtureRequest) -> Iterator[Story]:
     name = f"t{os.getpid()}-s{request.param[0]}"
-    spec = LabSpec(name=name, routing=request.param, kubeconfig=KUBECONFIG, controllers=bool(KUBECONFIG))
+    spec = LabSpec(name=name, nodes=NODES, routing=request.param, kubeconfig=KUBECONFIG, controllers=bool(KUBECONFIG))
     try:
         cluster.up(spec)
         found = Story(spec)

@@ -20,7 +20,7 @@ from fimbria.compute.service import ServiceCompute
 from fimbria.decide.numbers import Numbers
 from fimbria.model.address import Prefix
 from fimbria.model.endpoint import LocalEndpoint, NamedPort
-from fimbria.model.identity import RESERVED_LABELS
+from fimbria.model.identity import RESERVED_LABELS, Reserved
 from fimbria.model.labels import Labels, pod_labels
 from fimbria.model.network import DeviceSet, NeighbourKey, Route
 from fimbria.model.node import Node
@@ -32,6 +32,7 @@ from fimbria.tables.table import Changes
 
 ENDPOINT_READY: Final = 1
 SPARE_NUMBERS: Final = 1024
+API_SERVICE: Final = ServiceKey("default", "kubernetes")
 POLICY_TABLES: Final = ("network_policies", "cilium_policies", "clusterwide_policies")
 Content = Mapping[PolicyKey, PolicyEntry]
 
@@ -231,6 +232,7 @@ class Engine:
             self._put_ipcache(self.ipcache.set_node(self.node, own))
             keys = set(self.tables.nodes) | set(keys)
             self._locals(set(self.tables.endpoints))
+            self._api_servers()
         for name in keys:
             node = self.own_node() if name == self.node else self.tables.nodes.get(name)
             self._put_ipcache(self.ipcache.set_node(name, node))
@@ -284,12 +286,25 @@ class Engine:
         keys = {ServiceKey(*key) for key in services}
         for key in slices:
             keys |= self._slice_services(key)
+        if API_SERVICE in keys:
+            self._api_servers()
         for service_key in keys:
             found = (self.tables.endpoint_slices.get(k) for k in self.tables.endpoint_slices.by("service", service_key))
             delta = self.services.update(service_key, self.tables.services.get(service_key), [s for s in found if s])
             for target in (self.rows.backends, self.rows.service_slots, self.rows.frontends):
                 target.put_many(delta.upserts[target.name])
                 target.drop_many(delta.deletes[target.name])
+
+    def _api_servers(self) -> None:
+        """Policies name the API servers as an entity: their addresses are the endpoints of Service default/kubernetes."""
+        slices = (self.tables.endpoint_slices.get(k) for k in self.tables.endpoint_slices.by("service", API_SERVICE))
+        addrs = {e.addr for s in slices if s for e in s.endpoints}
+        self._put_ipcache(self.ipcache.set_apiserver(addrs))
+        here = bool(addrs & self.ipcache.own_addrs)
+        labels = RESERVED_LABELS[Reserved.HOST]
+        self.policy.upsert_identity(
+            Reserved.HOST, Labels({**labels, "reserved:kube-apiserver": ""}) if here else labels
+        )
 
     def _slice_services(self, key: ObjectKey) -> set[ServiceKey]:
         """The service a slice belongs to now, and the one it belonged to."""

@@ -22,6 +22,7 @@ from fimbria.model.rows import NO_ADDR, PrefixKey, Remote
 IDENTITY_HOST = 1
 IDENTITY_UNMANAGED = 3
 IDENTITY_REMOTE_NODE = 6
+IDENTITY_KUBE_APISERVER = 7
 REMOTE_POD, REMOTE_NODE, REMOTE_TUNNEL = 1, 2, 4
 
 Claim = tuple[PrefixKey, Remote]
@@ -57,6 +58,12 @@ class IpcacheCompute:
         remote = self._remote(endpoint.identity, REMOTE_POD, tunnel)
         claims = tuple((PrefixKey(128, a), remote) for a in endpoint.addrs)
         return self._set(("pod", key), (2, endpoint.created), claims)
+
+    def set_apiserver(self, addrs: Iterable[bytes]) -> set[PrefixKey]:
+        """The API servers' addresses, wherever they run, but for this node's own: those stay HOST."""
+        remote = self._remote(IDENTITY_KUBE_APISERVER, REMOTE_NODE, NO_ADDR)
+        claims = tuple((PrefixKey(128, a), remote) for a in sorted(set(addrs)) if a not in self.own_addrs)
+        return self._set(("apiserver", ""), (1, "above a node's own claim"), claims)
 
     def set_local(self, endpoint_id: int, endpoint: LocalEndpoint | None, identity: int) -> set[PrefixKey]:
         """An endpoint of this node. Identity 0: not decided yet, no claim."""

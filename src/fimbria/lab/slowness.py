@@ -1,5 +1,5 @@
-"""How patient the lab is. Emulated machines are an order of magnitude slower: FIMBRIA_LAB_SLOWNESS=10 waits ten times as
-long before it gives up; nothing takes longer by it."""
+"""How patient the lab is. Emulated machines are an order of magnitude slower: FIMBRIA_LAB_SLOWNESS=10 waits ten times
+as long before it gives up; nothing takes longer by it."""
 
 from __future__ import annotations
 
