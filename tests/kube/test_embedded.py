@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import asyncio
 import http.client
+import ipaddress
 import os
 import socket
 import stat
@@ -12,7 +14,13 @@ import time
 from pathlib import Path
 from typing import Any
 
+import aiohttp
 import pytest
+from aiohttp import web
+
+from fimbria.lab.apiserver.app import Api
+from fimbria.lab.apiserver.registry import Registry
+from fimbria.lab.apiserver.store import Store
 
 pytestmark = pytest.mark.timeout(120)
 SOURCE = Path(__file__).parents[2] / "src"
@@ -152,3 +160,24 @@ def test_port_in_use_and_bad_options_are_one_sentence(embedded_server: Any, tmp_
         env = os.environ | {"PYTHONPATH": str(SOURCE)}
         done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=60, check=False)
         assert done.returncode != 0 and words in done.stderr and "Traceback" not in done.stderr, done.stderr
+
+
+async def test_an_abandoned_watch_leaves_nothing_behind(tmp_path: Path) -> None:
+    store = Store(tmp_path / "db")
+    registry = Registry(store, [ipaddress.ip_network("10.96.0.0/16")])
+    runner = Api(registry, "secret").runner()
+    await runner.setup()
+    path = str(tmp_path / "sock")
+    await web.UnixSite(runner, path).start()
+    shelf = registry.shelf(registry.namespaces)
+    try:
+        async with aiohttp.ClientSession(connector=aiohttp.UnixConnector(path)) as session:
+            for _ in range(5):
+                await session.get("http://lab/api/v1/namespaces?watch=1")
+            assert len(shelf._wakers) == 5
+        async with asyncio.timeout(5):
+            while shelf._wakers:  # noqa: ASYNC110 - what is waited for has no event
+                await asyncio.sleep(0.01)
+    finally:
+        await runner.cleanup()
+        store.close()

@@ -80,7 +80,7 @@ async def serve(options: argparse.Namespace) -> None:
     os.chmod(options.db, 0o600)
     registry = Registry(store, options.networks)
     token = credentials.token(options.db.with_suffix(".token"))
-    runner = web.AppRunner(Api(registry, token).application(), access_log=None, shutdown_timeout=1.0)
+    runner = Api(registry, token).runner()
     await runner.setup()
     try:
         bound = await _listen(runner, options)

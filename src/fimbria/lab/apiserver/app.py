@@ -36,7 +36,11 @@ class Api:
         self._token = token
         self._watches: set[asyncio.Task[Any]] = set()
 
-    def application(self) -> web.Application:
+    def runner(self) -> web.AppRunner:
+        """Ready to be set up and given sites. A client that goes away ends its watch at once."""
+        return web.AppRunner(self._application(), access_log=None, shutdown_timeout=1.0, handler_cancellation=True)
+
+    def _application(self) -> web.Application:
         app = web.Application(client_max_size=MAX_BODY)
         app.router.add_route("*", "/{path:.*}", self.handle)
         app.on_shutdown.append(self._end_watches)

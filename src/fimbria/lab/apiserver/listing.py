@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import binascii
+from bisect import bisect_right
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 
@@ -65,10 +66,11 @@ def page(shelf: Shelf, now_rv: int, wanted: Predicate | None, query: Mapping[str
     token = _decode_token(query["continue"]) if query.get("continue") else None
     rv = _list_version(query, now_rv, limit) if token is None else token.rv or now_rv
     state = _state(shelf, rv, now_rv, token)
-    keys = [key for key, entry in state.items() if wanted is None or wanted(key, entry)]
+    keys = shelf.sorted_keys() if state is shelf.entries else sorted(state)
     if token:
-        after = Key(token.namespace, token.name)
-        keys = [key for key in keys if key > after]
+        keys = keys[bisect_right(keys, Key(token.namespace, token.name)) :]
+    if wanted is not None:
+        keys = [key for key in keys if wanted(key, state[key])]
     served, rest = (keys[:limit], keys[limit:]) if limit else (keys, [])
     entries = [state[key] for key in served]
     if not rest:

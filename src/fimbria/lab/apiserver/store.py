@@ -54,17 +54,17 @@ class Shelf:
         return self._events[bisect_right(self._events, rv, key=lambda event: event.rv) :]
 
     def snapshot(self, rv: int) -> dict[Key, Entry]:
-        """The objects as they were at a version, sorted: later changes are undone. Raises Expired."""
+        """The objects as they were at a version: later changes are undone. Not to be changed. Raises Expired."""
         later = self.events_after(rv)
         if not later:
-            return {key: self.entries[key] for key in self.sorted_keys()}
+            return self.entries
         state = dict(self.entries)
         for event in reversed(later):
             if event.old is None:
                 state.pop(event.key, None)
             else:
                 state[event.key] = event.old
-        return dict(sorted(state.items()))
+        return state
 
     def subscribe(self) -> asyncio.Event:
         waker = asyncio.Event()
