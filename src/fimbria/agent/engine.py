@@ -296,7 +296,7 @@ class Engine:
                 target.drop_many(delta.deletes[target.name])
 
     def _api_servers(self) -> None:
-        """Policies name the API servers as an entity: their addresses are the endpoints of Service default/kubernetes."""
+        """Policies name the API servers as an entity: it is the endpoints of Service default/kubernetes."""
         slices = (self.tables.endpoint_slices.get(k) for k in self.tables.endpoint_slices.by("service", API_SERVICE))
         addrs = {e.addr for s in slices if s for e in s.endpoints}
         self._put_ipcache(self.ipcache.set_apiserver(addrs))
