@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import sys
 from collections import Counter
-from typing import Any, Final
+from typing import Final
 
 import click
 
 from fimbria.cli.local import Local, Refused, socket_option
-from fimbria.cli.show import Column, Row, bad, count, dump, good, listing, output_option, table, warn
+from fimbria.cli.show import Column, Row, bad, count, dump, listing, output_option, table, warn
 
 # enum bpf_map_type in include/uapi/linux/bpf.h
 MAP_TYPES: Final = {
@@ -95,7 +95,7 @@ def _flat(row: Row, prefix: str = "") -> Row:
     return found
 
 
-ACTIONS: Final[dict[str, Any]] = {"create": good, "delete": bad, "update": warn}
+ACTIONS: Final = {"write": warn, "delete": bad}
 
 
 @click.command(

@@ -116,7 +116,7 @@ def filled(agent):
 
 @pytest.mark.parametrize("kind", ["node", "endpoint", "identity", "ipcache", "service", "policy"])
 def test_empty_lists(call, agent, kind: str) -> None:
-    agent.answers |= dict.fromkeys(["nodes", "endpoints", "identities", "ipcache", "services", "policies"], [])
+    agent.answers |= {k: [] for k in ("nodes", "endpoints", "identities", "ipcache", "services", "policies")}
     people = call(kind, "list")
     assert (people.exit_code, people.stdout) == (0, "")
     assert people.stderr.startswith("No ")
