@@ -169,6 +169,17 @@ def _start_shim(store: Store, sandbox: Sandbox, container: Start, directory: Pat
     )
 
 
+def last_words(store: Store, sandbox: Sandbox, container: str) -> str:
+    """The end of a container's log as terminationMessagePolicy FallbackToLogsOnError shows it: 2048 bytes, 80 lines."""
+    try:
+        with store.log(sandbox, container).open("rb") as log:
+            log.seek(max(log.seek(0, os.SEEK_END) - 2048, 0))
+            text = log.read().decode(errors="replace")
+    except OSError:
+        return ""
+    return "\n".join(text.splitlines()[-80:])
+
+
 def _last_line(log: Path) -> str:
     try:
         return (log.read_text(errors="replace").splitlines() or [""])[-1]

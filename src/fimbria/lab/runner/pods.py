@@ -237,9 +237,12 @@ class PodWorker:
         del self._running[container.name]
         finished = now()
         done_init = container.init and code == 0
+        assert self._sandbox is not None
+        words = container.last_words and code != 0
         self._set(
             container,
             state="terminated",
+            message=containers.last_words(self._host.store, self._sandbox, container.name) if words else "",
             exit_code=code,
             finished=finished,
             ready=done_init,

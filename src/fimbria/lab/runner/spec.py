@@ -70,6 +70,7 @@ class ContainerSpec:
     readiness: Probe | None
     init: bool = False
     sidecar: bool = False
+    last_words: bool = False  # terminationMessagePolicy FallbackToLogsOnError
 
 
 @dataclass(frozen=True)
@@ -156,6 +157,7 @@ def _container(c: Mapping[str, Any], labtool: str, *, init: bool) -> ContainerSp
         _probe(c),
         init,
         init and c.get("restartPolicy") == "Always",
+        c.get("terminationMessagePolicy") == "FallbackToLogsOnError",
     )
 
 
@@ -332,6 +334,7 @@ def _container_status(c: ContainerSpec, s: ContainerState) -> dict[str, Any]:
             "terminated": {
                 "exitCode": s.exit_code,
                 "reason": "Completed" if s.exit_code == 0 else "Error",
+                "message": s.message or None,
                 "startedAt": s.started or None,
                 "finishedAt": s.finished or None,
             }
