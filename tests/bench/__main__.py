@@ -83,7 +83,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser("python -m tests.bench", description=__doc__)
     parser.add_argument("names", nargs="*", metavar="NAME", help=f"groups: {', '.join(TITLES)}")
     parser.add_argument("--quick", action="store_true", help="smoke test; nothing is written")
-    parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--no-write", action="store_true", help="only print")
     options = parser.parse_args(argv)
     unknown = [n for n in options.names if n not in TITLES]

@@ -14,11 +14,11 @@ from tempfile import TemporaryDirectory
 from typing import Any, Final
 
 from tests.bench import baseline
-from tests.bench.labs import agent_metrics, bench_lab, settle
+from tests.bench.labs import agent_metrics, bench_lab, cni_socket, settle
 from tests.bench.measure import BenchError, Settings
 from tests.bench.report import Figure, Goal, explain, figure, tail
 
-from fimbria.lab import access, components, kernel
+from fimbria.lab import components, kernel
 from fimbria.lab.handle import Lab
 
 PLUGINS: Final = Path("/usr/lib/cni")
@@ -98,8 +98,8 @@ def _pod(lab: Lab) -> str:
 
 def _ours(lab: Lab) -> Plugin:
     config = {"cniVersion": "1.0.0", "name": "fimbria", "type": "fimbria-cni"}
-    socket = access.node_root(lab.paths, "node1") / "run/fimbria/cni.sock"
-    return Plugin(kernel.binary("fimbria-cni"), config, {"FIMBRIA_CNI_SOCKET": str(socket)}, lambda work: work())
+    env = {"FIMBRIA_CNI_SOCKET": str(cni_socket(lab, "node1"))}
+    return Plugin(kernel.binary("fimbria-cni"), config, env, lambda work: work())
 
 
 def _theirs(net: baseline.Net, stack: ExitStack) -> Plugin:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import Final
 
-from tests.bench import cni, datapath, services
+from tests.bench import agent, cni, datapath, services
 from tests.bench.measure import Settings
 from tests.bench.report import Figure
 
@@ -13,11 +13,15 @@ GROUPS: Final[Mapping[str, Callable[[Settings], list[Figure]]]] = {
     "pods": datapath.pods_of,
     "services": services.through_services,
     "cni": cni.add_and_delete,
+    "agent": agent.agent,
+    "crowd": agent.crowd,
 }
 TITLES: Final[Mapping[str, str]] = {
     "pods": "Pod to pod",
     "services": "Services",
     "cni": "CNI plugin",
+    "agent": "Agent: start, memory, enforcement, a large cluster",
+    "crowd": "Agent: many pods on one node",
 }
 WORDS: Final[Mapping[str, tuple[str, ...]]] = {
     "pods": (
@@ -32,4 +36,10 @@ WORDS: Final[Mapping[str, tuple[str, ...]]] = {
         "Whole processes as a runtime starts them: fork, exec, configuration in, result out, exit; a fresh",
         "network namespace each time, made outside the clock.",
     ),
+    "agent": (
+        "One node; PSS of the agent's process. The large cluster exists in the API server only: CiliumNodes,",
+        "CiliumIdentities and CiliumEndpoints as agents would report them, written into its database.",
+        "Enforcement is seen by a UDP echo a millisecond between two pods; the policy selects half of all identities.",
+    ),
+    "crowd": ("Pods by real CNI ADDs, each with a network namespace, veth, programs and policy row; no containers.",),
 }

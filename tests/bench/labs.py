@@ -105,6 +105,11 @@ def agent_metrics(lab: Lab, node: str) -> dict[str, float]:
     return {name: float(value) for name, _, value in lines}
 
 
+def cni_socket(lab: Lab, node: str) -> Path:
+    """Where a node's agent takes CNI requests, as seen from here. Raises LabError."""
+    return access.node_root(lab.paths, node) / "run/fimbria/cni.sock"
+
+
 def agent_status(lab: Lab, node: str) -> dict[str, Any]:
     """What an agent says about itself. Raises OSError, aiohttp.ClientError while it isn't there."""
     path = access.node_root(lab.paths, node) / "run/fimbria/agent.sock"

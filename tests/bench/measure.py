@@ -25,7 +25,7 @@ class BenchError(Exception):
 class Settings:
     """How long and how often. `say` tells people what is going on."""
 
-    rounds: int = 7
+    rounds: int = 5
     seconds: int = 1
     quick: bool = False
     say: Callable[[str], None] = field(default=lambda _text: None)

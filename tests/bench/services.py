@@ -54,7 +54,7 @@ def through_services(settings: Settings) -> list[Figure]:
                         "vip": partial(rate, client, mode, vip, rules.PORT),
                         "clean": partial(rate, clean.place("a"), mode, clean_address),
                         "iptables": partial(rate, proxied.place("a"), mode, vip, rules.PORT),
-                    }, max(settings.rounds - 2, 2))  # fmt: skip
+                    }, settings.rounds)  # fmt: skip
                     found += _figures(size, name, samples)
                     kept[mode][size] = [a / b for a, b in zip(samples["vip"], samples["direct"], strict=True)]
     return found + _independence(kept)
