@@ -95,7 +95,7 @@ class Request:
         key = next((k for k in _GC_KEYS if k in self.config), None)
         if key is None:
             raise CniError(Code.INVALID_CONFIG, f"GC without {_GC_KEYS[0]}", "nothing was removed")
-        listed = self.config[key] or []
+        listed = [] if self.config[key] is None else self.config[key]
         if not isinstance(listed, list):
             raise CniError(Code.INVALID_CONFIG, f"{key} is not a list", "nothing was removed")
         return frozenset(_attachment(key, row) for row in listed)
@@ -136,7 +136,7 @@ def parse_prev_result(raw: Any) -> PrevResult:
 
 
 def _objects(raw: Mapping[str, Any], key: str) -> list[dict[str, Any]]:
-    rows = raw.get(key) or []
+    rows = [] if raw.get(key) is None else raw[key]
     if not isinstance(rows, list) or not all(isinstance(r, dict) for r in rows):
         raise CniError(Code.INVALID_CONFIG, f"prevResult.{key} is not a list of objects")
     return rows
