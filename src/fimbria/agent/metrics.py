@@ -57,7 +57,7 @@ class _Collector:
         pressure = GaugeMetricFamily("fimbria_bpf_map_pressure", "Wanted rows / room in the map", labels=["map_name"])
         wanted = GaugeMetricFamily("fimbria_desired_rows", "Rows wanted in the kernel", labels=["target"])
         failed = GaugeMetricFamily("fimbria_failed_rows", "Rows that can't be written", labels=["target"])
-        repaired = CounterMetricFamily("fimbria_drift_repaired", "Rows others changed, repaired", labels=["target"])
+        repaired = CounterMetricFamily("fimbria_drift_repaired", "What others changed, repaired", labels=["target"])
         writes = CounterMetricFamily("fimbria_rows_written", "Rows written", labels=["target"])
         for stage in loop.stages:
             name = stage.rows.name
@@ -68,6 +68,8 @@ class _Collector:
             bpf_map = self._agent.datapath.maps.get(name)
             if bpf_map is not None:
                 pressure.add_metric([name], len(stage.rows.desired) / bpf_map.max_entries)
+        for kind, count in self._agent.keeper.repaired.items():
+            repaired.add_metric([kind], count)
         yield from (pressure, wanted, failed, repaired, writes)
         yield GaugeMetricFamily("fimbria_policy_epoch", "Policy epoch in the kernel", value=self._agent.epoch)
         labels = ["hook", "program"]

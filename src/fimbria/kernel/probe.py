@@ -54,12 +54,12 @@ def cgroup2_mount(mounts: str | None = None) -> str | None:
 
 
 def bpffs_mounted(path: str) -> bool:
-    """True when `path` lies on a BPF file system."""
-    text = Path("/proc/self/mountinfo").read_text()
-    under = [m for m in _mounts(text) if path == m[0] or path.startswith(m[0].rstrip("/") + "/")]
-    # Of several mounts at one point the last one listed is on top.
-    best = max(enumerate(under), key=lambda m: (len(m[1][0]), m[0]), default=(0, ("", "")))[1]
-    return best[1] == "bpf"
+    """True when `path` lies on a BPF file system. By its device: a mount that is listed may be covered by another."""
+    there = next(p for p in (Path(path), *Path(path).parents) if p.exists())
+    device = there.stat().st_dev
+    lines = (line.split() for line in Path("/proc/self/mountinfo").read_text().splitlines())
+    wanted = f"{os.major(device)}:{os.minor(device)}"
+    return any(fields[2] == wanted and fields[fields.index("-") + 1] == "bpf" for fields in lines)
 
 
 def _mounts(text: str) -> list[tuple[str, str]]:
