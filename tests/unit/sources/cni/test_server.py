@@ -85,7 +85,7 @@ async def serving(path: Path, seen: list[Request]) -> AsyncIterator[CniServer]:
 
     server = CniServer(path, handler)
     task = asyncio.create_task(server.run())
-    while not path.exists():
+    while not path.exists():  # noqa: ASYNC110, ASYNC240
         await asyncio.sleep(0.001)
     try:
         yield server
@@ -185,8 +185,8 @@ async def test_a_second_server_takes_over_the_socket(tmp_path: Path) -> None:
         await ask(path, frame(ENV, CONF))
     inode = path.stat().st_ino
     async with serving(path, second):
-        while path.stat().st_ino == inode:
+        while path.stat().st_ino == inode:  # noqa: ASYNC110
             await asyncio.sleep(0.001)
         assert await ask(path, frame(ENV, CONF)) == (0, b"{}\n")
     assert (len(first), len(second)) == (1, 1)
-    assert [p.name for p in tmp_path.iterdir()] == ["cni.sock"]
+    assert [p.name for p in tmp_path.iterdir()] == ["cni.sock"]  # noqa: ASYNC240
