@@ -25,6 +25,9 @@ $(VENV)/.stamp: requirements.lock
 	@echo "python: installing locked dependencies into $(VENV)"
 	@test -x $(PY) || $(PYTHON) -m venv $(VENV)
 	@$(VENV)/bin/pip install -q --disable-pip-version-check --require-hashes -r requirements.lock
+	@echo "$(CURDIR)/src" >"$$($(PY) -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/fimbria-source.pth"
+	@printf '#!%s\nfrom fimbria.cli.main import main\n\nmain()\n' "$(CURDIR)/$(PY)" >$(VENV)/bin/fimbria
+	@chmod +x $(VENV)/bin/fimbria
 	@touch $@
 
 venv: $(VENV)/.stamp
@@ -49,7 +52,7 @@ demo: build ## set everything up and show the main job; leaves the lab running
 	@$(FIMBRIA) demo
 
 demo-down: ## remove every trace of the demo
-	@$(FIMBRIA) lab down --all
+	@$(FIMBRIA) lab down
 
 # --- tests ---
 

@@ -1,6 +1,7 @@
 """Runs test files of this repository with pytest inside a guest."""
 
 import re
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -23,14 +24,21 @@ class Summary:
         return self.rc == 0 and set(self.counts) == {"passed"}
 
 
-def run_tests(kernel: str, path: str | Path, *arguments: str, timeout: float = 600, memory: int = 1024) -> Summary:
+def run_tests(
+    kernel: str,
+    path: str | Path,
+    *arguments: str,
+    timeout: float = 600,
+    memory: int = 1024,
+    env: Mapping[str, str] | None = None,
+) -> Summary:
     """Runs the test file `path` (relative to the repository, or anywhere outside /tmp and /run) in the guest.
 
     `timeout` in seconds bounds the whole run, and replaces pytest's own limit for one test, which is meant for
     hardware. Raises what machine.run raises.
     """
     command = ["python", "-m", "pytest", "-p", "no:cacheprovider", f"--timeout={timeout:g}", *arguments, str(path)]
-    result = machine.run(kernel, command, timeout=timeout, memory=memory)
+    result = machine.run(kernel, command, timeout=timeout, memory=memory, env=env)
     return Summary(result.rc, counts(result.output), result.output)
 
 

@@ -145,3 +145,14 @@ def test_a_test_file_runs_in_the_guest(place: Path) -> None:
 def test_programs_load(kernel: str, place: Path) -> None:
     result = machine.run(kernel, ["python", "tests/bpf/load_all.py"], timeout=600)
     assert result.rc == 0, result.output
+
+
+# A lab of two nodes is a dozen Python processes; emulated, each takes seconds to start.
+STORY = {"FIMBRIA_STORY_ROUTINGS": "overlay", "FIMBRIA_STORY_NODES": "2", "FIMBRIA_LAB_SLOWNESS": "15"}
+
+
+@pytest.mark.timeout(2000)
+@pytest.mark.parametrize("kernel", KERNELS)
+def test_the_main_story(kernel: str, place: Path) -> None:
+    summary = suite.run_tests(kernel, "tests/lab/test_story.py", "-q", timeout=1800, memory=2048, env=STORY)
+    assert summary.ok, summary.output
