@@ -80,9 +80,15 @@ class Observer:
     async def _read(self, ring: RingBuffer, path: Path) -> None:
         loop = asyncio.get_running_loop()
         readable = asyncio.Event()
-        loop.add_reader(ring.fd, readable.set)
+
+        def woken() -> None:
+            # Events that come during the pause leave the buffer readable: a reader left in place would spin.
+            loop.remove_reader(ring.fd)
+            readable.set()
+
         try:
             while self._newest_map() == path:
+                loop.add_reader(ring.fd, woken)
                 with suppress(TimeoutError):
                     await asyncio.wait_for(readable.wait(), 2.0)
                 readable.clear()
