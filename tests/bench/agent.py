@@ -1,5 +1,5 @@
-"""The agent: how soon it is ready, how much memory it needs, how soon a policy is enforced; alone, with many local pods,
-and in a cluster of 50,000 pods."""
+"""The agent: how soon it is ready, how much memory it needs, how soon a policy is enforced; alone, with many pods of
+its own, and in a cluster of 50,000 pods."""
 
 from __future__ import annotations
 

@@ -43,12 +43,12 @@ def identity_labels(number: int) -> dict[str, str]:
     }
 
 
-def _object(kind: str, name: str, namespace: str = "", **parts: Any) -> dict[str, Any]:
+def _object(kind: str, name: str, namespace: str = "") -> dict[str, Any]:
     meta: dict[str, Any] = {"name": name, "uid": str(uuid.uuid5(uuid.NAMESPACE_URL, f"{kind}/{namespace}/{name}"))}
     if namespace:
         meta["namespace"] = namespace
     meta |= {"creationTimestamp": CREATED, "generation": 1}
-    return {"apiVersion": "cilium.io/v2", "kind": kind, "metadata": meta, **parts}
+    return {"apiVersion": "cilium.io/v2", "kind": kind, "metadata": meta}
 
 
 def nodes(count: int, *, ipv6: bool) -> Iterator[Row]:
@@ -60,14 +60,14 @@ def nodes(count: int, *, ipv6: bool) -> Iterator[Row]:
         addresses += [{"type": "CiliumInternalIP", "ip": a} for a in routers[families]]
         cidrs = [f"{block(n)[0]}0/24", f"{block(n)[1]}/120"][families]
         spec = {"addresses": addresses, "ipam": {"podCIDRs": cidrs}}
-        yield "ciliumnodes.cilium.io", "", f"far{n}", _object("CiliumNode", f"far{n}", spec=spec)
+        yield "ciliumnodes.cilium.io", "", f"far{n}", _object("CiliumNode", f"far{n}") | {"spec": spec}
 
 
 def identities(count: int) -> Iterator[Row]:
     """CiliumIdentities."""
     for n in range(count):
         name = str(FIRST_IDENTITY + n)
-        body = _object("CiliumIdentity", name, **{"security-labels": identity_labels(n)})
+        body = _object("CiliumIdentity", name) | {"security-labels": identity_labels(n)}
         yield "ciliumidentities.cilium.io", "", name, body
 
 
@@ -86,7 +86,12 @@ def pods(count: int, node_count: int, identity_count: int, *, ipv6: bool) -> Ite
             "external-identifiers": {"container-id": f"{n:064x}", "k8s-namespace": namespace, "k8s-pod-name": name},
             "named-ports": [{"name": "http", "port": 8080, "protocol": "TCP"}],
         }  # fmt: skip
-        yield "ciliumendpoints.cilium.io", namespace, name, _object("CiliumEndpoint", name, namespace, status=status)
+        yield (
+            "ciliumendpoints.cilium.io",
+            namespace,
+            name,
+            _object("CiliumEndpoint", name, namespace) | {"status": status},
+        )
 
 
 def everything(node_count: int, pod_count: int, identity_count: int, *, ipv6: bool) -> Iterator[Row]:
