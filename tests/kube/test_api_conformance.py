@@ -1135,6 +1135,8 @@ def things(server: Client) -> str:
         additionalPrinterColumns=[
             {"name": "Size", "type": "integer", "jsonPath": ".spec.size"},
             {"name": "Phase", "type": "string", "jsonPath": ".status.phase", "priority": 1},
+            {"name": "Ports", "type": "string", "jsonPath": ".spec.ports"},
+            {"name": "Each", "type": "string", "jsonPath": ".spec.ports[*]"},
         ],
         selectableFields=[{"jsonPath": ".spec.color"}],
     )
@@ -1209,11 +1211,12 @@ def test_custom_strategic_patch_is_415(server: Client, ns: str, things: str) -> 
 
 
 def test_custom_columns_and_fields(server: Client, ns: str, things: str) -> None:
-    server.post(custom(ns, things), thing("a", size=5, color="green"))
-    server.post(custom(ns, things), thing("b", size=6))
+    server.post(custom(ns, things), thing("a", size=5, color="green", ports=[80, "x"]))
+    server.post(custom(ns, things), thing("b", size=6, ports=[]))
     body = server.get(custom(ns, things), accept=TABLE)
-    assert [one["name"] for one in body["columnDefinitions"]] == ["Name", "Size", "Phase"]
-    assert cells(body)[0] == {"Name": "a", "Size": 5, "Phase": None}
+    assert [one["name"] for one in body["columnDefinitions"]] == ["Name", "Size", "Phase", "Ports", "Each"]
+    assert cells(body)[0] == {"Name": "a", "Size": 5, "Phase": None, "Ports": '[80,"x"]', "Each": "80"}
+    assert cells(body)[1] == {"Name": "b", "Size": 6, "Phase": None, "Ports": "[]", "Each": None}
     found = server.get(custom(ns, things), fieldSelector="spec.color=green")["items"]
     assert [one["metadata"]["name"] for one in found] == ["a"]
     refusal(server, 400, "BadRequest", "GET", custom(ns, things), fieldSelector="spec.size=5")
@@ -1230,7 +1233,8 @@ def test_without_status_subresource_status_is_plain(server: Client, ns: str) -> 
     establish(server, "plains", subresources={})
     body = custom_body("a") | {"kind": "Plains", "status": {"phase": "Mine"}}
     assert server.post(custom(ns, "plains"), body)["status"]["phase"] == "Mine"
-    assert server.call("GET", custom(ns, "plains", "a") + "/status").code == 404
+    status = refusal(server, 404, "NotFound", "GET", custom(ns, "plains", "a") + "/status")
+    assert status["message"] == 'plains.fim.example.com "a" not found'
 
 
 def test_deleted_definition_takes_its_objects_along(server: Client, ns: str) -> None:
@@ -1597,7 +1601,7 @@ def test_kubectl_custom_resources(server: Client, kubectl: Kubectl, ns: str, thi
     assert "created" in kubectl("apply", "-n", ns, "-f", "-", stdin=body)
     assert "configured" in kubectl("apply", "-n", ns, "-f", "-", stdin=body.replace("7", "8"))
     header, row = kubectl("get", "things", "-n", ns).splitlines()
-    assert header.split() == ["NAME", "SIZE"] and row.split() == ["t", "8"]
+    assert header.split() == ["NAME", "SIZE", "PORTS", "EACH"] and row.split() == ["t", "8"]
     out = kubectl("apply", "-n", ns, "-f", "-", stdin=body.replace("size", "sizes"), code=1)
     assert "spec.sizes" in out
     assert "things" in kubectl("api-resources", "--api-group=fim.example.com")

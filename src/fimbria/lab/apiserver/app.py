@@ -81,7 +81,7 @@ class Api:
         if target.namespace and not res.namespaced:
             raise errors.no_such_path()
         if target.sub and target.sub not in res.subresources:
-            raise errors.no_such_path()
+            raise errors.no_such_path() if res.type_name else errors.not_found(res, target.name)
         if request.method in ("GET", "HEAD"):
             return await self._read(request, res, target)
         if res.namespaced and not target.namespace:

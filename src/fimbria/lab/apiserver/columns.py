@@ -409,16 +409,19 @@ def custom(definitions: list[Obj]) -> tuple[Column, ...]:
         return (NAME, AGE)
     columns = [NAME]
     for one in definitions:
-        cell = _custom_cell(json_path(one["jsonPath"]), one["type"])
+        path = one["jsonPath"]
+        cell = _custom_cell(json_path(path), one["type"], "[*]" in path or "[?" in path)
         columns.append(Column(one["name"], one["type"], cell, one.get("priority", 0), one.get("format", ""),
                               one.get("description", "")))  # fmt: skip
     return tuple(columns)
 
 
-def _custom_cell(find: Callable[[Obj], Any], kind: str) -> Cell:
+def _custom_cell(find: Callable[[Obj], Any], kind: str, several: bool) -> Cell:
+    """A cell of this type; of a path that may match several values the first one counts."""
+
     def cell(obj: Obj) -> Any:
         value = find(obj)
-        if isinstance(value, list):
+        if several and isinstance(value, list):
             value = value[0]
         if value is None:
             return None
