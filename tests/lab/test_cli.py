@@ -144,6 +144,11 @@ def test_get_service_policy_node(shop: Lab) -> None:
 def test_every_map_can_be_dumped(shop: Lab) -> None:
     for row in answer(shop, "map", "list"):
         assert isinstance(answer(shop, "map", "dump", row["name"]), list), row["name"]
+    assert shop.probe("shop/client", "http", shop.addresses("shop/web")[0], 80)["result"] == "ok"
+    denied(shop)
+    counted = {r["name"]: r["packets"] for r in answer(shop, "map", "dump", "metrics")}
+    assert counted["POLICY_DENIED"] > 0
+    assert counted["FORWARDED"] > 0
     prefixes = {r["key"]["prefix"] for r in answer(shop, "map", "dump", "ipcache")}
     assert f"{shop.addresses('shop/web')[0]}/32" in prefixes
 
@@ -277,12 +282,21 @@ def namespaces(lab: Lab) -> set[str]:
 
 def test_connectivity_passes(shop: Lab) -> None:
     before = namespaces(shop)
-    done = shop.run("node/node1", *connectivity(shop, "-o", "json"))
+    outside = shop.start("node/world", "labtool", "serve", "--http", "8042")
+    try:
+        external = f"http://{shop.spec.world.ipv4}:8042"
+        done = shop.run("node/node1", *connectivity(shop, "-o", "json", "--external", external))
+    finally:
+        outside.kill()
+        outside.communicate(timeout=10)
     assert done.returncode == 0, done.stderr + done.stdout
     value = json.loads(done.stdout)
     assert value["failed"] == 0
     assert {r["family"] for r in value["results"]} == {4, 6}
     assert any(not r["allowed"] for r in value["results"])
+    assert [r["check"] for r in value["results"] if r["target"] == external.removeprefix("http://")] == [
+        "to the outside"
+    ]
     assert "removing namespace" in done.stderr
     assert namespaces(shop) == before
 
@@ -297,7 +311,7 @@ def test_connectivity_fails_when_something_is_broken(shop: Lab) -> None:
     rows = [line for line in done.stdout.splitlines() if line.startswith("✗")]
     assert rows
     assert all(" near " in row for row in rows), "only what is broken"
-    assert any("plain -> pod near" in row and "no connection" in row and "expected: connected" in row for row in rows)
+    assert any("plain -> pod near" in row and "no connection (timeout), expected: connected" in row for row in rows)
     assert "didn't go as expected" in done.stdout
 
 

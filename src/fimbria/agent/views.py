@@ -15,6 +15,7 @@ from fimbria.model.address import Prefix, is_v4, pack, unpack
 from fimbria.model.identity import RESERVED_LABELS
 from fimbria.model.policy import Direction
 from fimbria.model.rows import NO_ADDR, PrefixKey, Remote
+from fimbria.observe.names import drop_reason_name
 from fimbria.release import RELEASE
 
 if TYPE_CHECKING:
@@ -22,6 +23,7 @@ if TYPE_CHECKING:
 
 Row = dict[str, Any]
 DIRECTIONS: Final = ("ingress", "egress")
+_NOT_DROPS: Final = {0: "FORWARDED", 1: "EVENT_LOST"}
 _REMOTE_FLAGS: Final = {1: "pod", 2: "node", 4: "tunnel", 8: "no-masquerade"}
 _COUNTED: Final = frozenset({MapType.HASH, MapType.LRU_HASH, MapType.LPM_TRIE})
 _PROTOCOLS: Final = {1: "ICMP", 6: "TCP", 17: "UDP", 58: "ICMPv6", 132: "SCTP"}
@@ -71,7 +73,8 @@ def foreign(agent: Agent) -> dict[str, list[str]]:
     """Programs of others at the hooks we use."""
     links = next((s.target for s in agent.loop.stages if s.rows.name == "device_links"), None)
     found: dict[str, list[str]] = {}
-    for hook in agent.rows.device_links.desired if links is not None else ():
+    # Metrics ask in a thread: a copy is made in one step, walking the dict would not be.
+    for hook in tuple(agent.rows.device_links.desired) if links is not None else ():
         assert isinstance(hook, DeviceHook)
         try:
             others = links.foreign(hook)  # type: ignore[union-attr]
@@ -250,15 +253,16 @@ def map_rows(agent: Agent, name: str) -> list[Row]:
 
 
 def metrics_rows(agent: Agent) -> list[Row]:
-    """Packets and bytes by reason and direction, summed over the CPUs."""
+    """Packets and bytes by reason and direction, summed over the CPUs. Reason 0 is forwarded, 1 a lost event."""
     bpf_map, codec = agent.datapath.maps["metrics"], agent.layouts["metric"]
     rows = []
     for key, slot in bpf_map.items():
-        index = int.from_bytes(key, "little")
+        reason, direction = divmod(int.from_bytes(key, "little"), 2)
         cpus = [codec.decode(value) for value in bpf_map.split_percpu(slot)]
         packets, size = sum(c.packets for c in cpus), sum(c.bytes for c in cpus)
         if packets:
-            rows.append({"reason": index // 2, "direction": DIRECTIONS[index % 2], "packets": packets, "bytes": size})
+            named = {"reason": reason, "name": _NOT_DROPS.get(reason) or drop_reason_name(reason)}
+            rows.append(named | {"direction": DIRECTIONS[direction], "packets": packets, "bytes": size})
     return rows
 
 

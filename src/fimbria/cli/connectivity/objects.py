@@ -126,6 +126,8 @@ def why_not_ready(pod: Mapping[str, Any]) -> str:
         if condition.get("status") == "False" and condition.get("message"):
             return str(condition["message"])
     text = ": ".join(str(status[k]) for k in ("reason", "message") if status.get(k))
+    if status.get("phase") == "Running":
+        return "it runs, but isn't ready yet"
     return f"its phase is {status.get('phase') or 'Pending'}" + (f" ({text})" if text else "")
 
 
