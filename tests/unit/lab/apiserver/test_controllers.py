@@ -288,3 +288,10 @@ def test_owned_by_counts_controllers_only() -> None:
     other = pod("y")
     other["metadata"]["ownerReferences"] = [{"uid": "u"}]
     assert owned_by([mine, other], "u") == [mine]
+
+
+def test_only_ownership_and_deletion_matter_to_the_collector() -> None:
+    plain, child = {"uid": "u"}, {"uid": "u", "ownerReferences": [{"uid": "o"}]}
+    assert not garbage.matters(None, plain) and garbage.matters(None, child) and garbage.matters(plain, None)
+    assert not garbage.matters(child, child | {"labels": {"a": "b"}})
+    assert garbage.matters(child, child | {"deletionTimestamp": TEXT}) and garbage.matters(child, plain)

@@ -47,7 +47,7 @@ class Collector:
         self._known: dict[str, Item] = {}
         self._relevant: dict[str, Item] = {}
         self._terminating: set[str] = set()
-        self._wake, self._discover = asyncio.Event(), asyncio.Event()
+        self._wake, self._discover, self._emptying = asyncio.Event(), asyncio.Event(), asyncio.Event()
 
     def rediscover(self) -> None:
         self._discover.set()
@@ -106,7 +106,9 @@ class Collector:
                 self._relevant[item.uid] = item
         if kind.path == "/api/v1/namespaces" and new and new["metadata"].get("deletionTimestamp"):
             self._terminating.add(new["metadata"]["name"])
-        self._wake.set()
+            self._emptying.set()
+        if garbage.matters(old["metadata"] if old else None, new["metadata"] if new else None):
+            self._wake.set()
 
     # ---- owners
 
@@ -172,6 +174,9 @@ class Collector:
 
     async def _empty_namespaces(self) -> None:
         while True:
+            if not self._terminating:
+                self._emptying.clear()
+                await self._emptying.wait()
             await asyncio.sleep(SETTLE * 2)
             for name in sorted(self._terminating):
                 try:

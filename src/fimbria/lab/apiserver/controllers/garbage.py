@@ -52,6 +52,15 @@ def is_relevant(meta: Obj) -> bool:
     return bool(meta.get("ownerReferences")) or bool({FOREGROUND, ORPHAN} & set(meta.get("finalizers") or []))
 
 
+def matters(old: Obj | None, new: Obj | None) -> bool:
+    """Whether a change of an object's metadata can change what the collector has to do."""
+    if new is None:
+        return True
+    if old is None:
+        return is_relevant(new)
+    return any(old.get(key) != new.get(key) for key in ("uid", "ownerReferences", "finalizers", "deletionTimestamp"))
+
+
 def plan(relevant: Iterable[Item], known: dict[str, Item]) -> list[Decision]:
     """What to do about the relevant items; ``known`` has every object by uid."""
     items = list(relevant)
