@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
 from fimbria.agent import datapath as dp
-from fimbria.apply.devices import NodeDevices, find_uplinks
+from fimbria.apply.devices import NodeDevices, find_uplinks, host_addresses
 from fimbria.apply.programs import Constant
 from fimbria.compute.network import routers
 from fimbria.model.address import is_v4
@@ -76,6 +76,7 @@ def _ensure(agent: Agent, node: Node) -> DeviceSet:
 def _remember(agent: Agent, devices: DeviceSet) -> None:
     agent.devices = devices
     agent.wiring.pod_mtu = devices.pod_mtu
+    agent.engine.ipcache.host_addrs = host_addresses(agent.netlink)
 
 
 def _constants(agent: Agent, devices: DeviceSet) -> Mapping[str, Constant]:

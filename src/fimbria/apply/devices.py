@@ -46,10 +46,10 @@ def find_uplinks(netlink: NetlinkSocket, names: str, node_addrs: Iterable[bytes]
     return list(found.values())
 
 
-def node_addresses(netlink: NetlinkSocket, devices: Iterable[link.Device]) -> tuple[bytes, ...]:
-    """The global addresses (16 bytes) on the given devices."""
-    indexes = {d.index for d in devices}
-    return tuple(mapped(a.address) for a in link.dump_addresses(netlink) if a.index in indexes and a.scope == 0)
+def host_addresses(netlink: NetlinkSocket) -> tuple[bytes, ...]:
+    """All addresses (16 bytes) that this host answers to beyond its own links: loopback and link-local ones left out."""
+    found = {mapped(a.address) for a in link.dump_addresses(netlink) if a.scope == 0}
+    return tuple(sorted(found))
 
 
 class NodeDevices:

@@ -89,6 +89,8 @@ class IpcacheCompute:
         return len(self._by_key)
 
     own_addrs: frozenset[bytes] = frozenset()
+    host_addrs: tuple[bytes, ...] = ()
+    """Every address of this host, also those its Node doesn't list: what comes from them is the host's."""
 
     def _node_claims(self, node: Node) -> Iterable[Claim]:
         local = node.name == self.this_node
@@ -98,7 +100,7 @@ class IpcacheCompute:
         # A pod block of one family may be tunnelled over the other: any address of the node will do.
         tunnel = next(iter(sorted(node.addrs, key=is_v4, reverse=True)), NO_ADDR)
         tunnel = tunnel if self.overlay and not local else NO_ADDR
-        for addr in node.addrs:
+        for addr in (*node.addrs, *(self.host_addrs if local else ())):
             yield PrefixKey(128, addr), self._remote(identity, REMOTE_NODE, NO_ADDR)
         for addr in node.routers:
             yield PrefixKey(128, addr), self._remote(identity, REMOTE_NODE | REMOTE_POD, tunnel)
