@@ -85,7 +85,7 @@ def _build() -> None:
 
 
 def _compile(go: str, out: Path) -> None:
-    env = os.environ | {"CGO_ENABLED": "0", "GOWORK": "off", "GOFLAGS": "-mod=readonly"}
+    env = os.environ | {"CGO_ENABLED": "0", "GOWORK": "off", "GOFLAGS": "-mod=readonly -buildvcs=false"}
     total = len(_capture([go, "list", "-deps", *TOOLS.values()], env).split())
     _say(f"building {', '.join(TOOLS)} {version()}: {total} packages, about ten minutes on two cores")
     command = [go, "build", "-v", "-trimpath", "-ldflags", _ldflags(), "-o", f"{out}/", *TOOLS.values()]

@@ -184,7 +184,8 @@ class Embedded:
         ]
         log = (self.folder / "log").open("ab")
         env = os.environ | {"PYTHONPATH": str(SOURCE)}
-        self._process = subprocess.Popen(command, stdout=log, stderr=log, env=env)
+        die = load("realserver").die_with_parent
+        self._process = subprocess.Popen(command, stdout=log, stderr=log, env=env, preexec_fn=die)
         deadline = time.monotonic() + 30
         while not self.kubeconfig.exists():
             assert self._process.poll() is None and time.monotonic() < deadline, (self.folder / "log").read_text()
@@ -226,7 +227,9 @@ def controllers(server: Client, tmp_path_factory: pytest.TempPathFactory) -> Ite
     """The lab's controllers at work on the server."""
     log = (tmp_path_factory.mktemp("fim-controllers") / "log").open("wb")
     command = [sys.executable, "-m", "fimbria.lab.apiserver.controllers", "--kubeconfig", str(server.kubeconfig)]
-    process = subprocess.Popen(command, stdout=log, stderr=log, env=os.environ | {"PYTHONPATH": str(SOURCE)})
+    die = load("realserver").die_with_parent
+    env = os.environ | {"PYTHONPATH": str(SOURCE)}
+    process = subprocess.Popen(command, stdout=log, stderr=log, env=env, preexec_fn=die)
     try:
         yield
         assert process.poll() is None, Path(log.name).read_text()

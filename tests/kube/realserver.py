@@ -165,7 +165,7 @@ class RealServer:
                 stdout=output,
                 stderr=output,
                 start_new_session=True,
-                preexec_fn=None if self.detached else _die_with_parent,
+                preexec_fn=None if self.detached else die_with_parent,
             )
         state = {one: _identity(process.pid) for one, process in self._processes.items()}
         _private(self.folder / "pids.json", json.dumps(state))
@@ -281,7 +281,8 @@ def _netns_path(name: str) -> str:
     return name if "/" in name else f"/run/netns/{name}"
 
 
-def _die_with_parent() -> None:
+def die_with_parent() -> None:
+    """For preexec_fn: the process ends with the one that started it, even when that is killed (prctl(2))."""
     ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
 
 
