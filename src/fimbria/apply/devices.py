@@ -47,7 +47,7 @@ def find_uplinks(netlink: NetlinkSocket, names: str, node_addrs: Iterable[bytes]
 
 
 def host_addresses(netlink: NetlinkSocket) -> tuple[bytes, ...]:
-    """All addresses (16 bytes) that this host answers to beyond its own links: loopback and link-local ones left out."""
+    """All addresses (16 bytes) that this host answers to beyond its own links: neither loopback nor link-local ones."""
     found = {mapped(a.address) for a in link.dump_addresses(netlink) if a.scope == 0}
     return tuple(sorted(found))
 
