@@ -9,6 +9,7 @@ from typing import Final
 import click
 
 from fimbria.cli.local import Local, Refused, socket_option
+from fimbria.cli.match import completer
 from fimbria.cli.show import Column, Row, bad, count, dump, listing, output_option, table, warn
 
 # enum bpf_map_type in include/uapi/linux/bpf.h
@@ -63,7 +64,7 @@ def map_list(agent: Local, output: str) -> None:
 
 
 @map_.command("dump")
-@click.argument("name")
+@click.argument("name", shell_complete=completer("maps", lambda r: [r["name"]]))
 @click.option("-g", "--grep", "text", default="", metavar="TEXT", help="Only rows that contain this text.")
 @socket_option("agent")
 @click.option("-o", "--output", type=click.Choice(["table", "json"]), default="table")

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import importlib
-import sys
-from typing import Final
+from typing import TYPE_CHECKING, Final
 
 import click
+
+if TYPE_CHECKING:
+    from click.shell_completion import CompletionItem
 
 # name -> (module, attribute, one line of help): the help of `fimbria` itself imports no module.
 SECTIONS: Final = {
@@ -74,12 +76,16 @@ class LazyGroup(click.Group):
         known = COMMANDS.get(ALIASES.get(cmd_name, cmd_name))
         if known is None:
             return None
-        if ctx.resilient_parsing and not ctx.args and cmd_name not in sys.argv + ctx.protected_args:
-            # Completion of a command's name asks for every command's help: that stands in the table.
-            return click.Command(cmd_name, help=known[2])
         found = getattr(importlib.import_module(f"fimbria.cli.{known[0]}"), known[1])
         assert isinstance(found, click.Command)
         return found
+
+    def shell_complete(self, ctx: click.Context, incomplete: str) -> list[CompletionItem]:
+        """Names from the table: asking every command for its help would import them all."""
+        from click.shell_completion import CompletionItem
+
+        found = [CompletionItem(n, help=where[2]) for n, where in COMMANDS.items() if n.startswith(incomplete)]
+        return found + click.Command.shell_complete(self, ctx, incomplete)
 
     def resolve_command(
         self, ctx: click.Context, args: list[str]

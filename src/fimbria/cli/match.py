@@ -69,6 +69,11 @@ def node_names(r: Row) -> list[str]:
     return [r["name"], *r["addresses"], *r["routers"]]
 
 
+def pod_names(r: Row) -> list[str]:
+    """What people would type for an endpoint."""
+    return [r["pod"], f"{r['namespace']}/{r['pod']}"]
+
+
 def endpoint_names(r: Row) -> list[str]:
     """namespace/pod, pod, number, addresses, and the container id or its beginning as runtimes show it."""
     ids = [r["container_id"][:n] for n in range(SHORTEST_ID, len(r["container_id"]) + 1)]
@@ -90,6 +95,21 @@ def policy_names(r: Row) -> list[str]:
     """Kind/namespace/name and its shorter forms."""
     long = f"{r['namespace']}/{r['name']}" if r["namespace"] else r["name"]
     return [f"{r['kind']}/{long}", long, r["name"], f"{r['kind']}/{r['name']}", f"{r['kind']} {long}"]
+
+
+def completer(table: str, names: Names) -> Callable[[click.Context, click.Parameter, str], list[str]]:
+    """Completes names from one of the agent's tables. Silent if no agent answers: a shell is no place for errors."""
+
+    def complete(ctx: click.Context, _param: click.Parameter, incomplete: str) -> list[str]:
+        from fimbria.cli.local import Local
+
+        try:
+            rows = (ctx.params.get("agent") or Local("agent")).get(table)
+        except (click.ClickException, ValueError):
+            return []
+        return sorted({n for r in rows for n in names(r) if n and n.startswith(incomplete)})
+
+    return complete
 
 
 def labels(have: Iterable[str], wanted: Iterable[str]) -> bool:

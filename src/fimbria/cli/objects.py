@@ -66,7 +66,7 @@ def node_list(agent: Local, output: str) -> None:
 
 
 @node.command("get")
-@click.argument("name")
+@click.argument("name", shell_complete=match.completer("nodes", lambda r: [r["name"]]))
 @socket_option("agent")
 @_get_output
 def node_get(agent: Local, name: str, output: str) -> None:
@@ -158,7 +158,7 @@ Examples:
   fimbria endpoint get shop/web-6f7c     with its namespace
   fimbria endpoint get 10.244.0.7        by address, endpoint number or container id""",
 )
-@click.argument("name")
+@click.argument("name", shell_complete=match.completer("endpoints", match.pod_names))
 @socket_option("agent")
 @_get_output
 def endpoint_get(agent: Local, name: str, output: str) -> None:
@@ -249,7 +249,7 @@ def _reserved(r: Row) -> bool:
 
 
 @identity.command("get")
-@click.argument("name", metavar="NUMBER|NAME")
+@click.argument("name", metavar="NUMBER|NAME", shell_complete=match.completer("identities", match.identity_names))
 @socket_option("agent")
 @_get_output
 def identity_get(agent: Local, name: str, output: str) -> None:
@@ -387,7 +387,7 @@ def service_list(agent: Local, namespace: str, empty: bool, output: str) -> None
 
 
 @service.command("get")
-@click.argument("name")
+@click.argument("name", shell_complete=match.completer("services", lambda r: [r["service"]]))
 @socket_option("agent")
 @_get_output
 def service_get(agent: Local, name: str, output: str) -> None:
@@ -446,7 +446,9 @@ def policy_list(agent: Local, namespace: str, pod: str, problems: bool, output: 
 
 
 @policy.command("get")
-@click.argument("name", metavar="[KIND/][NAMESPACE/]NAME")
+@click.argument(
+    "name", metavar="[KIND/][NAMESPACE/]NAME", shell_complete=match.completer("policies", lambda r: [r["name"]])
+)
 @socket_option("agent")
 @_get_output
 def policy_get(agent: Local, name: str, output: str) -> None:

@@ -95,16 +95,7 @@ def test_completion_script(call, shell: str) -> None:
     assert f"_FIMBRIA_COMPLETE={shell}_complete" in result.stdout
 
 
-@pytest.mark.parametrize(
-    ("words", "position", "expected"),
-    [
-        ("fimbria sta", 1, "status"),
-        ("fimbria endpoint ", 2, "list"),
-        ("fimbria endpoint list --name", 3, "--namespace"),
-        ("fimbria monitor --verdict ", 3, "dropped"),
-    ],
-)
-def test_completion_answers(words: str, position: int, expected: str) -> None:
+def completions(words: str, position: int, run_dir: str = "/nonexistent") -> list[str]:
     done = subprocess.run(
         [sys.executable, "-c", "from fimbria.cli.main import main; main()"],
         capture_output=True,
@@ -116,6 +107,38 @@ def test_completion_answers(words: str, position: int, expected: str) -> None:
             "_FIMBRIA_COMPLETE": "bash_complete",
             "COMP_WORDS": words,
             "COMP_CWORD": str(position),
+            "FIMBRIA_RUN_DIR": run_dir,
         },
     )
-    assert f"plain,{expected}" in done.stdout.splitlines(), done.stderr
+    assert done.stderr == ""
+    return [line.removeprefix("plain,") for line in done.stdout.splitlines() if line]
+
+
+@pytest.mark.parametrize(
+    ("words", "position", "expected"),
+    [
+        ("fimbria sta", 1, "status"),
+        ("fimbria --v", 1, "--version"),
+        ("fimbria endpoint ", 2, "list"),
+        ("fimbria endpoint list --name", 3, "--namespace"),
+        ("fimbria monitor --verdict ", 3, "dropped"),
+        ("fimbria connectivity test --no-", 3, "--no-policies"),
+    ],
+)
+def test_completion_answers(words: str, position: int, expected: str) -> None:
+    assert expected in completions(words, position)
+
+
+def test_completion_asks_the_agent_for_names(agent) -> None:
+    agent.answers["endpoints"] = [{"pod": "web", "namespace": "shop"}, {"pod": "db", "namespace": "shop"}]
+    agent.answers["maps"] = [{"name": "ipcache"}]
+    run_dir = str(agent.path.parent)
+    assert completions("fimbria endpoint get w", 3, run_dir) == ["web"]
+    assert completions("fimbria endpoint get shop/", 3, run_dir) == ["shop/db", "shop/web"]
+    assert completions("fimbria map dump ", 3, run_dir) == ["ipcache"]
+    agent.answers["policies"] = (500, "broken")
+    assert completions("fimbria policy get ", 3, run_dir) == []
+
+
+def test_completion_without_an_agent_is_silent() -> None:
+    assert completions("fimbria endpoint get ", 3) == []
