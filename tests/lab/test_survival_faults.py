@@ -3,14 +3,11 @@
 import json
 import time
 from collections.abc import Callable, Iterator
-from pathlib import Path
 
 import pytest
 from traffic import Traffic, agent, metric, node_root, start_pods, wait_settled
 
-from fimbria.lab import kernel, state
 from fimbria.lab.handle import Lab
-from fimbria.lab.layout import Paths
 
 SOON = 2.0  # seconds until links, routes, pins and devices are repaired
 
@@ -160,8 +157,8 @@ def test_rows_of_a_map_deleted(lab: Lab, name: str) -> None:
 
 
 @pytest.mark.parametrize("strike", [
-    ("link", "del", "fimbria_vxlan"), ("link", "set", "fimbria_vxlan", "down"), ("addr", "flush", "dev", "fimbria_host"),
-    ("link", "del", "fimbria_host"), ("link", "set", "fimbria_net", "down"),
+    ("link", "del", "fimbria_vxlan"), ("link", "set", "fimbria_vxlan", "down"), ("link", "del", "fimbria_host"),
+    ("link", "set", "fimbria_net", "down"), ("addr", "flush", "dev", "fimbria_host"),
 ])  # fmt: skip
 def test_a_device_of_the_node(lab: Lab, strike: tuple[str, ...]) -> None:
     fault(lab, "devices", lambda: node(lab, "ip", *strike), within=4.0)
