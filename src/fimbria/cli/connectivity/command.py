@@ -90,7 +90,11 @@ def test(
         dump(as_json(finished.results, settings.namespace, finished.nodes))
     else:
         show(finished.results, verbose)
-    sys.exit(0 if all(r.passed for r in finished.results) else 1)
+    if all(r.passed for r in finished.results):
+        return
+    advice = "--keep leaves the pods; on a node, `fimbria monitor --verdict dropped` names the rule behind each drop"
+    click.echo(f"For a closer look: {advice}.", err=True)
+    sys.exit(1)
 
 
 async def _run(config: Any, settings: Any) -> Any:

@@ -108,9 +108,9 @@ def parse_external(text: str) -> External:
 
 
 def probes(places: Places) -> list[Probe]:
-    """All connections, for each family that both ends have."""
+    """All connections, for each family that both ends have: nodes may have one that pods haven't."""
     found: list[Probe] = []
-    for family in (4, 6):
+    for family in sorted(places.pods.get("near", {})):
         found += _to_pods(places, family)
         found += _to_services(places, family)
         found += _from_and_to_nodes(places, family)

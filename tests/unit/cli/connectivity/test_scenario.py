@@ -82,6 +82,12 @@ def test_one_node_leaves_out_what_needs_two() -> None:
     assert {p.check for p in found} >= {"pod to pod, same node", "default deny", "service, from a node"}
 
 
+def test_nodes_may_have_a_family_that_pods_lack() -> None:
+    both, four = places(4, 6), places(4)
+    pods = {name: (both if name.startswith("host") else four).pods[name] for name in four.pods}
+    assert probes(Places(pods, four.services, 38080)) == probes(four)
+
+
 def test_nothing_for_addresses_that_are_missing() -> None:
     assert probes(Places({}, {}, 1)) == []
 
