@@ -39,6 +39,7 @@ int from_network(struct __sk_buff *skb)
 		if (reason)
 			return drop(skb, &p, reason);
 	}
+	note_epoch(&p);
 	struct endpoint *ep = local_endpoint(&p.t.daddr, &ifindex);
 
 	if (!ep)

@@ -47,6 +47,7 @@ int from_overlay(struct __sk_buff *skb)
 	/* The frame is addressed to the sender's idea of a gateway. */
 	if (skb->pkt_type != PACKET_HOST)
 		bpf_skb_change_type(skb, PACKET_HOST);
+	note_epoch(&p);
 	struct endpoint *ep = local_endpoint(&p.t.daddr, &ifindex);
 
 	if (ep)

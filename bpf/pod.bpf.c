@@ -60,9 +60,11 @@ SEC("tc")
 int from_pod(struct __sk_buff *skb)
 {
 	ifindex_t ifindex = skb->ifindex;
-	struct endpoint *ep = bpf_map_lookup_elem(&endpoints, &ifindex);
 	struct packet p = {.direction = DIRECTION_EGRESS};
 	int reason;
+
+	note_epoch(&p);
+	struct endpoint *ep = bpf_map_lookup_elem(&endpoints, &ifindex);
 
 	p.len = skb->len - L3_OFFSET;
 	if (!ep || !(ep->flags & ENDPOINT_READY))
@@ -88,10 +90,12 @@ SEC("tc")
 int to_pod(struct __sk_buff *skb)
 {
 	ifindex_t ifindex = skb->ifindex;
-	struct endpoint *ep = bpf_map_lookup_elem(&endpoints, &ifindex);
 	struct packet p = {.direction = DIRECTION_INGRESS};
 	__u32 mark = skb->mark;
 	int reason;
+
+	note_epoch(&p);
+	struct endpoint *ep = bpf_map_lookup_elem(&endpoints, &ifindex);
 
 	p.len = skb->len - L3_OFFSET;
 	if (!ep)

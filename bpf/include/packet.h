@@ -46,6 +46,7 @@ struct packet {
 	identity_t peer;       /* the other side */
 	__u32 peer_flags;      /* enum remote_flag */
 	rule_id_t rule;
+	__u32 epoch;           /* of the policy, read before any row that decides */
 	__u16 l4;              /* offsets from the start of the frame */
 	__u16 inner_l3;
 	__u16 inner_l4;

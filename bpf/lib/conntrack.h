@@ -107,14 +107,14 @@ static __always_inline void ct_note_tcp(struct packet *p, struct ct_entry *e, bo
 
 /* A packet of a connection that was allowed: still allowed? Then the entry learns from it. */
 static __always_inline int ct_known(struct packet *p, struct endpoint *ep, const struct ct_key *key,
-				    struct ct_entry *e, __u32 epoch, __u64 now)
+				    struct ct_entry *e, __u64 now)
 {
 	bool error = p->flags & PACKET_ERROR;
 	bool reply = !error && (p->direction == DIRECTION_EGRESS) != !!(e->flags & CT_OPENED_EGRESS);
 
 	p->ct_state = error ? CT_STATE_RELATED : reply ? CT_STATE_REPLY : CT_STATE_ESTABLISHED;
 	p->rule = e->rule;
-	if (e->epoch != epoch || (!error && e->peer != p->peer)) {
+	if (e->epoch != p->epoch || (!error && e->peer != p->peer)) {
 		struct policy_query q = {};
 
 		query_of_entry(&q, key, e);
@@ -128,11 +128,11 @@ static __always_inline int ct_known(struct packet *p, struct endpoint *ep, const
 		int reason = policy(ep, &q);
 
 		p->rule = q.rule;
-		if (reason) {
-			bpf_map_delete_elem(&conntrack, key);
+		/* The entry stays, and is asked about again: without it a packet of the other side that was already on
+		 * its way would open the connection anew, in its own direction, which may well be allowed. */
+		if (reason)
 			return reason;
-		}
-		e->epoch = epoch;
+		e->epoch = p->epoch;
 		e->peer = q.peer;
 		e->rule = q.rule;
 	}
@@ -159,7 +159,7 @@ static __always_inline int ct_known(struct packet *p, struct endpoint *ep, const
 
 /* A packet without a connection: policy decides, and what it allows is remembered. */
 static __always_inline int ct_new(struct __sk_buff *skb, struct packet *p, struct endpoint *ep,
-				  const struct ct_key *key, __u32 epoch, __u64 now)
+				  const struct ct_key *key, __u64 now)
 {
 	struct policy_query q = {
 		.peer = p->peer,
@@ -189,7 +189,7 @@ static __always_inline int ct_new(struct __sk_buff *skb, struct packet *p, struc
 		.expires = now + ct_lifetime(key->proto, 0),
 		.reported = now,
 		.endpoint = ep->id,
-		.epoch = epoch,
+		.epoch = p->epoch,
 		.peer = p->peer,
 		.rule = q.rule,
 		.flags = (egress ? CT_OPENED_EGRESS : 0) | (p->tcp_flags & TCP_FIN ? CT_FIN_FORWARD : 0),
@@ -204,21 +204,25 @@ static __always_inline int ct_new(struct __sk_buff *skb, struct packet *p, struc
 	return bpf_map_update_elem(&conntrack, key, &e, BPF_ANY) ? DROP_CT_MAP_INSERTION_FAILED : 0;
 }
 
+/* Call before the first look-up of an endpoint: were the epoch read after it, a verdict by the row from before a change
+ * could be kept under the epoch from after it, and would never be reached anew. */
+static __always_inline void note_epoch(struct packet *p)
+{
+	__u32 zero = 0;
+	const struct runtime *run = bpf_map_lookup_elem(&runtime, &zero);
+
+	if (run)
+		p->epoch = *(const volatile __u32 *)&run->policy_epoch;
+}
+
 /* Conntrack and policy of one endpoint for a packet in p->direction whose other side is p->peer. Returns 0 or the
  * reason to drop. */
 __noinline int judge(struct __sk_buff *skb, struct packet *p, struct endpoint *ep)
 {
-	__u32 zero = 0;
-
 	if (!p || !ep)
-		return DROP_EP_NOT_READY;
-	const struct runtime *run = bpf_map_lookup_elem(&runtime, &zero);
-
-	if (!run)
 		return DROP_EP_NOT_READY;
 	struct ct_key key;
 	struct ct_entry *e = NULL;
-	__u32 epoch = run->policy_epoch;
 	__u64 now = coarse_now();
 
 	p->endpoint = ep->id;
@@ -231,6 +235,6 @@ __noinline int judge(struct __sk_buff *skb, struct packet *p, struct endpoint *e
 	if (p->flags & PACKET_TRACKED)
 		e = ct_lookup(&key, ep->id, now);
 	if (e && !ct_starts_anew(p, e))
-		return ct_known(p, ep, &key, e, epoch, now);
-	return ct_new(skb, p, ep, &key, epoch, now);
+		return ct_known(p, ep, &key, e, now);
+	return ct_new(skb, p, ep, &key, now);
 }

@@ -98,6 +98,15 @@ def allow_then_deny(dp: Datapath, w: Wire) -> None:
     dp.put("conntrack", flow(w), entry(epoch=0))
 
 
+def revoked(dp: Datapath, w: Wire) -> None:
+    """a may not send to b any more, nobody asks what comes in; b's answer arrives just after that was noticed."""
+    enforce(a=OUT)(dp, w)
+    dp.put("conntrack", flow(w), entry(epoch=0))
+    assert send(dp, "from_pod", w.sent("b", syn(flags="A")))[0] == SHOT
+    assert send(dp, "to_pod", reply_to_a("A")(w))[0] == SHOT
+    dp.events()
+
+
 def allowed_again(dp: Datapath, w: Wire) -> None:
     enforce(rule(B_IDENTITY, EGRESS, proto=TCP, port=80), a=OUT | IN)(dp, w)
     dp.put("conntrack", flow(w), entry(epoch=0))
@@ -161,9 +170,11 @@ RECORDS = [
     Record("another port is another connection", lambda w: w.routed("b", "a", syn(81, 40000, "SA")), SHOT,
            program="to_pod", rows=denied_but(DONE), drop="DROP_POLICY_DENIED"),
     Record("what is allowed no more is dropped under a new epoch", lambda w: w.sent("b", syn(flags="A")), SHOT,
-           rows=allow_then_deny, drop="DROP_POLICY_DENIED", then=gone),
+           rows=allow_then_deny, drop="DROP_POLICY_DENIED", then=judged_under(0)),
     Record("its replies are dropped as well", reply_to_a("A"), SHOT, program="to_pod", rows=allow_then_deny,
-           drop="DROP_POLICY_DENIED", then=gone),
+           drop="DROP_POLICY_DENIED", then=judged_under(0)),
+    Record("an answer that was on its way doesn't open it the other way", lambda w: w.sent("b", syn(flags="A")), SHOT,
+           rows=revoked, drop="DROP_POLICY_DENIED", then=judged_under(0)),
     Record("what still is allowed passes under a new epoch", lambda w: w.sent("b", syn(flags="A")), REDIRECT,
            rows=allowed_again, then=judged_under(1)),
     Record("a reply is judged by the opener's direction", reply_to_a("A"), TCX_NEXT, program="to_pod",
@@ -230,5 +241,3 @@ def test_both_pods_have_their_own_entry(dp: Datapath) -> None:
     send(dp, "from_pod", w.sent("b", syn()))
     found = {(k.local, e.endpoint, e.peer, e.flags) for k, e in dp.items("conntrack")}
     assert found == {(w.packed("a"), 11, B_IDENTITY, OPENED_EGRESS), (w.packed("b"), 12, A_IDENTITY, 0)}
-
-
