@@ -17,6 +17,7 @@ INGRESS, EGRESS = 0, 1
 POLICY_DENIED, POLICY_DENY = 133, 181
 ALLOWED: Final = 1
 REPLY: Final = 3
+DEFAULT_DENY: Final = "default deny"
 PROTOCOLS: Final = {1: "ICMPv4", 6: "TCP", 17: "UDP", 58: "ICMPv6", 132: "SCTP"}
 _FLAGS: Final = ("FIN", "SYN", "RST", "PSH", "ACK", "URG")
 
@@ -138,7 +139,7 @@ def _policy_name(text: str) -> Json:
         "kind": kind,
         "namespace": namespace if slash else "",
         "name": name if slash else rest,
-        "path": "default deny",
+        "path": DEFAULT_DENY,
     }
 
 
@@ -169,7 +170,15 @@ def reason(flow: Json) -> str:
     parts = [flow["drop_reason_desc"]] if "drop_reason_desc" in flow else []
     for direction in ("ingress", "egress"):
         for word in ("denied", "allowed"):
-            for rule in flow.get(f"{direction}_{word}_by", ()):
-                name = f"{rule['namespace']}/{rule['name']}" if rule["namespace"] else rule["name"]
-                parts.append(f"{word} by {rule['kind']} {name} ({direction} {rule['path']})")
+            rules = flow.get(f"{direction}_{word}_by", ())
+            default = [_policy_text(r) for r in rules if r["path"] == DEFAULT_DENY]
+            if default:
+                more = f" and {len(default) - 1} more" if len(default) > 1 else ""
+                parts.append(f"no rule allows it ({direction} default deny by {default[0]}{more})")
+            parts += [f"{word} by {_policy_text(r)} ({r['path']})" for r in rules if r["path"] != DEFAULT_DENY]
     return "; ".join(parts) or flow.get("trace_observation_point", "")
+
+
+def _policy_text(rule: Json) -> str:
+    name = f"{rule['namespace']}/{rule['name']}" if rule["namespace"] else rule["name"]
+    return f"{rule['kind']} {name}"

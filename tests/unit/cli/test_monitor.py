@@ -35,7 +35,7 @@ def test_compact_line_has_ends_reason_and_rule(call, observer) -> None:
     assert result.exit_code == 0
     assert " ".join(result.stdout.split()) == (
         "03:04:05.678 dropped drop shop/other:4242 -> shop/web:80 TCP Flags: SYN POLICY_DENIED; "
-        "denied by NetworkPolicy shop/only (ingress default deny)"
+        "no rule allows it (ingress default deny by NetworkPolicy shop/only)"
     )
 
 
