@@ -1,1 +1,0 @@
-"""What the kernel learned: expired, counted and shown, never reconciled."""
