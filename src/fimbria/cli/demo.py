@@ -113,7 +113,7 @@ async def _run(spec: LabSpec, stage: Stage) -> None:
     stage.console.print(
         _flows("every drop, with its reason and the policy behind it", await show.flows(10, "&verdict=DROPPED"))
     )
-    _closing(spec, stage)
+    _closing(spec, stage, (await show.services())["shop/api"][0])
 
 
 @contextmanager
@@ -204,7 +204,7 @@ def _flows(title: str, flows: list[dict[str, Any]]) -> Table:
     return table
 
 
-def _closing(spec: LabSpec, stage: Stage) -> None:
+def _closing(spec: LabSpec, stage: Stage, denied: tuple[str, int]) -> None:
     option = "" if spec.name == "fimbria" else f" --name {spec.name}"
     stage.title(f"Done after {time.monotonic() - stage.begun:.0f} s. The lab goes on running; try")
     stage.console.print(
@@ -212,7 +212,7 @@ def _closing(spec: LabSpec, stage: Stage) -> None:
   fimbria lab get{option} pods -A -o wide
   fimbria lab exec{option} node/node1 -- fimbria status
   fimbria lab exec{option} node/node1 -- fimbria monitor --verdict DROPPED
-  fimbria lab exec{option} -n guest $(fimbria lab get{option} pods -n guest -o name) -- labtool probe http 10.96.0.10 80
+  fimbria lab exec{option} -n guest $(fimbria lab get{option} pods -n guest -o name) -- labtool probe http {denied[0]} {denied[1]}
   fimbria lab down{option}          [dim]or: make demo-down[/]""",
         highlight=False,
     )
