@@ -109,12 +109,13 @@ def _rollup(pid: int, key: str) -> float:
 
 def cpu_percent(pid: int, seconds: float) -> float:
     """Share of one core that a process uses over some seconds."""
-    before = _cpu(pid)
+    before = cpu_seconds(pid)
     time.sleep(seconds)
-    return 100 * (_cpu(pid) - before) / seconds
+    return 100 * (cpu_seconds(pid) - before) / seconds
 
 
-def _cpu(pid: int) -> float:
+def cpu_seconds(pid: int) -> float:
+    """CPU time of a process so far (proc(5), stat, fields 14 and 15)."""
     fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
     return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
 

@@ -23,6 +23,7 @@ from fimbria.lab.handle import Lab
 
 PLUGINS: Final = Path("/usr/lib/cni")
 RUNS: Final = 200
+CALM: Final = 0.05  # seconds; what the kernel still does after DEL must not be the next one's burden
 AS_FAST: Final = Goal("ratio", "<=", 1.0)
 POD: Final = """
 apiVersion: v1
@@ -127,6 +128,7 @@ def _cycle(net: baseline.Net, plugin: Plugin, name: str, pod: str) -> dict[str, 
         return {c: plugin.call(c, container, net.path(name), pod) for c in ("ADD", "DEL")}
     finally:
         net.drop(name)
+        time.sleep(CALM)
 
 
 def _version(plugin: Plugin) -> float:

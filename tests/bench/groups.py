@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import Final
 
-from tests.bench import agent, cni, datapath, services
+from tests.bench import agent, cni, datapath, observer, programs, services
 from tests.bench.measure import Settings
 from tests.bench.report import Figure
 
@@ -15,6 +15,8 @@ GROUPS: Final[Mapping[str, Callable[[Settings], list[Figure]]]] = {
     "cni": cni.add_and_delete,
     "agent": agent.agent,
     "crowd": agent.crowd,
+    "programs": programs.per_packet,
+    "processes": observer.processes,
 }
 TITLES: Final[Mapping[str, str]] = {
     "pods": "Pod to pod",
@@ -22,6 +24,8 @@ TITLES: Final[Mapping[str, str]] = {
     "cni": "CNI plugin",
     "agent": "Agent: start, memory, enforcement, a large cluster",
     "crowd": "Agent: many pods on one node",
+    "programs": "Packet programs",
+    "processes": "Operator and observer",
 }
 WORDS: Final[Mapping[str, tuple[str, ...]]] = {
     "pods": (
@@ -42,4 +46,9 @@ WORDS: Final[Mapping[str, tuple[str, ...]]] = {
         "Enforcement is seen by a UDP echo a millisecond between two pods; the policy selects half of all identities.",
     ),
     "crowd": ("Pods by real CNI ADDs, each with a network namespace, veth, programs and policy row; no containers.",),
+    "programs": (
+        "One packet in one program by the kernel's test runs, the empty run's time taken off; established connections.",
+        "Redirecting, the pod's stack and the wire are not part of it.",
+    ),
+    "processes": ("PSS and CPU of processes in a small lab; a pod that floods a closed port.",),
 }

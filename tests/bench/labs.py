@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import asyncio
-import json
 import os
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Final
+from typing import Final
 
 import aiohttp
 from tests.bench.measure import Place, server_command
@@ -100,7 +99,7 @@ def _ticks(lab: Lab) -> int:
 
 def agent_metrics(lab: Lab, node: str) -> dict[str, float]:
     """What an agent counts, by the line's text before the value (Prometheus text format). Raises LabError."""
-    body = asyncio.run(_get(access.node_root(lab.paths, node) / "run/fimbria/agent.sock", "/v1/metrics")).decode()
+    body = asyncio.run(get(access.node_root(lab.paths, node) / "run/fimbria/agent.sock", "/v1/metrics")).decode()
     lines = (line.rpartition(" ") for line in body.splitlines() if not line.startswith("#"))
     return {name: float(value) for name, _, value in lines}
 
@@ -110,14 +109,8 @@ def cni_socket(lab: Lab, node: str) -> Path:
     return access.node_root(lab.paths, node) / "run/fimbria/cni.sock"
 
 
-def agent_status(lab: Lab, node: str) -> dict[str, Any]:
-    """What an agent says about itself. Raises OSError, aiohttp.ClientError while it isn't there."""
-    path = access.node_root(lab.paths, node) / "run/fimbria/agent.sock"
-    status: dict[str, Any] = json.loads(asyncio.run(_get(path, "/v1/status")))
-    return status
-
-
-async def _get(socket: Path, path: str) -> bytes:
+async def get(socket: Path, path: str) -> bytes:
+    """The body of an HTTP answer over a local socket. Raises OSError, aiohttp.ClientError."""
     async with (
         aiohttp.ClientSession(connector=aiohttp.UnixConnector(str(socket))) as session,
         session.get(f"http://agent{path}") as response,
