@@ -39,17 +39,19 @@ class _Collector:
         forwards = CounterMetricFamily("fimbria_forward_count", "Forwarded packets", labels=["direction"])
         forward_bytes = CounterMetricFamily("fimbria_forward_bytes", "Forwarded bytes", labels=["direction"])
         lost = CounterMetricFamily("fimbria_events_lost", "Events lost because the ring buffer was full")
+        events_lost = 0
         for row in views.metrics_rows(self._agent) if "metrics" in self._agent.datapath.maps else ():
             direction = row["direction"]
             if row["reason"] == 0:
                 forwards.add_metric([direction], row["packets"])
                 forward_bytes.add_metric([direction], row["bytes"])
             elif row["reason"] == 1:
-                lost.add_metric([], row["packets"])
+                events_lost += row["packets"]  # of both directions: one series
             else:
                 name = drop_reason_name(row["reason"])
                 drops.add_metric([name, direction], row["packets"])
                 drop_bytes.add_metric([name, direction], row["bytes"])
+        lost.add_metric([], events_lost)
         yield from (drops, drop_bytes, forwards, forward_bytes, lost)
 
     def _apply(self) -> Iterator[Metric]:
