@@ -206,13 +206,14 @@ def _flows(title: str, flows: list[dict[str, Any]]) -> Table:
 
 def _closing(spec: LabSpec, stage: Stage, denied: tuple[str, int]) -> None:
     option = "" if spec.name == "fimbria" else f" --name {spec.name}"
+    visitor = f"-n guest $(fimbria lab get{option} pods -n guest -o name)"
     stage.title(f"Done after {time.monotonic() - stage.begun:.0f} s. The lab goes on running; try")
     stage.console.print(
         f"""  fimbria lab status{option}
   fimbria lab get{option} pods -A -o wide
   fimbria lab exec{option} node/node1 -- fimbria status
   fimbria lab exec{option} node/node1 -- fimbria monitor --verdict DROPPED
-  fimbria lab exec{option} -n guest $(fimbria lab get{option} pods -n guest -o name) -- labtool probe http {denied[0]} {denied[1]}
+  fimbria lab exec{option} {visitor} -- labtool probe http {denied[0]} {denied[1]}
   fimbria lab down{option}          [dim]or: make demo-down[/]""",
         highlight=False,
     )
