@@ -154,7 +154,8 @@ def compile_command(source: Path, output: Path) -> list[str]:
         "-DPy_LIMITED_API=0x030b0000",
         # Symbols of the archives stay inside: another extension of the process may carry its own libelf or zlib.
         *("-Wl,--exclude-libs,ALL", "-Wl,-z,relro,-z,now", "-s"),
-        *(f"-I{HERE}", f"-I{sysconfig.get_path('include')}"),
+        # cffi's checks name the file that they stand in.
+        *(f"-I{HERE}", f"-I{sysconfig.get_path('include')}", f"-ffile-prefix-map={source.parent}=."),
         str(source),
         *("-o", str(output)),
         *static,
