@@ -26,7 +26,7 @@ def _nothing_left(lab: Lab) -> Iterator[None]:
 
 
 def leftovers(lab: Lab, node: str) -> list[str]:
-    """What exists on a node without belonging to a pod of its agent, in any of the places where ADD leaves something."""
+    """What a node has that belongs to no pod of its agent, in all places where ADD leaves something."""
     known = agent(lab, node, "endpoints")
     names = {e["interface"] for e in known}
     shown = json.loads(lab.run(f"node/{node}", "ip", "-j", "link", "show", "type", "veth").stdout or "[]")

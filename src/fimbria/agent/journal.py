@@ -6,6 +6,7 @@ file that can't be read is set aside under `.bad` with a log line.
 
 from __future__ import annotations
 
+import fcntl
 import json
 import logging
 import os
@@ -30,8 +31,13 @@ class Journal:
         self._endpoints = folder / "endpoints"
 
     def open(self) -> None:
-        """Make the folders. Raises OSError."""
+        """Make the folders, and take them for this process. Raises OSError, also if another agent has them."""
         self._endpoints.mkdir(mode=0o700, parents=True, exist_ok=True)
+        self._lock = os.open(self._folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+        try:
+            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise OSError(error.errno, f"another agent is running with {self._folder}") from None
 
     def save_endpoint(self, endpoint: LocalEndpoint, identity: EndpointIdentity | None) -> None:
         """Write one endpoint. Raises OSError."""

@@ -21,7 +21,7 @@ from fimbria.sources.k8s import config as k8s_config
 from fimbria.sources.k8s import resources
 from fimbria.sources.k8s.client import ApiClient
 from fimbria.sources.k8s.informer import Informer
-from fimbria.sources.k8s.leader import LeaderElection
+from fimbria.sources.k8s.leader import LeaderElection, LeadershipLost
 from fimbria.sources.k8s.policies import Vocabulary
 from fimbria.sources.k8s.rows import object_key
 from fimbria.sources.k8s.types.cilium import CiliumNode
@@ -83,7 +83,7 @@ async def _until_stopped(config: OperatorConfig) -> int:
         await task
     except asyncio.CancelledError:
         log.info("stopped")
-    except k8s_config.ConfigError as error:
+    except (k8s_config.ConfigError, LeadershipLost) as error:
         log.error("%s", error)
         return 1
     return 0
