@@ -335,11 +335,11 @@ class EndpointManager:
         expected = request.prev_result
         if expected is None:
             raise CniError(Code.INVALID_CONFIG, "CHECK without a prevResult", "it is the result of ADD")
+        # A runtime may take a failed CHECK for final: what the agent repairs by itself must not cost the pod.
+        self.loop.audit_soon(quick=True)
+        await self.loop.flush()
         problems = await self._problems(endpoint, request, expected)
         if problems:
-            # A runtime may take a failed CHECK for final: what the agent repairs by itself must not cost the pod.
-            self.loop.audit_soon(quick=True)
-            await self.loop.flush()
             await asyncio.sleep(CHECK_PAUSE)
             problems = await self._problems(endpoint, request, expected)
         if problems:

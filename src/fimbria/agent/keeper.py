@@ -168,10 +168,9 @@ class Keeper:
                 self._devices_due = True
             elif concern is Concern.ENDPOINT_GONE and self.agent.endpoints is not None:
                 await self.agent.endpoints.vanished(index)
-            elif concern is Concern.ENDPOINT_DOWN:
+            elif concern is Concern.ENDPOINT_DOWN and self.agent.wiring.raise_up(index):
                 log.warning("drift: interface %s of a pod was set down behind our back; repaired", index)
                 self.repaired["devices"] += 1
-                self.agent.wiring.raise_up(index)
         kinds = {concern for concern, _ in found}
         if self.agent.loop.opened and kinds & {Concern.ROWS, Concern.ENDPOINT_DOWN}:
             self.agent.loop.audit_soon(quick=True)

@@ -108,12 +108,16 @@ class Wiring:
             if error.errno != errno.ENODEV:
                 log.error("interface %s can't be removed: %s", name, error)
 
-    def raise_up(self, index: int) -> None:
-        """Set an interface up that somebody set down."""
+    def raise_up(self, index: int) -> bool:
+        """Set an interface up that somebody set down; False if it is up, or gone, by now."""
+        device = link.get(self.netlink, index)
+        if device is None or device.up:
+            return False
         try:
             self.netlink.do(link.change(index, up=True))
         except NetlinkError as error:
             log.error("interface %s can't be set up: %s", index, error)
+        return True
 
     def host_exists(self, name: str, ifindex: int) -> bool:
         """Whether that very interface is there."""

@@ -281,9 +281,10 @@ def test_an_agent_that_dies_or_is_none(shim: Path, tmp_path: Path, raw: bytes) -
         one.receive(connection)
         connection.sendall(raw)
 
-    with agent(tmp_path, behave) as one:
-        status, body = run(shim, "ADD", one.path)
-    assert (status, body["code"], body["cniVersion"]) == (1, 11, "1.0.0")
+    for command, code in (("ADD", 11), ("STATUS", 50)):
+        with agent(tmp_path, behave) as one:
+            status, body = run(shim, command, one.path)
+        assert (status, body["code"], body["cniVersion"]) == (1, code, "1.0.0")
 
 
 def test_an_agent_that_hangs_up_at_once(shim: Path, tmp_path: Path) -> None:

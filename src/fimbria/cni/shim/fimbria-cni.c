@@ -48,6 +48,7 @@ static char config[MAX_CONFIG + 1];
 static char answer[2 * sizeof(uint32_t) + MAX_ANSWER];
 static char version[32] = "1.1.0";
 static struct timespec deadline;
+static enum cni_error unavailable = CNI_TRY_AGAIN_LATER;
 
 static int fail(enum cni_error code, const char *what, const char *details)
 {
@@ -203,7 +204,7 @@ static int send_request(int fd, size_t length, int netns)
 
 static int no_answer(const char *why)
 {
-	return fail(CNI_TRY_AGAIN_LATER, "the Fimbria agent did not answer", why);
+	return fail(unavailable, "the Fimbria agent did not answer", why);
 }
 
 /* Nothing reaches stdout before the whole answer is there: half a result and then an error would be no JSON at all. */
@@ -261,6 +262,8 @@ static int run(void)
 	find_version();
 	if (!strcmp(command, "VERSION"))
 		return print_versions();
+	if (!strcmp(command, "STATUS"))
+		unavailable = CNI_NOT_AVAILABLE;
 
 	for (size_t i = 0; i < sizeof(forwarded) / sizeof(*forwarded); i++) {
 		const char *value = getenv(forwarded[i]);
@@ -291,10 +294,9 @@ static int run(void)
 	start_clock();
 	fd = dial(socket_path && *socket_path ? socket_path : DEFAULT_SOCKET);
 	if (fd < 0)
-		return fail(strcmp(command, "STATUS") ? CNI_TRY_AGAIN_LATER : CNI_NOT_AVAILABLE,
-			    "the Fimbria agent is not reachable on this node", strerror(errno));
+		return fail(unavailable, "the Fimbria agent is not reachable on this node", strerror(errno));
 	if (send_request(fd, length, netns))
-		return fail(CNI_TRY_AGAIN_LATER, "cannot hand the request to the Fimbria agent", strerror(errno));
+		return fail(unavailable, "cannot hand the request to the Fimbria agent", strerror(errno));
 	return relay_answer(fd);
 }
 
