@@ -16,6 +16,7 @@ import sys
 import time
 from collections.abc import Callable, Coroutine, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any, Final
 
@@ -45,6 +46,7 @@ from fimbria.model.network import DeviceSet
 from fimbria.model.node import Node
 from fimbria.model.rows import Endpoint, Runtime
 from fimbria.sources.cni.server import CniServer
+from fimbria.sources.cni.spec import CniError, Code, Request
 from fimbria.sources.k8s import config as k8s_config
 from fimbria.sources.k8s.client import ApiClient
 from fimbria.tables import Tables
@@ -311,20 +313,30 @@ async def run(config: AgentConfig) -> None:
         api = AgentApi(agent)
         async with asyncio.TaskGroup() as group:
             group.create_task(api.run(), name="api")
+            agent.cni = CniServer(config.run / "cni.sock", partial(_serve_cni, agent))
+            group.create_task(agent.cni.run(), name="cni")
             await agent.registration.addresses()
             group.create_task(agent.sources.run(), name="sources")
             group.create_task(agent.registration.run(), name="registration")
             await prepare(agent)
-            assert agent.endpoints is not None
-            agent.cni = CniServer(config.run / "cni.sock", agent.endpoints.handle)
             publisher = Publisher(client, agent.tables, agent.registration.addrs)
             group.create_task(agent.loop.run(), name="apply")
             group.create_task(agent.identities.run(), name="identities")
             group.create_task(compute(agent), name="compute")
-            group.create_task(agent.cni.run(), name="cni")
             group.create_task(_after_ready(agent, publisher.run), name="publisher")
             group.create_task(save(agent), name="save")
             group.create_task(agent.keeper.run(), name="keeper")
+
+
+async def _serve_cni(agent: Agent, request: Request) -> bytes:
+    """CNI requests from the first moment on: one that can't be served yet is told why. Raises CniError."""
+    if agent.endpoints is not None:
+        return await agent.endpoints.handle(request)
+    code = Code.NOT_AVAILABLE if request.command == "STATUS" else Code.TRY_AGAIN_LATER
+    missing = "pod addresses from the operator" if agent.registration.addrs else "its addresses from its Node object"
+    raise CniError(
+        code, "the Fimbria agent is still starting", f"node {agent.config.node_name} is waiting for {missing}"
+    )
 
 
 async def _after_ready(agent: Agent, work: Callable[[], Coroutine[Any, Any, None]]) -> None:
