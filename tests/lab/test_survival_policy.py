@@ -65,12 +65,7 @@ def test_established_connections_follow_the_policy(lab: Lab) -> None:
     targets = [(s, n) for s in ("stranger", "far-stranger") for n in ("near", "far")]
     options = ("--interval", "20000", "--timeout", "100")
     with Traffic(lab):
-        denied = [
-            lab.start(
-                s, tool, "stream", "tcp", lab.addresses(n)[0], str(TCP), "--interval", "20000", "--timeout", "100"
-            )
-            for s, n in targets
-        ]
+        denied = [lab.start(s, tool, "stream", "tcp", lab.addresses(n)[0], str(TCP), *options) for s, n in targets]
         for stream in denied:
             assert stream.stdout is not None
             assert "connected" in stream.stdout.readline()

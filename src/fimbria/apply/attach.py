@@ -20,6 +20,7 @@ from typing import Final, Generic, TypeVar
 
 from fimbria.apply.programs import Datapath
 from fimbria.apply.rows import Delta
+from fimbria.kernel import tc
 from fimbria.kernel.bpf import (
     AttachType,
     BpfError,
@@ -38,6 +39,7 @@ from fimbria.kernel.bpf import (
     tc_detach,
     tc_query,
 )
+from fimbria.kernel.netlink import NetlinkSocket
 
 log = logging.getLogger(__name__)
 H = TypeVar("H", bound=Hashable)
@@ -234,6 +236,7 @@ class ClsactTarget:
     """Programs on devices as direct-action filters, for kernels without tcx. `devices` lists ifindexes to look at."""
 
     datapath: Datapath
+    netlink: NetlinkSocket
     devices: Callable[[], list[int]]
     name: str = "device_links"
     _slots: dict[DeviceHook, tuple[TcSlot, int]] = field(default_factory=dict)
@@ -282,9 +285,10 @@ class ClsactTarget:
                     tc_detach(*slot)
 
     def foreign(self, hook: DeviceHook) -> list[str]:
-        """Other programs in the handles we use, for people."""
-        ids = [i for s in self._candidates(hook) if (i := tc_query(s)) is not None]
-        return [_name(i) for i in ids if not self._ours(i)]
+        """Filters of others on that side of the device, for people."""
+        filters = tc.dump_filters(self.netlink, hook.ifindex, egress=hook.side == EGRESS)
+        others = [f for f in filters if not (f.prog_id and self._ours(f.prog_id))]
+        return [_name(f.prog_id) if f.prog_id else f"a {f.kind} filter, handle {f.handle:#x}" for f in others]
 
     def _ensure(self, hook: DeviceHook, program: Program, mine: tuple[TcSlot, int] | None) -> None:
         clsact(hook.ifindex)
