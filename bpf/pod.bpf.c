@@ -25,7 +25,7 @@ static __always_inline int from_pod_ip(struct __sk_buff *skb, struct packet *p, 
 		reason = check_source_addr(p, ep);
 	if (reason)
 		return drop(skb, p, reason);
-	if (is_multicast(&p->t.daddr))
+	if (is_multicast(&p->t.daddr) || is_link_local(&p->t.daddr))
 		return drop(skb, p, DROP_STALE_OR_UNROUTABLE_IP);
 	if (is_for_router(p)) {
 		reason = hairpin_back(skb, p, ep);
@@ -50,6 +50,9 @@ static __always_inline int from_pod_ip(struct __sk_buff *skb, struct packet *p, 
 			return reason ? drop(skb, p, reason) : answer(skb, ep);
 		}
 	}
+	/* It could leave with the node's address, and other nodes would believe what it says about identities. */
+	if (is_tunnel(p) && !(p->peer_flags & REMOTE_POD))
+		return drop(skb, p, DROP_INVALID_IDENTITY);
 	reason = judge(skb, p, ep);
 	if (reason)
 		return drop(skb, p, reason);
@@ -104,7 +107,8 @@ int to_pod(struct __sk_buff *skb)
 	if (mark == MARK_ANSWER || skb->protocol == bpf_htons(ETH_P_ARP))
 		return VERDICT_NEXT;
 	reason = parse(skb, &p);
-	if (is_v6(&p) && is_link_control(&p))
+	/* The node's own only: forwarded packets have a lower hop limit, and policy. */
+	if (is_v6(&p) && is_link_control(&p) && (p.ttl == ND_HOP_LIMIT || is_multicast(&p.t.daddr)))
 		return VERDICT_NEXT;
 	identify_peer(&p, &p.t.saddr);
 	if ((mark & MARK_MASK) == MARK_IDENTITY)

@@ -125,11 +125,20 @@ static __always_inline bool is_link_control(const struct packet *p)
 		(p->icmp_type >= MLD_QUERY && p->icmp_type < ND_ROUTER_SOLICIT) || p->icmp_type == MLD2_REPORT);
 }
 
-/* An advertisement of the pod's own address, asked for by the stack. */
+/* The node's own devices have such addresses, too, and they are in no policy. */
+static __always_inline bool is_link_local(const addr_t *addr)
+{
+	return addr->b[0] == 0xfe && (addr->b[1] & 0xc0) == 0x80;
+}
+
+/* An advertisement of the pod's own address, asked for by the stack. Sent elsewhere it would be forwarded, and its
+ * options carry anything past all policy. */
 static __always_inline bool is_own_advert(struct __sk_buff *skb, const struct packet *p, const struct endpoint *ep)
 {
 	struct nd_message nd;
 
+	if (!config_addr_is(&cfg_router_addr6, &p->t.daddr) && !is_link_local(&p->t.daddr))
+		return false;
 	return p->icmp_type == ND_ADVERT && p->ttl == ND_HOP_LIMIT && addr_equal(&p->t.saddr, &ep->addr6) &&
 	       !bpf_skb_load_bytes(skb, p->l4, &nd, sizeof(nd)) && addr_equal(&nd.target, &ep->addr6) &&
 	       nd.option == ND_OPTION_TARGET_MAC && mac_equal(&nd.mac, &ep->pod_mac);

@@ -7,7 +7,16 @@
 /* The overlay device; 0: native routing. */
 const volatile ifindex_t cfg_overlay_ifindex = 0;
 
+/* UDP port that nodes listen on for it, in host byte order. */
+const volatile __u16 cfg_overlay_port = 8472;
+
 #define TUNNEL_TTL 64
+
+/* Does this packet speak the overlay's protocol? */
+static __always_inline bool is_tunnel(const struct packet *p)
+{
+	return cfg_overlay_ifindex && p->t.proto == IPPROTO_UDP && p->t.dport == bpf_htons(cfg_overlay_port);
+}
 
 static __always_inline int set_tunnel_key(struct __sk_buff *skb, const addr_t *node, identity_t source)
 {

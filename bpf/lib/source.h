@@ -24,5 +24,8 @@ static __always_inline int check_source_addr(const struct packet *p, const struc
 {
 	const addr_t *own = is_v6(p) ? &ep->addr6 : &ep->addr4;
 
-	return !addr_is_zero(own) && addr_equal(own, &p->t.saddr) ? 0 : DROP_INVALID_SOURCE_IP;
+	if (addr_is_zero(own) || !addr_equal(own, &p->t.saddr))
+		return DROP_INVALID_SOURCE_IP;
+	/* A pod is no router: it complains about what it got, not about other pods' connections. */
+	return p->flags & PACKET_ERROR && !addr_equal(own, &p->inner.daddr) ? DROP_INVALID_SOURCE_IP : 0;
 }

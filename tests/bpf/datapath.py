@@ -18,7 +18,7 @@ OBJECTS = Path(fimbria.__file__).parent / "_bpf"
 LAYOUT = Btf.from_elf(OBJECTS / "layout.bpf.o")
 # Small: thousands of test maps are created.
 SIZES = {"ipcache": 1024, "conntrack": 4096, "nat": 4096, "frontends": 256, "service_slots": 1024, "backends": 1024,
-         "events": 1 << 18, "fragments": 256}  # fmt: skip
+         "identities": 256, "events": 1 << 18, "fragments": 256}  # fmt: skip
 DROP = enum_values(LAYOUT, "drop_reason")
 POINT = enum_values(LAYOUT, "trace_point")
 EVENT_DROP, EVENT_TRACE, EVENT_VERDICT = 1, 2, 3
@@ -26,6 +26,7 @@ INGRESS, EGRESS = 0, 1
 READY, ENFORCE_INGRESS, ENFORCE_EGRESS, CIDR_INGRESS, CIDR_EGRESS = 1, 2, 4, 8, 16
 POD, NODE, TUNNEL, NO_MASQUERADE = 1, 2, 4, 8
 HOST, WORLD, REMOTE_NODE = 1, 2, 6
+ALLOCATED, CIDR_SCOPE = 256, 1 << 24
 TCX_NEXT, SHOT, REDIRECT = -1, 2, 7
 
 _CODECS = {
@@ -87,6 +88,7 @@ DEFAULTS: dict[str, Setting] = {
     "cfg_tcp_established_ns": 8 * 3600 * 10**9,
     "cfg_pod_mtu": 1450,
     "cfg_overlay_ifindex": 0,
+    "cfg_overlay_port": 8472,
     "cfg_masquerade4": True,
     "cfg_masquerade6": True,
     "cfg_nat_port_min": 61000,
@@ -133,6 +135,16 @@ class Datapath:
         """Writes a row: dataclasses where the struct has one, numbers and bytes otherwise."""
         raw = VALUE[name].encode(value) if name in VALUE else struct.pack("=I", value)
         self.maps[name].update(self.key(name, key), raw)
+        if isinstance(value, (rows.Remote, rows.Endpoint)):
+            self.know(value.identity)
+
+    def know(self, identity: int) -> None:
+        """As if the compiler had seen it: whoever has an address here is known, unless a test says otherwise."""
+        if ALLOCATED <= identity < CIDR_SCOPE:
+            self.put("identities", identity, 1)
+
+    def forget(self, identity: int) -> None:
+        assert self.maps["identities"].delete(struct.pack("=I", identity))
 
     def get(self, name: str, key: Any) -> Any:
         raw = self.maps[name].lookup(self.key(name, key))

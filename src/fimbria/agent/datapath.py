@@ -7,7 +7,8 @@ from pathlib import Path
 from typing import Any
 
 from fimbria.agent.config import AgentConfig, port_range
-from fimbria.apply.maps import U32, ManyCodec, MapTarget, PolicySetsTarget, Raw
+from fimbria.apply.maps import U32, ManyCodec, MapTarget, Raw
+from fimbria.apply.policy_sets import PolicySetsTarget
 from fimbria.apply.programs import Constant, Datapath
 from fimbria.kernel.btf import Btf
 from fimbria.kernel.codec import Codec, layout_hash
@@ -89,6 +90,7 @@ def map_codecs(layouts: Layouts) -> dict[str, tuple[ManyCodec[Any], ManyCodec[An
         "local_addrs": (Raw(16), layouts["local_addr"]),
         "ipcache": (layouts["prefix_key"], layouts["remote"]),
         "cidrs": (layouts["prefix_key"], layouts["cidr"]),
+        "identities": (U32(), U32()),
         "conntrack": (layouts["ct_key"], layouts["ct_entry"]),
         "frontends": (layouts["frontend_key"], layouts["frontend"]),
         "service_slots": (layouts["slot_key"], U32()),
@@ -130,6 +132,7 @@ def sizes(config: AgentConfig) -> dict[str, int]:
         "service_slots": config.service_entries * 4,
         "backends": config.service_entries * 2,
         "policy_sets": config.policy_sets,
+        "identities": config.identity_entries,
     }
 
 
@@ -144,6 +147,7 @@ def constants(
         "cfg_router_addr4": routers[0],
         "cfg_router_addr6": routers[1],
         "cfg_overlay_ifindex": devices.overlay,
+        "cfg_overlay_port": config.overlay_port,
         "cfg_host_ifindex": devices.host,
         "cfg_pod_mtu": devices.pod_mtu,
         "cfg_masquerade4": config.masquerade and node_addrs[0] != NO_ADDR,
