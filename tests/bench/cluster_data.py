@@ -43,11 +43,11 @@ def identity_labels(number: int) -> dict[str, str]:
     }
 
 
-def _object(kind: str, name: str, namespace: str = "") -> dict[str, Any]:
+def _object(kind: str, name: str, namespace: str = "", created: str = CREATED) -> dict[str, Any]:
     meta: dict[str, Any] = {"name": name, "uid": str(uuid.uuid5(uuid.NAMESPACE_URL, f"{kind}/{namespace}/{name}"))}
     if namespace:
         meta["namespace"] = namespace
-    meta |= {"creationTimestamp": CREATED, "generation": 1}
+    meta |= {"creationTimestamp": created, "generation": 1}
     return {"apiVersion": "cilium.io/v2", "kind": kind, "metadata": meta}
 
 
@@ -74,9 +74,9 @@ def identities(count: int) -> Iterator[Row]:
 def pods(count: int, node_count: int, identity_count: int, *, ipv6: bool) -> Iterator[Row]:
     """CiliumEndpoints, spread over nodes and identities, as our own agents report them."""
     for n in range(count):
-        node, number = n % node_count, n % identity_count
+        node, number = n % node_count, (n % node_count * 31 + n // node_count * 17) % identity_count
         four, six = (f"{b}{n // node_count + 2:{f}}" for b, f in zip(block(node), ("d", "x"), strict=True))
-        labels, name = identity_labels(number), f"app{number}-{n}"
+        labels, name = identity_labels(number), f"app{number}-{n * 2654435761 % 2**32:08x}-{n:05d}"
         namespace = labels["k8s:io.kubernetes.pod.namespace"]
         status = {
             "id": n + 1, "state": "ready",
@@ -90,7 +90,10 @@ def pods(count: int, node_count: int, identity_count: int, *, ipv6: bool) -> Ite
             "ciliumendpoints.cilium.io",
             namespace,
             name,
-            _object("CiliumEndpoint", name, namespace) | {"status": status},
+            _object(
+                "CiliumEndpoint", name, namespace, f"2026-01-{n % 28 + 1:02d}T{n % 24:02d}:{n % 60:02d}:{n % 59:02d}Z"
+            )
+            | {"status": status},
         )
 
 

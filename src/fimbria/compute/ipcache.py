@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass, field
+from itertools import chain
 from typing import Any
 
 from fimbria.model.address import Prefix, is_v4
@@ -30,6 +31,12 @@ Rank = tuple[int, str]
 Source = tuple[str, Any]
 
 
+class Rivals(tuple[Source, ...]):
+    """Several sources of one key. A single source, which is nearly always, stands for itself: there can be 100,000."""
+
+    __slots__ = ()
+
+
 def prefix_key(prefix: Prefix) -> PrefixKey:
     """The map's key of a network."""
     return PrefixKey(prefix.length, prefix.addr)
@@ -37,14 +44,16 @@ def prefix_key(prefix: Prefix) -> PrefixKey:
 
 @dataclass(slots=True)
 class IpcacheCompute:
-    """Incremental: each source states its claims; `take` returns the keys whose winner may have changed."""
+    """Incremental: each source states its claims, and what it changes is returned as the keys whose winner may differ.
+
+    `_claims` holds flat tuples (rank, rank's text, key, row, key, row, ...): most of an agent's memory in a large
+    cluster is in here.
+    """
 
     this_node: str
     overlay: bool
-    _claims: dict[Source, tuple[Claim, ...]] = field(default_factory=dict)
-    _ranks: dict[Source, Rank] = field(default_factory=dict)
-    _by_key: dict[PrefixKey, tuple[Source, ...]] = field(default_factory=dict)
-    _interned: dict[Remote, Remote] = field(default_factory=dict)
+    _claims: dict[Source, tuple[Any, ...]] = field(default_factory=dict)
+    _by_key: dict[PrefixKey, Source | Rivals] = field(default_factory=dict)
 
     def set_node(self, name: str, node: Node | None) -> set[PrefixKey]:
         """A node appeared, changed or went."""
@@ -76,14 +85,15 @@ class IpcacheCompute:
     def get(self, key: PrefixKey) -> Remote | None:
         """The winning claim."""
         sources = self._by_key.get(key)
-        if not sources:
+        if sources is None:
             return None
-        best = max(sources, key=self._ranks.__getitem__) if len(sources) > 1 else sources[0]
-        return next(r for k, r in self._claims[best] if k == key)
+        stated = self._claims[max(sources, key=self._rank) if isinstance(sources, Rivals) else sources]
+        row: Remote = stated[stated.index(key, 2) + 1]
+        return row
 
     def sources(self, key: PrefixKey) -> tuple[tuple[str, Any], ...]:
         """Who claims a prefix, the winner first: ("local", id), ("pod", (namespace, name)) or ("node", name)."""
-        return tuple(sorted(self._by_key.get(key, ()), key=self._ranks.__getitem__, reverse=True))
+        return tuple(sorted(self._sources(key), key=self._rank, reverse=True))
 
     def __len__(self) -> int:
         return len(self._by_key)
@@ -107,27 +117,40 @@ class IpcacheCompute:
         for block in node.pod_cidrs:
             yield prefix_key(block), self._remote(IDENTITY_UNMANAGED, REMOTE_POD, tunnel)
 
-    def _remote(self, identity: int, flags: int, tunnel: bytes) -> Remote:
-        row = Remote(identity, flags | (REMOTE_TUNNEL if tunnel != NO_ADDR else 0), tunnel)
-        return self._interned.setdefault(row, row)
+    @staticmethod
+    def _remote(identity: int, flags: int, tunnel: bytes) -> Remote:
+        return Remote(identity, flags | (REMOTE_TUNNEL if tunnel != NO_ADDR else 0), tunnel)
 
     def _set(self, source: Source, rank: Rank, claims: Iterable[Claim]) -> set[PrefixKey]:
-        new = tuple(claims)
+        stated = tuple(chain.from_iterable(claims))
+        new: tuple[Any, ...] = (*rank, *stated) if stated else ()
         old = self._claims.get(source, ())
-        if new == old and self._ranks.get(source) == rank:
+        if new == old:
             return set()
-        old_keys, new_keys = {k for k, _ in old}, {k for k, _ in new}
+        old_keys: set[PrefixKey] = set(old[2::2])
+        new_keys: set[PrefixKey] = set(new[2::2])
         for key in old_keys - new_keys:
-            rest = tuple(s for s in self._by_key[key] if s != source)
-            if rest:
-                self._by_key[key] = rest
-            else:
-                del self._by_key[key]
+            self._file(key, [s for s in self._sources(key) if s != source])
         for key in new_keys - old_keys:
-            self._by_key[key] = (*self._by_key.get(key, ()), source)
+            self._file(key, [*self._sources(key), source])
         if new:
-            self._claims[source], self._ranks[source] = new, rank
+            self._claims[source] = new
         else:
             self._claims.pop(source, None)
-            self._ranks.pop(source, None)
         return old_keys | new_keys
+
+    def _rank(self, source: Source) -> Rank:
+        stated = self._claims[source]
+        return stated[0], stated[1]
+
+    def _sources(self, key: PrefixKey) -> tuple[Source, ...]:
+        found = self._by_key.get(key)
+        return () if found is None else found if isinstance(found, Rivals) else (found,)
+
+    def _file(self, key: PrefixKey, sources: list[Source]) -> None:
+        if len(sources) > 1:
+            self._by_key[key] = Rivals(sources)
+        elif sources:
+            self._by_key[key] = sources[0]
+        else:
+            del self._by_key[key]

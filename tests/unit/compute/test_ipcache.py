@@ -1,0 +1,100 @@
+"""Who owns an address, against a reference that looks at every claim each time."""
+
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from fimbria.compute.ipcache import IpcacheCompute
+from fimbria.model.address import Prefix, pack
+from fimbria.model.endpoint import LocalEndpoint, RemoteEndpoint
+from fimbria.model.node import Node
+from fimbria.model.rows import PrefixKey
+
+OWN, OTHER = pack("172.31.1.10"), pack("172.31.2.10")
+ADDRS = [pack(f"10.0.0.{n}") for n in range(3)]
+KEYS = [PrefixKey(128, a) for a in ADDRS]
+
+
+def ipcache() -> IpcacheCompute:
+    made = IpcacheCompute("own", overlay=True)
+    made.set_node("own", Node("own", (OWN,), (), (Prefix.parse("10.0.0.0/24"),)))
+    return made
+
+
+def remote(identity: int, addrs: tuple[bytes, ...], created: str, node: bytes = OTHER) -> RemoteEndpoint:
+    return RemoteEndpoint(identity, addrs, node, (), created)
+
+
+def local(addr: bytes) -> LocalEndpoint:
+    return LocalEndpoint(1, "c", "eth0", "n", "", "ns", "pod", "", "fim0", 5, bytes(6), bytes(6), addr)
+
+
+def test_a_claim_that_goes_gives_way_to_the_next() -> None:
+    cache = ipcache()
+    cache.set_remote(("a", "old"), remote(300, (ADDRS[0],), "2026-01-01T00:00:00Z"))
+    cache.set_remote(("a", "young"), remote(301, (ADDRS[0],), "2026-01-02T00:00:00Z"))
+    cache.set_local(1, local(ADDRS[0]), 302)
+    owners = []
+    for remove in (
+        lambda: cache.set_local(1, None, 0),
+        lambda: cache.set_remote(("a", "young"), None),
+        lambda: cache.set_remote(("a", "old"), None),
+    ):
+        row = cache.get(KEYS[0])
+        owners.append(row.identity if row else None)
+        assert remove() == {KEYS[0]}
+    assert owners == [302, 301, 300]
+    assert cache.get(KEYS[0]) is None
+
+
+def test_the_same_report_again_changes_nothing() -> None:
+    cache = ipcache()
+    report = remote(300, (ADDRS[0], ADDRS[1]), "")
+    assert cache.set_remote(("a", "b"), report) == {KEYS[0], KEYS[1]}
+    assert cache.set_remote(("a", "b"), report) == set()
+    assert cache.set_remote(("a", "b"), remote(300, (ADDRS[1],), "")) == {KEYS[0], KEYS[1]}
+    assert cache.sources(KEYS[0]) == ()
+    assert cache.sources(KEYS[1]) == (("pod", ("a", "b")),)
+
+
+def test_each_address_of_a_source_has_its_own_row() -> None:
+    cache = ipcache()
+    cache.set_node("far", Node("far", (OTHER,), (ADDRS[0],), (Prefix.parse("10.0.1.0/24"),)))
+    rows = [cache.get(k) for k in (PrefixKey(128, OTHER), KEYS[0], PrefixKey(120, pack("10.0.1.0")))]
+    assert [r.identity for r in rows if r] == [6, 6, 3]
+    assert [r.tunnel == OTHER for r in rows if r] == [False, True, True]
+
+
+_REPORT = st.one_of(
+    st.none(),
+    st.builds(
+        remote,
+        st.integers(256, 260),
+        st.lists(st.sampled_from(ADDRS), min_size=1, max_size=3, unique=True).map(tuple),
+        st.sampled_from(["2026-01-01T00:00:00Z", "2026-01-02T00:00:00Z", "2026-01-03T00:00:00Z"]),
+    ),
+)
+
+
+@settings(max_examples=200)
+@given(st.lists(st.tuples(st.integers(0, 3), _REPORT), max_size=25))
+def test_history_does_not_matter(history: list[tuple[int, RemoteEndpoint | None]]) -> None:
+    """After any history the youngest of the reports that still stand wins, and changed keys were all named."""
+    cache = ipcache()
+    state: dict[int, RemoteEndpoint] = {}
+    known = {k: cache.get(k) for k in KEYS}
+    for number, report in history:
+        changed = cache.set_remote(("ns", str(number)), report)
+        if report is None:
+            state.pop(number, None)
+        else:
+            state[number] = report
+        for key in KEYS:
+            now = cache.get(key)
+            assert now == known[key] or key in changed
+            known[key] = now
+            claims = [r for r in state.values() if key.addr in r.addrs]
+            youngest = max((r.created for r in claims), default="")
+            allowed = {r.identity for r in claims if r.created == youngest}
+            assert (now.identity in allowed) if now else not claims
+            assert {s for s, _ in cache.sources(key)} <= {"pod"}
+            assert len(cache.sources(key)) == len(claims)
