@@ -35,6 +35,33 @@ static __always_inline struct ct_entry *ct_lookup(const struct ct_key *key, __u3
 	return e && e->endpoint == endpoint && e->expires > now ? e : NULL;
 }
 
+struct ct_judged {
+	__u32 epoch;
+	identity_t peer;
+};
+
+/* Whether the cached verdict was reached under this epoch on this peer. One load, as `ct_set_judged` is one store: two
+ * CPUs may judge packets of one connection at once, from different peers when an address changes hands. */
+static __always_inline bool ct_is_judged(const struct ct_entry *e, __u32 epoch, identity_t peer, bool any_peer)
+{
+	union {
+		__u64 word;
+		struct ct_judged is;
+	} has = {.word = *(const volatile __u64 *)&e->epoch};
+
+	return has.is.epoch == epoch && epoch && (any_peer || has.is.peer == peer);
+}
+
+static __always_inline void ct_set_judged(struct ct_entry *e, __u32 epoch, identity_t peer)
+{
+	union {
+		struct ct_judged is;
+		__u64 word;
+	} now = {.is = {.epoch = epoch, .peer = peer}};
+
+	*(volatile __u64 *)&e->epoch = now.word;
+}
+
 static __always_inline __u64 ct_lifetime(__u8 proto, __u32 flags)
 {
 	if (proto == IPPROTO_TCP || proto == IPPROTO_SCTP) {
@@ -114,7 +141,7 @@ static __always_inline int ct_known(struct packet *p, struct endpoint *ep, const
 
 	p->ct_state = error ? CT_STATE_RELATED : reply ? CT_STATE_REPLY : CT_STATE_ESTABLISHED;
 	p->rule = e->rule;
-	if (e->epoch != p->epoch || (!error && e->peer != p->peer)) {
+	if (!ct_is_judged(e, p->epoch, p->peer, error)) {
 		struct policy_query q = {};
 
 		query_of_entry(&q, key, e);
@@ -132,9 +159,8 @@ static __always_inline int ct_known(struct packet *p, struct endpoint *ep, const
 		 * its way would open the connection anew, in its own direction, which may well be allowed. */
 		if (reason)
 			return reason;
-		e->epoch = p->epoch;
-		e->peer = q.peer;
 		e->rule = q.rule;
+		ct_set_judged(e, p->epoch, q.peer);
 	}
 	if (p->direction == DIRECTION_INGRESS && e->service) {
 		p->flags |= PACKET_UNTRANSLATE;
@@ -205,7 +231,8 @@ static __always_inline int ct_new(struct __sk_buff *skb, struct packet *p, struc
 }
 
 /* Call before the first look-up of an endpoint: were the epoch read after it, a verdict by the row from before a change
- * could be kept under the epoch from after it, and would never be reached anew. */
+ * could be kept under the epoch from after it, and would never be reached anew. A CPU may still load the two the other way
+ * round; against that the agent bumps the epoch a second time, when no program is left that began before the change. */
 static __always_inline void note_epoch(struct packet *p)
 {
 	__u32 zero = 0;

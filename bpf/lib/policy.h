@@ -48,6 +48,14 @@ static __always_inline enum policy_vote policy_ask_cidr(void *set, struct policy
 	return cidr ? policy_ask(set, q, cidr->identity, true) : VOTE_NONE;
 }
 
+/* Reserved identities are compiled into every set from the start; only allocated ones come and go. */
+static __always_inline bool identity_compiled(identity_t peer)
+{
+	if (peer < IDENTITY_MIN_ALLOCATED || peer >= IDENTITY_SCOPE_CIDR)
+		return true;
+	return bpf_map_lookup_elem(&identities, &peer) != NULL;
+}
+
 /* Returns 0 or the reason to drop. */
 __noinline int policy(struct endpoint *ep, struct policy_query *q)
 {
@@ -64,6 +72,8 @@ __noinline int policy(struct endpoint *ep, struct policy_query *q)
 	/* The node must reach its pods: probes, and all that the kubelet does. */
 	if (!(ep->flags & enforced) || (!egress && q->peer == IDENTITY_HOST))
 		return 0;
+	if (!identity_compiled(q->peer))
+		return DROP_INVALID_IDENTITY;
 	void *set = bpf_map_lookup_elem(&policy_sets, &number);
 
 	if (!set)

@@ -20,3 +20,11 @@ struct {
 	__type(key, __u32);
 	__array(values, struct policy_set);
 } policy_sets SEC(".maps");
+
+struct {
+	__uint(type, BPF_MAP_TYPE_HASH);
+	__uint(max_entries, 65536);
+	__uint(map_flags, BPF_F_NO_PREALLOC);
+	__type(key, identity_t);
+	__type(value, __u32);
+} identities SEC(".maps");

@@ -33,9 +33,10 @@ struct ct_entry {
 	ktime_ns_t expires;
 	ktime_ns_t reported;     /* last trace event */
 	__u32 endpoint;          /* struct endpoint.id; another id means a former owner of the address */
-	__u32 epoch;             /* struct runtime.policy_epoch under which the verdict was reached */
-	identity_t peer;         /* identity of the remote side at that time */
 	rule_id_t rule;          /* the rule that allowed it */
+	/* These two are one word: what the verdict holds for is never half one packet's and half another's. */
+	__u32 epoch;             /* struct runtime.policy_epoch under which the verdict was reached; 0: never */
+	identity_t peer;         /* identity of the remote side at that time */
 	__u32 service;           /* CT_SCOPE_SERVICE: the service; CT_SCOPE_CONNECTION: reply source is translated back to it; 0: none */
 	__u32 backend;           /* CT_SCOPE_SERVICE: key in backends */
 	__u32 flags;             /* enum ct_flag */
@@ -43,3 +44,4 @@ struct ct_entry {
 	port_be_t frontend_port; /* with service != 0: what the client addressed */
 	addr_t frontend;
 };
+_Static_assert(__builtin_offsetof(struct ct_entry, epoch) % 8 == 0, "epoch and peer are one word");

@@ -101,7 +101,8 @@ struct metric {
 
 /* runtime: array of one. What changes while programs stay loaded. */
 struct runtime {
-	/* Bumped after any change that could turn a verdict: connections are judged again at their next packet. */
+	/* Bumped after any change that could turn a verdict: connections are judged again at their next packet. 0: no
+	 * verdict is kept. */
 	__u32 policy_epoch;
 	__u32 pad;
 };

@@ -13,6 +13,10 @@ enum policy_entry_flag {
 	POLICY_ENTRY_CIDR_ANY_PEER = 1 << 0,
 };
 
+/* identities: identity_t -> 1. The allocated identities that this node's policy sets speak about. A set has no entry for
+ * an identity whose labels the compiler hasn't seen, not even the denies that its labels ask for. So whoever isn't listed
+ * is nobody yet, and may not talk to an endpoint that enforces. Written after the sets, removed before them. */
+
 /* policy_sets: __u32 -> inner map (LPM): struct policy_key -> struct policy_entry.
  *
  * A decision takes up to three look-ups with the packet's protocol and port: the peer's identity, the CIDR identity of

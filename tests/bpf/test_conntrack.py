@@ -64,7 +64,7 @@ def flow(w: Wire, proto: int = TCP, sport: int = 40000, dport: int = 80) -> rows
 def entry(flags: int = OPENED_EGRESS, seconds: float = 100, endpoint: int = A_ID, epoch: int = 1,
           peer: int = B_IDENTITY, reported: int = 0) -> rows.CtEntry:  # fmt: skip
     expires = int(now() + seconds * SECOND)
-    return rows.CtEntry(expires, reported or now(), endpoint, epoch, peer, 900, 0, 0, flags, 0, 0, bytes(16))
+    return rows.CtEntry(expires, reported or now(), endpoint, 900, epoch, peer, 0, 0, flags, 0, 0, bytes(16))
 
 
 def denied_but(key: dict[str, int], **fields: int) -> Prepare:

@@ -35,6 +35,7 @@ from record import (
     case_id,
     cases,
     check,
+    send,
     syn,
     udp,
 )  # fmt: skip
@@ -86,6 +87,26 @@ def icmp_other_type(dp: Datapath, w: Wire) -> None:
 def set_missing(dp: Datapath, w: Wire) -> None:
     enforce(rule(0, EGRESS), a=ENFORCE_EGRESS)(dp, w)
     assert dp.maps["policy_sets"].delete(struct.pack("=I", 11))
+
+
+def unknown(*identities: int, rows: Prepare) -> Prepare:
+    """`rows`, with the compiler not having seen these identities yet."""
+
+    def prepare(dp: Datapath, w: Wire) -> None:
+        rows(dp, w)
+        for identity in identities:
+            dp.forget(identity)
+
+    return prepare
+
+
+def forgotten_in_a_new_epoch(dp: Datapath, w: Wire) -> None:
+    dp.forget(B_IDENTITY)
+    assert send(dp, "from_pod", w.sent("b", syn(flags="A")))[0] == REDIRECT
+    dp.put("runtime", 0, rows.Runtime(2))
+    assert send(dp, "from_pod", w.sent("b", syn(flags="A")))[0] == SHOT
+    dp.know(B_IDENTITY)
+    assert send(dp, "from_pod", w.sent("b", syn(flags="A")))[0] == REDIRECT
 
 
 def by_packet(w: Wire):  # type: ignore[no-untyped-def]
@@ -160,6 +181,21 @@ RECORDS = [
     Record("the ICMP type is allowed", lambda w: w.sent("b", w.echo()), REDIRECT, rows=icmp_rule),
     Record("another ICMP type is not", lambda w: w.sent("b", w.echo()), SHOT, rows=icmp_other_type,
            drop="DROP_POLICY_DENIED"),
+    Record("an identity that isn't compiled yet is not reached", TO_B, SHOT,
+           rows=unknown(B_IDENTITY, rows=enforce(rule(0, EGRESS), a=OUT)), drop="DROP_INVALID_IDENTITY"),
+    Record("nor does it reach anybody", TO_B, SHOT,
+           rows=unknown(A_IDENTITY, rows=enforce(rule(0, INGRESS), b=IN)), drop="DROP_INVALID_IDENTITY"),
+    Record("not even by a rule that names it", TO_B, SHOT,
+           rows=unknown(B_IDENTITY, rows=enforce(rule(B_IDENTITY, EGRESS), a=OUT)), drop="DROP_INVALID_IDENTITY"),
+    Record("who doesn't enforce doesn't ask", TO_B, REDIRECT,
+           rows=unknown(A_IDENTITY, B_IDENTITY, rows=enforce(a=IN, b=OUT))),
+    Record("nor is one's own identity asked about", TO_B, REDIRECT,
+           rows=unknown(A_IDENTITY, rows=enforce(rule(B_IDENTITY, EGRESS), a=OUT))),
+    Record("an unknown identity in the mark", lambda w: w.routed("world", "a", syn()), SHOT, program="to_pod",
+           rows=unknown(C_IDENTITY, rows=enforce(rule(0, INGRESS), a=IN)), mark_in=C_IDENTITY << 8 | 0xF1,
+           drop="DROP_INVALID_IDENTITY"),
+    Record("who was let in is asked about again in a new epoch", lambda w: w.sent("b", syn(flags="A")), REDIRECT,
+           rows=enforce(rule(B_IDENTITY, EGRESS), a=OUT), before=[("from_pod", TO_B)], then=forgotten_in_a_new_epoch),
     Record("an allowed connection is reported with its verdict", TO_B, REDIRECT,
            rows=enforce(rule(B_IDENTITY, EGRESS, number=321), a=OUT),
            events=[(EVENT_VERDICT, ALLOW), (EVENT_TRACE, POINT["TRACE_TO_ENDPOINT"])]),
@@ -176,8 +212,6 @@ def test_events_name_the_rule(dp: Datapath, verdict: int, number: int) -> None:
     w = Wire(4)
     dp.clear()
     enforce(rule(B_IDENTITY, EGRESS, verdict, number=number), a=OUT)(dp, w)
-    from record import send
-
     send(dp, "from_pod", w.sent("b", udp()))
     event = dp.events()[0]
     assert (event.rule, event.endpoint, event.source, event.destination) == (number, 11, A_IDENTITY, B_IDENTITY)

@@ -39,6 +39,7 @@ class AgentConfig:
     ipcache_entries: int = 524288
     service_entries: int = 131072
     policy_sets: int = 4096
+    identity_entries: int = 65536
     audit_interval: float = 30.0
     metrics_listen: str = ""
     trace_interval: float = 5.0
@@ -88,6 +89,7 @@ HELP: Mapping[str, str] = {
     "ipcache_entries": "size of the table of the cluster's addresses",
     "service_entries": "size of the tables of frontends and backends (slots: four times as many)",
     "policy_sets": "how many different sets of rules the pods of a node can have",
+    "identity_entries": "size of the table of known identities; pods of others can't talk to pods with policies",
     "audit_interval": "seconds between two comparisons with the kernel",
     "metrics_listen": "HOST:PORT for Prometheus; empty: only on the local socket",
     "trace_interval": "seconds between two events of one busy connection",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, Final
 
 from fimbria.agent import views
@@ -25,7 +26,7 @@ def endpoint(agent: Agent, number: int) -> Row:
     if number not in agent.tables.endpoints:
         raise KeyError(number)
     row = next(r for r in views.endpoints(agent) if r["id"] == number)
-    entries = agent.rows.policy_sets.desired.get(row["policy_set"], {})
+    entries: Mapping[PolicyKey, PolicyEntry] = agent.rows.policy_sets.desired.get(row["policy_set"], {})
     cidrs = {row.identity: str(Prefix(key.addr, key.prefixlen)) for key, row in agent.rows.cidrs.desired.items()}
     ordered = sorted(entries.items(), key=lambda e: (e[0].direction, e[0].peer, e[0].proto, e[0].port, -e[0].prefixlen))
     return row | {"entries": [_entry(agent, k, e, cidrs) for k, e in ordered]}

@@ -10,22 +10,23 @@ from dataclasses import dataclass, field
 from typing import Any, Final
 
 from fimbria.apply.attach import DeviceHook
+from fimbria.apply.policy_sets import SetContent
 from fimbria.apply.rows import Rows
 from fimbria.compute import network
 from fimbria.compute.ipcache import IpcacheCompute
-from fimbria.compute.policy import PolicyEngine
+from fimbria.compute.policy import PolicyEngine, SetChange
 from fimbria.compute.policy_set import SetKey
 from fimbria.compute.policy_shapes import Ports
 from fimbria.compute.service import ServiceCompute
 from fimbria.decide.numbers import Numbers
 from fimbria.model.address import Prefix
 from fimbria.model.endpoint import LocalEndpoint, NamedPort
-from fimbria.model.identity import RESERVED_LABELS, Reserved
+from fimbria.model.identity import MIN_ALLOCATED, RESERVED_LABELS, SCOPE_CIDR, Reserved
 from fimbria.model.labels import Labels, pod_labels
 from fimbria.model.network import DeviceSet, NeighbourKey, Route
 from fimbria.model.node import Node
 from fimbria.model.policy import Policy, PolicyId
-from fimbria.model.rows import Cidr, Endpoint, LocalAddr, PolicyEntry, PolicyKey, PrefixKey, Remote
+from fimbria.model.rows import Cidr, Endpoint, LocalAddr, PrefixKey, Remote
 from fimbria.model.service import ServiceKey
 from fimbria.tables import ObjectKey, Tables
 from fimbria.tables.table import Changes
@@ -34,7 +35,6 @@ ENDPOINT_READY: Final = 1
 SPARE_NUMBERS: Final = 1024
 API_SERVICE: Final = ServiceKey("default", "kubernetes")
 POLICY_TABLES: Final = ("network_policies", "cilium_policies", "clusterwide_policies")
-Content = Mapping[PolicyKey, PolicyEntry]
 
 
 @dataclass(slots=True)
@@ -46,7 +46,8 @@ class DesiredRows:
     service_slots: Rows[Any, int] = field(default_factory=lambda: Rows("service_slots"))
     frontends: Rows[Any, Any] = field(default_factory=lambda: Rows("frontends"))
     ipcache: Rows[PrefixKey, Remote] = field(default_factory=lambda: Rows("ipcache"))
-    policy_sets: Rows[int, Content] = field(default_factory=lambda: Rows("policy_sets"))
+    policy_sets: Rows[int, SetContent] = field(default_factory=lambda: Rows("policy_sets"))
+    identities: Rows[int, int] = field(default_factory=lambda: Rows("identities"))
     cidrs: Rows[PrefixKey, Cidr] = field(default_factory=lambda: Rows("cidrs"))
     device_links: Rows[DeviceHook, str] = field(default_factory=lambda: Rows("device_links"))
     socket_links: Rows[str, str] = field(default_factory=lambda: Rows("socket_links"))
@@ -108,6 +109,7 @@ class Engine:
         self._ports_of_identity: dict[int, dict[Any, tuple[NamedPort, ...]]] = {}
         self._identity_of_source: dict[Any, int] = {}
         self._service_of_slice: dict[ObjectKey, ServiceKey] = {}
+        self._set_keys: dict[int, SetKey] = {}
         self._pending: set[int] = set()
         self._known: dict[int, LocalEndpoint] = {}
         self._own: Node | None = None
@@ -173,8 +175,20 @@ class Engine:
             identity = self.tables.identities.get(number)
             if identity is None:
                 self.policy.delete_identity(number)
+                self.rows.identities.drop(number)
             else:
-                self.policy.upsert_identity(number, Labels(identity.labels))
+                self._know(number, identity.labels)
+
+    def _know(self, number: int, labels: Mapping[str, str]) -> None:
+        """Compile an identity, and say so: only then may it talk to pods that policies select."""
+        self.policy.upsert_identity(number, Labels(labels))
+        if MIN_ALLOCATED <= number < SCOPE_CIDR:
+            self.rows.identities.put(number, 1)
+
+    def failed_sets_about(self, identity: int) -> list[int]:
+        """The policy sets that say something about an identity but couldn't be written."""
+        failed = (n for n in self.rows.policy_sets.failed if n in self._set_keys)
+        return [n for n in failed if identity in self.policy.policy_set(self._set_keys[n]).shapes]
 
     def _policies(self, table: str, keys: Iterable[Any]) -> None:
         for key in keys:
@@ -189,9 +203,8 @@ class Engine:
 
     def _apply_policy(self) -> None:
         changes = self.policy.changes()
-        for key in changes.sets:
-            number = self.numbers.sets.take(str(key))
-            self.rows.policy_sets.put(number, dict(self.policy.policy_set(key).entries()))
+        for key, change in changes.sets.items():
+            self._set_content(key, change)
         for prefix, cidr in changes.cidrs.items():
             if cidr is None:
                 self.rows.cidrs.drop(prefix)
@@ -201,8 +214,18 @@ class Engine:
             self._endpoint_row(int(endpoint_id))
         for key in changes.gone:
             number = self.numbers.sets.release(str(key)) or 0
+            self._set_keys.pop(number, None)
             self.rows.policy_sets.drop(number)
         self._give_back()
+
+    def _set_content(self, key: SetKey, change: SetChange) -> None:
+        number = self.numbers.sets.take(str(key))
+        self._set_keys[number] = key
+        before = None if change.created else self.rows.policy_sets.desired.get(number)
+        if before is None:
+            self.rows.policy_sets.put(number, SetContent(self.policy.policy_set(key).entries()))
+        else:
+            self.rows.policy_sets.put(number, before.derive(change.upserts, change.deletes))
 
     def _give_back(self) -> None:
         """Free the numbers of rules and prefixes that are gone, when half of them are: amortised, not per change."""
@@ -338,6 +361,9 @@ class Engine:
             ports = pod.named_ports if pod else ()
             self._identity_ports(("local", endpoint_id), identity, ports)
             if decided is not None:
+                if identity >= MIN_ALLOCATED and identity not in self.tables.identities:
+                    # Its own node needn't wait for the cluster to tell what it decided itself.
+                    self._know(identity, decided.labels)
                 # Who is selected follows the pod's labels now; who it is to others follows its identity.
                 self.policy.upsert_endpoint(str(endpoint_id), labels or decided.labels, ports_of(ports))
             if labels is not None:

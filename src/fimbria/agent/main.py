@@ -10,7 +10,6 @@ from __future__ import annotations
 import asyncio
 import logging
 import os
-import secrets
 import signal
 import sys
 import time
@@ -26,6 +25,7 @@ from fimbria.agent.api import AgentApi
 from fimbria.agent.config import AgentConfig, ConfigError, parse
 from fimbria.agent.endpoints import EndpointManager
 from fimbria.agent.engine import DesiredRows, Engine, NumberBook
+from fimbria.agent.epoch import Epoch
 from fimbria.agent.identities import Identities
 from fimbria.agent.install import install_cni
 from fimbria.agent.journal import Journal
@@ -41,6 +41,7 @@ from fimbria.apply.network import NeighbourTarget, RouteTarget, SysctlTarget
 from fimbria.apply.programs import Constant, Datapath
 from fimbria.decide.ipam import AddressPool
 from fimbria.kernel import probe
+from fimbria.kernel.grace import GracePeriod
 from fimbria.kernel.netlink import NetlinkSocket
 from fimbria.model.network import DeviceSet
 from fimbria.model.node import Node
@@ -52,7 +53,7 @@ from fimbria.sources.k8s.client import ApiClient
 from fimbria.tables import Tables
 
 log = logging.getLogger("fimbria.agent")
-VERDICT_TARGETS: Final = frozenset(("policy_sets", "cidrs", "ipcache", "endpoints"))
+VERDICT_TARGETS: Final = frozenset(("policy_sets", "identities", "cidrs", "ipcache", "endpoints"))
 SAVE_PAUSE: Final = 1.0
 ENDPOINT_ID_BLOCK: Final = 1000
 
@@ -86,7 +87,7 @@ class Agent:
     started: float = field(default_factory=time.time)
     ready_after: float = 0.0
     ready: asyncio.Event = field(default_factory=asyncio.Event)
-    epoch: int = 0
+    epoch: Epoch = field(init=False)
     keeper: Keeper = field(init=False)
     _next_id: int = 1
     _reserved_ids: int = 0
@@ -94,6 +95,7 @@ class Agent:
 
     def __post_init__(self) -> None:
         self.keeper = Keeper(self)
+        self.epoch = Epoch(self._write_epoch, GracePeriod().wait)
 
     def sweep(self) -> None:
         """Remove what former versions left, once nothing uses it."""
@@ -126,8 +128,10 @@ class Agent:
     def bump_epoch(self, changed: frozenset[str]) -> None:
         """After rows that could turn a verdict: every connection is judged again at its next packet."""
         if changed & VERDICT_TARGETS:
-            self.epoch = (self.epoch + 1) & 0xFFFFFFFF
-            self.datapath.maps["runtime"].update(bytes(4), self.layouts["runtime"].encode(Runtime(self.epoch)))
+            self.epoch.bump()
+
+    def _write_epoch(self, epoch: int) -> None:
+        self.datapath.maps["runtime"].update(bytes(4), self.layouts["runtime"].encode(Runtime(epoch)))
 
 
 class StartError(Exception):
@@ -172,7 +176,7 @@ async def prepare(agent: Agent) -> None:
     """Everything between knowing the node's addresses and following the sources: devices, programs, targets."""
     node = await _node_with_blocks(agent)
     devices.prepare(agent, node)
-    agent.epoch = _read_epoch(agent)
+    agent.epoch.restore(_read_epoch(agent))
     agent.loop.stages.extend(stages(agent))
     agent.loop.bind()
     _wanted_sysctls(agent)
@@ -205,12 +209,18 @@ def stages(agent: Agent) -> list[Stage]:
     def plain(name: str) -> Stage:
         return Stage(dp.map_target(name, datapath.maps[name], layouts), getattr(rows, name))
 
-    links = TcxTarget(datapath) if agent.attach == "tcx" else ClsactTarget(datapath, known_devices)
+    def identity_requires(number: int, _row: int) -> list[tuple[str, Any]]:
+        return [("policy_sets", n) for n in agent.engine.failed_sets_about(number)]
+
+    identities = plain("identities")
+    identities.vouches = True
+    identities.requires = identity_requires
+    links = TcxTarget(datapath) if agent.attach == "tcx" else ClsactTarget(datapath, agent.netlink, known_devices)
     cgroup = agent.config.cgroup or probe.cgroup2_mount()
     found = [
         Stage(SysctlTarget(lambda: list(rows.sysctls.desired)), rows.sysctls, quick=True),
         plain("backends"), plain("service_slots"), plain("frontends"),
-        Stage(dp.policy_target(datapath, layouts), rows.policy_sets),
+        Stage(dp.policy_target(datapath, layouts), rows.policy_sets), identities,
         plain("cidrs"), plain("ipcache"),
         Stage(links, rows.device_links, quick=True, swaps=True),
     ]  # fmt: skip
@@ -232,10 +242,10 @@ def _endpoint_requires(ifindex: int, row: Endpoint) -> list[tuple[str, Any]]:
 
 
 def _read_epoch(agent: Agent) -> int:
-    """The epoch in the kernel. A fresh one starts anywhere: carried-over connections know an older one."""
+    """The epoch in the kernel; 0 in a new map."""
     raw = agent.datapath.maps["runtime"].lookup(bytes(4))
     row: Runtime | None = agent.layouts["runtime"].decode(raw) if raw else None
-    return row.policy_epoch if row and row.policy_epoch else secrets.randbits(32)
+    return row.policy_epoch if row else 0
 
 
 def _restore_services(agent: Agent) -> None:
@@ -282,6 +292,7 @@ async def compute(agent: Agent) -> None:
     agent.engine.services.settle()
     agent.loop.open()
     await agent.loop.flush()
+    agent.epoch.bump()
     agent.ready_after = time.time() - agent.started
     agent.ready.set()
     failures = agent.loop.failures()
@@ -321,6 +332,7 @@ async def run(config: AgentConfig) -> None:
             await prepare(agent)
             publisher = Publisher(client, agent.tables, agent.registration.addrs)
             group.create_task(agent.loop.run(), name="apply")
+            group.create_task(agent.epoch.run(), name="epoch")
             group.create_task(agent.identities.run(), name="identities")
             group.create_task(compute(agent), name="compute")
             group.create_task(_after_ready(agent, publisher.run), name="publisher")

@@ -73,7 +73,7 @@ class _Collector:
         for kind, count in self._agent.keeper.repaired.items():
             repaired.add_metric([kind], count)
         yield from (pressure, wanted, failed, repaired, writes)
-        yield GaugeMetricFamily("fimbria_policy_epoch", "Policy epoch in the kernel", value=self._agent.epoch)
+        yield GaugeMetricFamily("fimbria_policy_epoch", "Policy epoch in the kernel", value=self._agent.epoch.value)
         labels = ["hook", "program"]
         foreign = GaugeMetricFamily("fimbria_foreign_programs", "Programs of others at our hooks", labels=labels)
         for hook, programs in views.foreign(self._agent).items():

@@ -2,8 +2,10 @@
 
 Rules
 1. Targets are listed references first. Upserts go through the list forwards, deletes backwards, so no row ever points
-   at something that is not there. Programs that replace others are swapped between the two: when new programs start
-   everything that they read is there (an upgrade fills new maps first), and what the old ones read still is.
+   at something that is not there. A target that *vouches* for others is the exception: its deletes come before all
+   upserts, since what it vouched for may change with them. Programs that replace others are swapped between the two:
+   when new programs start everything that they read is there (an upgrade fills new maps first), and what the old ones
+   read still is.
 2. A row that fails stays pending, is tried again with growing pauses (at once when something was removed: that makes
    room), and never stops its neighbours; but a row that *requires* a failed one is held back (an endpoint is not opened
    before its policy is in the kernel).
@@ -42,6 +44,7 @@ class Stage:
 
     `requires(key, row)` names (target, key) pairs that must not be pending. `quick` targets are cheap to read, and are
     what others most likely change. `swaps` targets are written a second time, after all upserts, with order "swap".
+    `vouches`: a row says that other targets hold all that its key asks for; it goes first.
     `unreadable` says why the last audit could not read the target back.
     """
 
@@ -50,6 +53,7 @@ class Stage:
     requires: Require | None = None
     quick: bool = False
     swaps: bool = False
+    vouches: bool = False
     unreadable: str = ""
     repaired: int = 0
     writes: int = 0
@@ -252,6 +256,11 @@ class ApplyLoop:
         room = False
         for stage in self.stages:
             delta = deltas.get(stage.rows.name)
+            if stage.vouches and delta and delta.deletes:
+                room |= await self._write_stage(stage, Delta(deletes=delta.deletes), "out") > 0
+                changed.add(stage.rows.name)
+        for stage in self.stages:
+            delta = deltas.get(stage.rows.name)
             if delta and delta.upserts:
                 await self._write_stage(stage, Delta(self._admitted(stage, delta.upserts)), "in")
                 changed.add(stage.rows.name)
@@ -260,7 +269,7 @@ class ApplyLoop:
                 await self._write_stage(stage, Delta(deltas[stage.rows.name].upserts), "swap")
         for stage in reversed(self.stages):
             delta = deltas.get(stage.rows.name)
-            if delta and delta.deletes:
+            if not stage.vouches and delta and delta.deletes:
                 room |= await self._write_stage(stage, Delta(deletes=delta.deletes), "out") > 0
                 changed.add(stage.rows.name)
         if room and any(s.rows.failed for s in self.stages):

@@ -1,18 +1,14 @@
-"""Rows of BPF maps: plain maps by codec, and policy sets (maps of maps)."""
+"""Rows of plain BPF maps, by codec."""
 
 from __future__ import annotations
 
-import logging
 import struct
-from collections.abc import Callable, Hashable, Iterable, Mapping
-from contextlib import suppress
+from collections.abc import Callable, Hashable, Mapping
 from typing import Final, Generic, Protocol, TypeVar
 
 from fimbria.apply.rows import Delta
-from fimbria.kernel.bpf import BpfError, Map, MapError, MapFlag, MapFull, MapType, create_map
-from fimbria.model.rows import PolicyEntry, PolicyKey
+from fimbria.kernel.bpf import Map, MapError, MapFull
 
-log = logging.getLogger(__name__)
 BATCH: Final = 4096
 K = TypeVar("K", bound=Hashable)
 V = TypeVar("V")
@@ -76,7 +72,16 @@ class MapTarget(Generic[K, V]):
     def read(self) -> dict[K, V]:
         """All rows."""
         keys, values = self.map.dump()
-        return dict(zip(self._keys.decode_many(keys), self._values.decode_many(values), strict=True))
+        decoded = self._keys.decode_many(keys)
+        return dict(zip(decoded, self._values_of(values, len(decoded)), strict=True))
+
+    def _values_of(self, data: bytes, count: int) -> list[V]:
+        """Equal values as one object: a large map has few different ones, and an audit holds all of them at once."""
+        size = len(data) // max(count, 1)
+        pieces = [data[i * size : (i + 1) * size] for i in range(count)]
+        distinct = dict.fromkeys(pieces)
+        rows = dict(zip(distinct, self._values.decode_many(b"".join(distinct)), strict=True))
+        return [rows[p] for p in pieces]
 
     def write(self, delta: Delta[K, V], *, order: str) -> Mapping[K, str]:
         """Batches of BATCH rows; a row that fails is reported and skipped."""
@@ -130,58 +135,3 @@ class MapTarget(Generic[K, V]):
         if isinstance(error, MapFull):
             return f"map {self._name} is full ({self.map.max_entries} entries): no room for {self._show(key)}"
         return f"{self._show(key)}: {error}"
-
-
-class PolicySetsTarget:
-    """Policy sets: number -> whole content.
-
-    A changed set is a new inner map that replaces the old one in one step, so a set is never half written, and one that
-    can't be written leaves the old one in force.
-    """
-
-    name = "policy_sets"
-
-    def __init__(self, outer: Map, keys: ManyCodec[PolicyKey], values: ManyCodec[PolicyEntry]) -> None:
-        self._outer = outer
-        self._keys = keys
-        self._values = values
-
-    def read(self) -> dict[int, Mapping[PolicyKey, PolicyEntry]]:
-        """Content of every set."""
-        numbers, ids = (U32().decode_many(part) for part in self._outer.dump())
-        sets: dict[int, Mapping[PolicyKey, PolicyEntry]] = {}
-        for number, map_id in zip(numbers, ids, strict=True):
-            with suppress(BpfError), Map.by_id(map_id) as inner:
-                keys, values = inner.dump()
-                sets[number] = dict(zip(self._keys.decode_many(keys), self._values.decode_many(values), strict=True))
-        return sets
-
-    def write(self, delta: Delta[int, Mapping[PolicyKey, PolicyEntry]], *, order: str) -> Mapping[int, str]:
-        """Swap in or remove whole sets."""
-        failures: dict[int, str] = {}
-        for number in delta.upserts if order == "in" else ():
-            try:
-                self._swap(number, delta.upserts[number])
-            except MapError as error:
-                failures[number] = f"policy set {number}: {error}; what was enforced before stays enforced"
-        for number in delta.deletes if order == "out" else ():
-            try:
-                self._outer.delete(struct.pack("=I", number))
-            except MapError as error:
-                failures[number] = f"policy set {number}: {error}"
-        return failures
-
-    def _swap(self, number: int, content: Mapping[PolicyKey, PolicyEntry]) -> None:
-        rows = list(content.items())
-        name = f"policy_{number}"
-        with create_map(
-            MapType.LPM_TRIE, 12, 8, max(len(rows), 1), MapFlag.NO_PREALLOC, name=name
-        ) as inner:  # fmt: skip
-            for part in _parts(rows):
-                keys = self._keys.encode_many([k for k, _ in part])
-                inner.update_batch(keys, self._values.encode_many([v for _, v in part]), len(part))
-            self._outer.update(struct.pack("=I", number), struct.pack("=I", inner.fd))
-
-
-def _parts(rows: list[T]) -> Iterable[list[T]]:
-    return (rows[i : i + BATCH] for i in range(0, len(rows), BATCH))

@@ -135,9 +135,9 @@ class CtEntry:
     expires: int
     reported: int
     endpoint: int
+    rule: int
     epoch: int
     peer: int
-    rule: int
     service: int
     backend: int
     flags: int
