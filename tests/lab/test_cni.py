@@ -112,13 +112,15 @@ def inventory(lab: Lab) -> dict[str, Any]:
 
 
 def descriptors(pid: int) -> int:
-    """Open descriptors of a process, except connections to the API server, which come and go."""
-    tables = [Path(f"/proc/{pid}/net/{t}").read_text().splitlines()[1:] for t in ("tcp", "tcp6")]
-    connections = {f"socket:[{line.split()[9]}]" for lines in tables for line in lines}
+    """Open descriptors of a process, except connections to the API server and of those who ask the agent for its state:
+    these come and go."""
+    net = Path(f"/proc/{pid}/net")
+    visitors = {row.split()[9] for table in ("tcp", "tcp6") for row in (net / table).read_text().splitlines()[1:]}
+    visitors |= {row.split()[6] for row in (net / "unix").read_text().splitlines() if row.endswith("/agent.sock")}
     found = 0
     for name in os.listdir(f"/proc/{pid}/fd"):
         with suppress(FileNotFoundError):
-            found += os.readlink(f"/proc/{pid}/fd/{name}") not in connections
+            found += os.readlink(f"/proc/{pid}/fd/{name}").removeprefix("socket:[").rstrip("]") not in visitors
     return found
 
 
