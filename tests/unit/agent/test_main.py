@@ -1,0 +1,57 @@
+"""What keeps the agent from starting: one sentence each, and the exit status."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from fimbria.agent import main as agent
+from fimbria.kernel import probe
+
+ALL = (1 << 41) - 1
+
+
+@pytest.fixture(autouse=True)
+def _able(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A machine on which nothing is missing, whatever this one lacks."""
+    monkeypatch.setattr(os, "geteuid", lambda: 0)
+    monkeypatch.setattr(probe, "capabilities", lambda status=None: ALL)
+    monkeypatch.setattr(probe, "has_btf", lambda: True)
+    monkeypatch.setattr(probe, "kernel_version", lambda: (6, 12))
+    monkeypatch.setattr(probe, "cgroup2_mount", lambda mounts=None: "/sys/fs/cgroup")
+    monkeypatch.setattr(probe, "bpffs_mounted", lambda path: True)
+
+
+def start(capsys: Any, tmp_path: Path) -> tuple[int, list[str]]:
+    code = agent.main(["--node-name", "n", "--kubeconfig", "/nowhere", "--run-dir", str(tmp_path)])
+    return code, capsys.readouterr().err.splitlines()
+
+
+@pytest.mark.parametrize(("module", "name", "value", "said"), [
+    (os, "geteuid", lambda: 1000, "must run as root"),
+    (probe, "capabilities", lambda status=None: ALL & ~(1 << 12), "CAP_NET_ADMIN is missing"),
+    (probe, "has_btf", lambda: False, "/sys/kernel/btf/vmlinux is missing"),
+    (probe, "kernel_version", lambda: (5, 4), "5.15 or later is needed"),
+    (probe, "bpffs_mounted", lambda path: False, "mount -t bpf bpf /sys/fs/bpf"),
+])  # fmt: skip
+def test_one_sentence(
+    monkeypatch: pytest.MonkeyPatch, capsys: Any, tmp_path: Path, module: Any, name: str, value: Any, said: str
+) -> None:
+    monkeypatch.setattr(module, name, value)
+    code, lines = start(capsys, tmp_path)
+    assert code == 1 and len(lines) == 1 and said in lines[0] and lines[0].startswith("fimbria agent: ")
+
+
+def test_tcx_that_is_demanded_and_missing(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(probe, "has_tcx", lambda: False)
+    with pytest.raises(agent.StartError, match=r"--attach tcx.*6\.6"):
+        agent.choose_attach("tcx")
+    assert agent.choose_attach("auto") == agent.choose_attach("clsact") == "clsact"
+
+
+def test_a_setting_that_cannot_be_used(capsys: Any) -> None:
+    assert agent.main(["--node-name", "n", "--masquerade-ports", "9-1"]) == 2
+    assert "--masquerade-ports '9-1'" in capsys.readouterr().err
