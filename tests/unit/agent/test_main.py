@@ -45,6 +45,15 @@ def test_one_sentence(
     assert code == 1 and len(lines) == 1 and said in lines[0] and lines[0].startswith("fimbria agent: ")
 
 
+def test_a_missing_cgroup_is_told_and_no_obstacle(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, capsys: Any, tmp_path: Path
+) -> None:
+    monkeypatch.setattr(probe, "cgroup2_mount", lambda mounts=None: None)
+    code, lines = start(capsys, tmp_path)
+    assert code == 1 and lines == [], "it got as far as the kubeconfig"
+    assert "Services are translated by packet" in caplog.text and "/nowhere" in caplog.text
+
+
 def test_tcx_that_is_demanded_and_missing(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(probe, "has_tcx", lambda: False)
     with pytest.raises(agent.StartError, match=r"--attach tcx.*6\.6"):
