@@ -320,8 +320,10 @@ class Engine:
 
     def _api_servers(self) -> None:
         """Policies name the API servers as an entity: it is the endpoints of Service default/kubernetes."""
-        slices = (self.tables.endpoint_slices.get(k) for k in self.tables.endpoint_slices.by("service", API_SERVICE))
-        addrs = {e.addr for s in slices if s for e in s.endpoints}
+        # The slice that API servers keep themselves. Others are anybody's who may write to that namespace.
+        kept = (API_SERVICE.namespace, API_SERVICE.name)
+        slices = (k for k in self.tables.endpoint_slices.by("service", API_SERVICE) if k == kept)
+        addrs = {e.addr for k in slices if (s := self.tables.endpoint_slices.get(k)) for e in s.endpoints}
         self._put_ipcache(self.ipcache.set_apiserver(addrs))
         here = bool(addrs & self.ipcache.own_addrs)
         labels = RESERVED_LABELS[Reserved.HOST]

@@ -2,8 +2,8 @@
 
 Rules
 1. An address can be claimed by several sources at once (a pod that moved and whose old report lingers). The source of
-   the highest rank wins: an endpoint of this node, then the youngest report of a pod, then a node's own addresses.
-   When a claim goes the next one takes its place.
+   the highest rank wins: an endpoint of this node, this node itself, other nodes, then the youngest report of a pod.
+   So no object of the cluster takes a node's address away from it. When a claim goes the next one takes its place.
 2. In overlay mode addresses of other nodes' pods carry the node to encapsulate to.
 3. An address of a pod block that nobody reports is UNMANAGED: policies don't allow it by accident.
 """
@@ -11,9 +11,9 @@ Rules
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import chain
-from typing import Any
+from typing import Any, Final
 
 from fimbria.model.address import Prefix, is_v4
 from fimbria.model.endpoint import LocalEndpoint, RemoteEndpoint
@@ -29,6 +29,12 @@ REMOTE_POD, REMOTE_NODE, REMOTE_TUNNEL = 1, 2, 4
 Claim = tuple[PrefixKey, Remote]
 Rank = tuple[int, str]
 Source = tuple[str, Any]
+POD_RANK: Final = 1
+OTHER_NODE: Final[Rank] = (2, "")
+API_SERVER: Final[Rank] = (2, "above a node's claim")
+OWN_NODE: Final[Rank] = (3, "")
+LOCAL: Final[Rank] = (4, "")
+API_SERVERS: Final[Source] = ("apiserver", "")
 
 
 class Rivals(tuple[Source, ...]):
@@ -57,22 +63,27 @@ class IpcacheCompute:
 
     def set_node(self, name: str, node: Node | None) -> set[PrefixKey]:
         """A node appeared, changed or went."""
-        return self._set(("node", name), (1, ""), self._node_claims(node) if node else ())
+        return self._set(
+            ("node", name), OWN_NODE if name == self.this_node else OTHER_NODE, self._node_claims(node) if node else ()
+        )
 
     def set_remote(self, key: tuple[str, str], endpoint: RemoteEndpoint | None) -> set[PrefixKey]:
         """A pod was reported, or its report went."""
         if endpoint is None:
-            return self._set(("pod", key), (2, ""), ())
+            return self._set(("pod", key), (POD_RANK, ""), ())
         tunnel = endpoint.node if self.overlay and endpoint.node not in self.own_addrs else NO_ADDR
         remote = self._remote(endpoint.identity, REMOTE_POD, tunnel)
         claims = tuple((PrefixKey(128, a), remote) for a in endpoint.addrs)
-        return self._set(("pod", key), (2, endpoint.created), claims)
+        return self._set(("pod", key), (POD_RANK, endpoint.created), claims)
 
     def set_apiserver(self, addrs: Iterable[bytes]) -> set[PrefixKey]:
-        """The API servers' addresses, wherever they run, but for this node's own: those stay HOST."""
-        remote = self._remote(IDENTITY_KUBE_APISERVER, REMOTE_NODE, NO_ADDR)
+        """The API servers' addresses, wherever they run, but for this node's own: those stay HOST.
+
+        One that is no node's isn't a node: it can't vouch for identities.
+        """
+        remote = self._remote(IDENTITY_KUBE_APISERVER, 0, NO_ADDR)
         claims = tuple((PrefixKey(128, a), remote) for a in sorted(set(addrs)) if a not in self.own_addrs)
-        return self._set(("apiserver", ""), (1, "above a node's own claim"), claims)
+        return self._set(API_SERVERS, API_SERVER, claims)
 
     def set_local(self, endpoint_id: int, endpoint: LocalEndpoint | None, identity: int) -> set[PrefixKey]:
         """An endpoint of this node. Identity 0: not decided yet, no claim."""
@@ -80,15 +91,24 @@ class IpcacheCompute:
         if endpoint is not None and identity:
             remote = self._remote(identity, REMOTE_POD, NO_ADDR)
             claims = tuple((PrefixKey(128, a), remote) for a in endpoint.addrs)
-        return self._set(("local", endpoint_id), (3, ""), claims)
+        return self._set(("local", endpoint_id), LOCAL, claims)
 
     def get(self, key: PrefixKey) -> Remote | None:
         """The winning claim."""
         sources = self._by_key.get(key)
         if sources is None:
             return None
-        stated = self._claims[max(sources, key=self._rank) if isinstance(sources, Rivals) else sources]
-        row: Remote = stated[stated.index(key, 2) + 1]
+        if not isinstance(sources, Rivals):
+            return self._stated(sources, key)
+        ranked = sorted(sources, key=self._rank, reverse=True)
+        row = self._stated(ranked[0], key)
+        if ranked[0] == API_SERVERS and ranked[1][0] == "node":
+            return replace(row, flags=self._stated(ranked[1], key).flags)
+        return row
+
+    def _stated(self, source: Source, key: PrefixKey) -> Remote:
+        claims = self._claims[source]
+        row: Remote = claims[claims.index(key, 2) + 1]
         return row
 
     def sources(self, key: PrefixKey) -> tuple[tuple[str, Any], ...]:

@@ -3,11 +3,11 @@
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fimbria.compute.ipcache import IpcacheCompute
+from fimbria.compute.ipcache import REMOTE_NODE, IpcacheCompute
 from fimbria.model.address import Prefix, pack
 from fimbria.model.endpoint import LocalEndpoint, RemoteEndpoint
 from fimbria.model.node import Node
-from fimbria.model.rows import PrefixKey
+from fimbria.model.rows import NO_ADDR, PrefixKey, Remote
 
 OWN, OTHER = pack("172.31.1.10"), pack("172.31.2.10")
 ADDRS = [pack(f"10.0.0.{n}") for n in range(3)]
@@ -98,3 +98,22 @@ def test_history_does_not_matter(history: list[tuple[int, RemoteEndpoint | None]
             assert (now.identity in allowed) if now else not claims
             assert {s for s, _ in cache.sources(key)} <= {"pod"}
             assert len(cache.sources(key)) == len(claims)
+
+
+def test_no_report_takes_a_nodes_address() -> None:
+    cache = ipcache()
+    cache.set_node("far", Node("far", (OTHER,), (ADDRS[0],), ()))
+    cache.set_node("thief", Node("thief", (OWN,), (), ()))
+    cache.set_remote(("evil", "pod"), remote(300, (OWN, OTHER, ADDRS[0]), "2026-01-01T00:00:00Z"))
+    rows = [cache.get(PrefixKey(128, a)) for a in (OWN, OTHER, ADDRS[0])]
+    assert [r.identity for r in rows if r] == [1, 6, 6]
+
+
+def test_an_api_server_vouches_for_nobody_unless_it_is_a_node() -> None:
+    cache = ipcache()
+    outside = pack("203.0.113.1")
+    cache.set_apiserver([OTHER, outside])
+    assert [cache.get(PrefixKey(128, a)) for a in (OTHER, outside)] == [Remote(7, 0, NO_ADDR)] * 2
+    assert PrefixKey(128, OTHER) in cache.set_node("far", Node("far", (OTHER,), (), ()))
+    assert cache.get(PrefixKey(128, OTHER)) == Remote(7, REMOTE_NODE, NO_ADDR)
+    assert cache.get(PrefixKey(128, outside)) == Remote(7, 0, NO_ADDR)

@@ -13,6 +13,7 @@ from typing import Final, TypeVar
 
 from fimbria.model.address import Prefix, pack
 from fimbria.model.endpoint import ClusterIdentity, NamedPort, Pod, RemoteEndpoint
+from fimbria.model.identity import MIN_ALLOCATED, SCOPE_CIDR, Reserved
 from fimbria.model.node import Node
 from fimbria.sources.k8s.types import cilium, core
 from fimbria.sources.k8s.types.meta import ObjectMeta
@@ -35,11 +36,19 @@ def object_key(meta: ObjectMeta) -> tuple[str, str]:
 
 
 def node(obj: cilium.CiliumNode) -> Node:
-    """A CiliumNode: InternalIP addresses are the node's own, CiliumInternalIP those on its pods' networks."""
+    """A CiliumNode: InternalIP addresses are the node's own, CiliumInternalIP those on its pods' networks.
+
+    Raises ValueError also for a pod block that contains the node's own address: every other node would route it, and
+    with 0.0.0.0/0 everything, to pods.
+    """
     addresses = obj.spec.addresses or ()
+    addrs = tuple(pack(a.ip) for a in addresses if a.type == "InternalIP")
+    for block in (Prefix.parse(c) for c in obj.spec.ipam.pod_cidrs or ()):
+        if any(a in block for a in addrs):
+            raise ValueError(f"spec.ipam.podCIDRs: {block} contains the node's own address")
     return Node(
         name=obj.metadata.name,
-        addrs=tuple(pack(a.ip) for a in addresses if a.type == "InternalIP"),
+        addrs=addrs,
         routers=tuple(pack(a.ip) for a in addresses if a.type == "CiliumInternalIP"),
         pod_cidrs=tuple(Prefix.parse(c) for c in obj.spec.ipam.pod_cidrs or ()),
         problem=obj.status.ipam.operator_status.error,
@@ -73,22 +82,40 @@ def pod(obj: core.Pod) -> Pod:
 
 
 def identity(obj: cilium.CiliumIdentity) -> ClusterIdentity:
-    """An identity's labels, and whether it is marked for collection."""
+    """An identity's labels, and whether it is marked for collection.
+
+    Raises ValueError for a name that is no number of the cluster's: anyone, the reserved identities and a node's own
+    CIDR identities have numbers, too, and must not get labels from an object.
+    """
+    if not identity_key(obj.metadata):
+        raise ValueError(
+            f"the name {obj.metadata.name!r} is no identity's: a number from {MIN_ALLOCATED} below {SCOPE_CIDR}"
+        )
     return ClusterIdentity(dict(obj.security_labels or {}), UNUSED_ANNOTATION in (obj.metadata.annotations or {}))
 
 
 def identity_key(meta: ObjectMeta) -> int:
     """An identity's number; 0, which none has, for a name that isn't one."""
-    return int(meta.name) if _NUMBER.fullmatch(meta.name) else 0
+    number = int(meta.name) if _NUMBER.fullmatch(meta.name) else 0
+    return number if _allocated(number) else 0
+
+
+def _allocated(identity: int) -> bool:
+    return MIN_ALLOCATED <= identity < SCOPE_CIDR
 
 
 def remote_endpoint(obj: cilium.CiliumEndpoint) -> RemoteEndpoint | None:
-    """A reported endpoint; None while its agent has not filled in identity and addresses."""
+    """A reported endpoint; None while its agent has not filled in identity and addresses.
+
+    Raises ValueError for an identity that no pod has: HOST, for one, is allowed everywhere.
+    """
     status = obj.status
     pairs = status.networking.addressing or ()
     addrs = tuple(pack(ip) for pair in pairs for ip in (pair.ipv4, pair.ipv6) if ip)
     if not status.identity.id or not addrs or not status.networking.node:
         return None
+    if not _allocated(status.identity.id) and status.identity.id not in (Reserved.HEALTH, Reserved.INIT):
+        raise ValueError(f"status.identity.id: {status.identity.id} is no pod's identity")
     ports = tuple(NamedPort(p.name, PROTOCOLS.get(p.protocol, 0), p.port) for p in status.named_ports or ())
     return RemoteEndpoint(
         identity=_shared(status.identity.id),

@@ -1,0 +1,53 @@
+"""Objects that claim to be more than they may: refused, whatever else they say."""
+
+import msgspec
+import pytest
+
+from fimbria.sources.k8s import rows
+from fimbria.sources.k8s.types import cilium
+
+LABELS = {"k8s:app": "frontend"}
+
+
+def identity(name: str) -> cilium.CiliumIdentity:
+    return msgspec.convert({"metadata": {"name": name}, "security-labels": LABELS}, cilium.CiliumIdentity)
+
+
+@pytest.mark.parametrize("name", ["", "0", "abc", "2", "255", "0300", "-300", "16777216", "99999999", "١٢٣٤"])
+def test_only_the_clusters_numbers_get_labels(name: str) -> None:
+    """Number 0 is "anyone" to a policy, 2 the world: labels for them would open pods to everybody."""
+    assert rows.identity_key(identity(name).metadata) == 0
+    with pytest.raises(ValueError, match="is no identity's"):
+        rows.identity(identity(name))
+
+
+@pytest.mark.parametrize("name", ["256", "65535", "16777215"])
+def test_the_clusters_numbers(name: str) -> None:
+    assert rows.identity_key(identity(name).metadata) == int(name)
+    assert rows.identity(identity(name)).labels == LABELS
+
+
+def endpoint(number: int) -> cilium.CiliumEndpoint:
+    status = {"identity": {"id": number}, "networking": {"node": "172.31.2.10", "addressing": [{"ipv4": "10.0.0.9"}]}}
+    return msgspec.convert({"metadata": {"name": "a", "namespace": "n"}, "status": status}, cilium.CiliumEndpoint)
+
+
+@pytest.mark.parametrize("number", [1, 2, 3, 6, 7, 255, 1 << 24, 1 << 31])
+def test_no_pod_is_the_host(number: int) -> None:
+    with pytest.raises(ValueError, match="no pod's identity"):
+        rows.remote_endpoint(endpoint(number))
+
+
+@pytest.mark.parametrize("number", [4, 5, 256, 65535])
+def test_what_a_pod_may_be(number: int) -> None:
+    row = rows.remote_endpoint(endpoint(number))
+    assert row is not None
+    assert row.identity == number
+
+
+@pytest.mark.parametrize("block", ["0.0.0.0/0", "172.31.0.0/16", "172.31.2.10/32", "::/0"])
+def test_a_pod_block_contains_no_node(block: str) -> None:
+    spec = {"addresses": [{"type": "InternalIP", "ip": "172.31.2.10"}], "ipam": {"podCIDRs": [block]}}
+    node = msgspec.convert({"metadata": {"name": "thief"}, "spec": spec}, cilium.CiliumNode)
+    with pytest.raises(ValueError, match="contains the node's own address"):
+        rows.node(node)
