@@ -12,6 +12,7 @@ import argparse
 import asyncio
 import io
 import os
+import re
 import time
 from dataclasses import dataclass, field
 from html import escape
@@ -40,7 +41,7 @@ CHAPTER: Final = 3.0  # seconds before a new chapter pushes the last one away
 STILL: Final = 3  # chapter that the moving picture shows where it can't move
 HOLD: Final = 8.0  # seconds of the last picture before it starts again
 DOTS: Final = ("#ff5f57", "#febc2e", "#28c840")
-NO_BREAK: Final = "\u00a0"  # a blank that no renderer drops
+WORDS: Final = re.compile(r"\S+(?: \S+)*")
 PALETTE: Final = (  # black, red, green, yellow, blue, magenta, cyan, white
     [(22, 27, 34), (255, 123, 114), (86, 211, 100), (227, 179, 65)],
     [(88, 166, 255), (210, 168, 255), (57, 197, 207), (214, 222, 230)],
@@ -107,18 +108,21 @@ def paced(batches: list[Batch]) -> list[float]:
 
 
 def row(text: Text, y: float, console: Console) -> str:
-    """One line of text as SVG: a piece for each style, each at its own column, so that no font can shift it."""
+    """One line of text as SVG: a piece for each run of words in one style, each at its own column.
+
+    So no font shifts it, and no blank stands where a renderer may drop it.
+    """
     column, pieces = 0, []
     for segment in text.render(console):
         if segment.control or segment.text == "\n":
             continue
-        width = cell_len(segment.text)
-        if segment.text.strip():
+        for words in WORDS.finditer(segment.text):
+            x = MARGIN + (column + cell_len(segment.text[: words.start()])) * CELL
             pieces.append(
-                f'<text x="{MARGIN + column * CELL:.1f}" y="{y:.0f}" textLength="{width * CELL:.1f}"'
-                f"{look(segment.style)}>{escape(segment.text).replace(' ', NO_BREAK)}</text>"
+                f'<text x="{x:.1f}" y="{y:.0f}" textLength="{cell_len(words[0]) * CELL:.1f}"'
+                f"{look(segment.style)}>{escape(words[0])}</text>"
             )
-        column += width
+        column += cell_len(segment.text)
     return "".join(pieces)
 
 

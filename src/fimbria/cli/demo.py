@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import asyncio
+import shutil
+import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any, Final
 
 import click
@@ -208,6 +211,10 @@ def _closing(spec: LabSpec, stage: Stage, denied: tuple[str, int]) -> None:
     option = "" if spec.name == "fimbria" else f" --name {spec.name}"
     visitor = f"-n guest $(fimbria lab get{option} pods -n guest -o name)"
     stage.title(f"Done after {time.monotonic() - stage.begun:.0f} s. The lab goes on running; try")
+    activate = Path(sys.executable).with_name("activate")
+    if shutil.which("fimbria") is None and activate.exists():
+        shown = activate.relative_to(Path.cwd()) if activate.is_relative_to(Path.cwd()) else activate
+        stage.console.print(f"  . {shown}          [dim]puts fimbria on this shell's path[/]", highlight=False)
     stage.console.print(
         f"""  fimbria lab status{option}
   fimbria lab get{option} pods -A -o wide
