@@ -2,6 +2,9 @@
 
 import sys
 
-from fimbria.agent.main import main
+from fimbria.startup import cheap_imports
+
+with cheap_imports():
+    from fimbria.agent.main import main
 
 sys.exit(main())

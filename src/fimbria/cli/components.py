@@ -17,7 +17,11 @@ def _component(name: str, help_: str) -> click.Command:
     )
     @click.argument("args", nargs=-1, type=click.UNPROCESSED)
     def run(args: tuple[str, ...]) -> None:
-        sys.exit(importlib.import_module(f"fimbria.{name}.main").main(list(args)))
+        from fimbria.startup import cheap_imports
+
+        with cheap_imports():
+            component = importlib.import_module(f"fimbria.{name}.main")
+        sys.exit(component.main(list(args)))
 
     return run
 

@@ -12,7 +12,6 @@ import time
 from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Mapping, Sequence
 from contextlib import aclosing, asynccontextmanager
 from functools import cache
-from importlib.metadata import PackageNotFoundError, version
 from types import TracebackType
 from typing import Any, Generic, Literal, Self, TypeVar
 from urllib.parse import urlencode
@@ -21,6 +20,7 @@ import aiohttp
 import msgspec
 from yarl import URL
 
+from fimbria.release import RELEASE
 from fimbria.sources.k8s.config import ClusterConfig
 from fimbria.sources.k8s.errors import ApiError, BadAnswer, NotFound, TooMany, Unauthorized, Unavailable, from_answer
 from fimbria.sources.k8s.pacing import Backoff, TokenBucket
@@ -56,11 +56,7 @@ def _decoder(type_: Any) -> msgspec.json.Decoder[Any]:
 
 
 def user_agent(component: str) -> str:
-    try:
-        release = version("fimbria")
-    except PackageNotFoundError:
-        release = "unknown"
-    return f"fimbria-{component}/{release}"
+    return f"fimbria-{component}/{RELEASE}"
 
 
 class ApiClient:

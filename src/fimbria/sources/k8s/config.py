@@ -16,8 +16,6 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
-import yaml
-
 SERVICE_ACCOUNT = Path("/var/run/secrets/kubernetes.io/serviceaccount")
 _MAX_BYTES = 4 << 20
 _UNSUPPORTED_USER = {
@@ -125,8 +123,7 @@ def in_cluster(
         raise ConfigError("not in a pod: $KUBERNETES_SERVICE_HOST isn't set")
     token = Token(path=service_account / "token")
     token.get()
-    tls = ssl.create_default_context(ssl.Purpose.SERVER_AUTH)
-    _trust(tls, _read(service_account / "ca.crt"), str(service_account / "ca.crt"))
+    tls = _trust(_read(service_account / "ca.crt"), str(service_account / "ca.crt"))
     try:
         namespace = _read(service_account / "namespace").decode().strip()
     except ConfigError:
@@ -216,6 +213,8 @@ class _Section:
 
 
 def _parse(path: Path) -> dict[str, Any]:
+    import yaml  # late: in a pod there is no kubeconfig
+
     try:
         document = yaml.safe_load(_read(path))
     except (yaml.YAMLError, RecursionError) as error:
@@ -277,15 +276,13 @@ def _check_server(url: str, where: str) -> None:
 
 
 def _tls(cluster: _Section, user: _Section) -> ssl.SSLContext:
-    context = ssl.create_default_context(ssl.Purpose.SERVER_AUTH)
     authority = cluster.data("certificate-authority")
+    context = ssl.create_default_context() if authority is None else _trust(*authority)
     if cluster.flag("insecure-skip-tls-verify"):
         if authority is not None:
             raise cluster.error("insecure-skip-tls-verify", "contradicts certificate-authority: set one of them")
         context.check_hostname = False
         context.verify_mode = ssl.CERT_NONE
-    elif authority is not None:
-        _trust(context, *authority)
     certificate, key = user.data("client-certificate"), user.data("client-key")
     if (certificate is None) != (key is None):
         missing = "client-certificate" if certificate is None else "client-key"
@@ -295,9 +292,12 @@ def _tls(cluster: _Section, user: _Section) -> ssl.SSLContext:
     return context
 
 
-def _trust(context: ssl.SSLContext, pem: bytes, where: str) -> None:
+def _trust(pem: bytes, where: str) -> ssl.SSLContext:
+    """Trusts these authorities alone: whom the system trusts must not vouch for a cluster that names its own."""
     try:
-        context.load_verify_locations(cadata=pem.decode("ascii"))
+        if not pem:
+            raise ValueError("without authorities, the standard library would take the system's")
+        return ssl.create_default_context(cadata=pem.decode("ascii"))
     except (ssl.SSLError, ValueError):
         raise ConfigError(f"{where} holds no usable PEM certificate") from None
 

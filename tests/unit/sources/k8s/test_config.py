@@ -84,6 +84,14 @@ def test_certificates_as_files_relative_to_the_kubeconfig(make: Make, pair: tupl
     assert config.tls.get_ca_certs()
 
 
+def test_authorities_of_a_cluster_are_the_only_ones(make: Make, pair: tuple[Path, Path]) -> None:
+    config = from_kubeconfig(make({"server": "https://a", "certificate-authority-data": b64(pair[0])}))
+    assert config.tls is not None
+    assert [c["subject"] for c in config.tls.get_ca_certs()] == [((("commonName", "fimbria-test"),),)]
+    assert config.tls.verify_mode is ssl.CERT_REQUIRED
+    assert config.tls.check_hostname
+
+
 def test_verification_can_be_switched_off(make: Make) -> None:
     config = from_kubeconfig(make({"server": "https://a", "insecure-skip-tls-verify": True}))
     assert config.tls is not None
@@ -200,6 +208,9 @@ def test_in_cluster(account: Path) -> None:
 def test_in_cluster_names_what_is_missing(account: Path) -> None:
     with pytest.raises(ConfigError, match="KUBERNETES_SERVICE_HOST"):
         in_cluster(environ={}, service_account=account)
+    (account / "ca.crt").write_bytes(b"")
+    with pytest.raises(ConfigError, match="no usable PEM"):
+        in_cluster(environ={"KUBERNETES_SERVICE_HOST": "10.0.0.1"}, service_account=account)
     (account / "ca.crt").unlink()
     with pytest.raises(ConfigError, match=r"can't read .*ca\.crt"):
         in_cluster(environ={"KUBERNETES_SERVICE_HOST": "10.0.0.1"}, service_account=account)

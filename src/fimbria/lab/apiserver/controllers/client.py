@@ -109,11 +109,10 @@ def _named(config: Obj, section: str, name: str) -> Obj:
 
 
 def _ssl_context(cluster: Obj, user: Obj) -> ssl.SSLContext:
-    context = ssl.create_default_context()
-    if data := cluster.get("certificate-authority-data"):
-        context = ssl.create_default_context(cadata=base64.b64decode(data).decode())
-    elif path := cluster.get("certificate-authority"):
-        context = ssl.create_default_context(cafile=path)
+    data = cluster.get("certificate-authority-data")
+    context = ssl.create_default_context(
+        cafile=cluster.get("certificate-authority"), cadata=base64.b64decode(data).decode() if data else None
+    )
     if cluster.get("insecure-skip-tls-verify"):
         context.check_hostname, context.verify_mode = False, ssl.CERT_NONE
     if certificate := user.get("client-certificate-data"):

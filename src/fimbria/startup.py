@@ -1,0 +1,31 @@
+"""What a process that stays does about the cost of its own imports."""
+
+from __future__ import annotations
+
+import gc
+import ssl
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+
+@contextmanager
+def cheap_imports() -> Iterator[None]:
+    """A process's modules are imported within it, before any thread is started.
+
+    Nothing that is imported becomes garbage: the collector looks for some only afterwards, and never again at what is
+    there by then. And aiohttp's connector reads the system's certificates for two contexts when it is imported. Ours
+    come from `sources.k8s.config`; those two trust nobody, so that a connection by mistake fails.
+    """
+    load = ssl.SSLContext.load_default_certs
+    ssl.SSLContext.load_default_certs = _load_none  # type: ignore[method-assign]
+    gc.disable()
+    try:
+        yield
+    finally:
+        ssl.SSLContext.load_default_certs = load  # type: ignore[method-assign]
+        gc.freeze()
+        gc.enable()
+
+
+def _load_none(self: ssl.SSLContext, purpose: ssl.Purpose = ssl.Purpose.SERVER_AUTH) -> None:
+    """Stands in for SSLContext.load_default_certs."""
