@@ -656,22 +656,36 @@ def test_a_chain_with_tuning_and_bandwidth(lab: Lab, cnitool: Path, box: Box) ->
     lab.wait("no eth0", lambda: {d["ifname"] for d in box.ip("link")} == {"lo"})
 
 
-def test_a_chain_with_portmap(lab: Lab, cnitool: Path, box: Box) -> None:
-    """Debian's portmap 1.1.1 fails its own CHECK whatever plugin it follows, so only ours is asked, with the result of
-    the whole chain."""
+def test_a_chain_with_portmap(lab_name: str, cnitool: Path) -> None:
+    """Host ports by another plugin: its replies must pass the host's stack, hence no fast path. Debian's portmap 1.1.1
+    fails its own CHECK whatever plugin it follows, so only ours is asked, with the result of the whole chain."""
+    cluster.up(LabSpec(name=lab_name, nodes=1, agent_options=("no-fast-path",)))
+    lab = Lab(lab_name)
+    before = inventory(lab)
+    box = Box(lab)
     ports = {"portMappings": [{"hostPort": 18080, "containerPort": 8080, "protocol": "tcp"}]}
     libcni = Libcni(cnitool, box, chain({"type": "portmap", "capabilities": {"portMappings": True}}), ports)
     status, out, err = libcni.run("add")
     assert status == 0, err
     result = json.loads(out)
-    assert "--dport 18080" in box.node("iptables-save", "-t", "nat")
+    address = result["ips"][0]["address"].split("/")[0]
+    web = ("-m", "http.server", "8080", "--bind", "::")
+    server = lab.start(f"node/{NODE}", "ip", "netns", "exec", box.container, sys.executable, *web)
+    try:
+        lab.wait("a server", lambda: lab.probe(f"node/{NODE}", "tcp", address, 8080)["result"] == "ok")
+        for target in (f"node/{NODE}", "node/world"):
+            assert lab.probe(target, "tcp", lab.spec.node(NODE).ipv4, 18080)["result"] == "ok"
+    finally:
+        server.kill()
+        server.communicate()
     (entry,) = [e for e in agent(lab, NODE, "endpoints") if "cnitool-" in json.dumps(e)]
     ours = {"CNI_CONTAINERID": entry["container_id"], "CNI_NETNS": box.netns, "CNI_IFNAME": "eth0"}
     assert call(lab, "CHECK", CONF | {"cniVersion": "1.0.0", "prevResult": result}, **ours) == (0, None)
     assert libcni.run("del") == (0, "", "")
     assert libcni.run("del") == (0, "", "")
     assert "18080" not in box.node("iptables-save", "-t", "nat")
-    lab.wait("no eth0", lambda: {d["ifname"] for d in box.ip("link")} == {"lo"})
+    box.close()
+    nothing_left(lab, before)
 
 
 def test_we_refuse_to_come_second(lab: Lab, cnitool: Path, box: Box) -> None:
