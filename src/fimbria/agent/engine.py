@@ -20,7 +20,7 @@ from fimbria.compute.policy_shapes import Ports
 from fimbria.compute.service import ServiceCompute
 from fimbria.decide.numbers import Numbers
 from fimbria.model.address import Prefix
-from fimbria.model.endpoint import LocalEndpoint, NamedPort
+from fimbria.model.endpoint import EndpointIdentity, LocalEndpoint, NamedPort
 from fimbria.model.identity import MIN_ALLOCATED, RESERVED_LABELS, SCOPE_CIDR, Reserved
 from fimbria.model.labels import Labels, pod_labels
 from fimbria.model.network import DeviceSet, NeighbourKey, Route
@@ -110,6 +110,7 @@ class Engine:
         self._identity_of_source: dict[Any, int] = {}
         self._service_of_slice: dict[ObjectKey, ServiceKey] = {}
         self._set_keys: dict[int, SetKey] = {}
+        self._decided: dict[int, EndpointIdentity] = {}
         self._pending: set[int] = set()
         self._known: dict[int, LocalEndpoint] = {}
         self._own: Node | None = None
@@ -172,18 +173,29 @@ class Engine:
 
     def _identities(self, keys: Iterable[int]) -> None:
         for number in keys:
-            identity = self.tables.identities.get(number)
-            if identity is None:
-                self.policy.delete_identity(number)
-                self.rows.identities.drop(number)
-            else:
-                self._know(number, identity.labels)
+            if MIN_ALLOCATED <= number < SCOPE_CIDR:
+                self._identity(number)
 
-    def _know(self, number: int, labels: Mapping[str, str]) -> None:
+    def _identity(self, number: int) -> None:
         """Compile an identity, and say so: only then may it talk to pods that policies select."""
-        self.policy.upsert_identity(number, Labels(labels))
-        if MIN_ALLOCATED <= number < SCOPE_CIDR:
+        seen = self.tables.identities.get(number)
+        # A pod's own node needn't wait for the cluster to tell it what it decided itself.
+        own = (d.labels for d in self._decided.values() if d.number == number) if seen is None else ()
+        labels = seen.labels if seen is not None else next(iter(own), None)
+        if labels is None:
+            self.policy.delete_identity(number)
+            self.rows.identities.drop(number)
+        else:
+            self.policy.upsert_identity(number, Labels(labels))
             self.rows.identities.put(number, 1)
+
+    def _decide(self, endpoint_id: int, decided: EndpointIdentity | None) -> None:
+        """A local endpoint has this identity now, or none."""
+        former = self._decided.pop(endpoint_id, None)
+        if decided is not None:
+            self._decided[endpoint_id] = decided
+        if former != decided:
+            self._identities({d.number for d in (former, decided) if d is not None})
 
     def failed_sets_about(self, identity: int) -> list[int]:
         """The policy sets that say something about an identity but couldn't be written."""
@@ -355,6 +367,7 @@ class Engine:
             decided = self.tables.endpoint_identities.get(endpoint_id)
             identity = decided.number if decided else 0
             self._put_ipcache(self.ipcache.set_local(endpoint_id, endpoint, identity))
+            self._decide(endpoint_id, decided if endpoint is not None else None)
             if endpoint is None:
                 self._forget(endpoint_id)
                 continue
@@ -363,9 +376,6 @@ class Engine:
             ports = pod.named_ports if pod else ()
             self._identity_ports(("local", endpoint_id), identity, ports)
             if decided is not None:
-                if identity >= MIN_ALLOCATED and identity not in self.tables.identities:
-                    # Its own node needn't wait for the cluster to tell what it decided itself.
-                    self._know(identity, decided.labels)
                 # Who is selected follows the pod's labels now; who it is to others follows its identity.
                 self.policy.upsert_endpoint(str(endpoint_id), labels or decided.labels, ports_of(ports))
             if labels is not None:

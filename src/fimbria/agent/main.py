@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any, Final
 
 from fimbria.agent import datapath as dp
-from fimbria.agent import devices
+from fimbria.agent import devices, requires
 from fimbria.agent.api import AgentApi
 from fimbria.agent.config import AgentConfig, ConfigError, parse
 from fimbria.agent.endpoints import EndpointManager
@@ -34,7 +34,7 @@ from fimbria.agent.node import NodeRegistration
 from fimbria.agent.publisher import Publisher
 from fimbria.agent.sources import Sources, vocabulary
 from fimbria.agent.wiring import Wiring
-from fimbria.apply.attach import SOCKET_HOOKS, CgroupTarget, ClsactTarget, DeviceHook, TcxTarget
+from fimbria.apply.attach import SOCKET_HOOKS, CgroupTarget, ClsactTarget, TcxTarget
 from fimbria.apply.devices import NodeDevices
 from fimbria.apply.loop import ApplyLoop, Stage
 from fimbria.apply.network import NeighbourTarget, RouteTarget, SysctlTarget
@@ -45,7 +45,7 @@ from fimbria.kernel.grace import GracePeriod
 from fimbria.kernel.netlink import NetlinkSocket
 from fimbria.model.network import DeviceSet
 from fimbria.model.node import Node
-from fimbria.model.rows import Endpoint, Runtime
+from fimbria.model.rows import Runtime
 from fimbria.sources.cni.server import CniServer
 from fimbria.sources.cni.spec import CniError, Code, Request
 from fimbria.sources.k8s import config as k8s_config
@@ -209,12 +209,9 @@ def stages(agent: Agent) -> list[Stage]:
     def plain(name: str) -> Stage:
         return Stage(dp.map_target(name, datapath.maps[name], layouts), getattr(rows, name))
 
-    def identity_requires(number: int, _row: int) -> list[tuple[str, Any]]:
-        return [("policy_sets", n) for n in agent.engine.failed_sets_about(number)]
-
     identities = plain("identities")
     identities.vouches = True
-    identities.requires = identity_requires
+    identities.requires = requires.of_identity(agent.engine)
     links = TcxTarget(datapath) if agent.attach == "tcx" else ClsactTarget(datapath, agent.netlink, known_devices)
     cgroup = agent.config.cgroup or probe.cgroup2_mount()
     found = [
@@ -227,18 +224,13 @@ def stages(agent: Agent) -> list[Stage]:
     if cgroup:
         found.append(Stage(CgroupTarget(datapath, Path(cgroup)), rows.socket_links, quick=True, swaps=True))
     endpoints = plain("endpoints")
-    endpoints.requires = _endpoint_requires
+    endpoints.requires = requires.of_endpoint(rows)
     found += [
         Stage(NeighbourTarget(agent.netlink, our_devices), rows.neighbours, quick=True),
         endpoints, plain("local_addrs"),
         Stage(RouteTarget(agent.netlink), rows.routes, quick=True),
     ]  # fmt: skip
     return found
-
-
-def _endpoint_requires(ifindex: int, row: Endpoint) -> list[tuple[str, Any]]:
-    hooks: list[tuple[str, Any]] = [("device_links", DeviceHook(ifindex, s)) for s in ("ingress", "egress")]
-    return [*hooks, ("policy_sets", row.policy_set)] if row.policy_set else hooks
 
 
 def _read_epoch(agent: Agent) -> int:
@@ -379,6 +371,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         for problem in problems:
             print(f"fimbria agent: {problem}", file=sys.stderr)
         return 1
+    if not config.cgroup and probe.cgroup2_mount() is None:
+        log.warning("no cgroup v2 hierarchy is mounted: Services are translated by packet, not at the socket")
     return asyncio.run(_guarded(config))
 
 
