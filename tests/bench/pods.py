@@ -7,9 +7,11 @@ import resource
 import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Final
 
-from tests.bench.cni import POD, run_once
+from tests.bench import baseline
+from tests.bench.cni import POD, bridge, run_once
 from tests.bench.labs import cni_socket
 
 from fimbria.lab import kernel
@@ -64,6 +66,36 @@ class Pods:
         return call_shim(self._socket, command, f"fimbench-pod{number}", self._namespaces[number], args)
 
 
+def bridge_rates(size: int) -> list[float]:
+    """Pods per second that Debian's bridge plugin adds in a node of its own, in tenths of `size`."""
+    step = max(size // 10, 1)
+    rates, namespaces = [], [new_namespace() for _ in range(size)]
+    with baseline.net("crowd") as net, TemporaryDirectory(prefix="fimbench-") as data:
+        net.add("host", baseline.HOST)
+        plugin = bridge(data, lambda work: work())
+        enter = (net.path("host"), kernel.CLONE_NEWNET)
+
+        def add(number: int) -> float:
+            return plugin.call("ADD", f"fimbench-{number}", fd_path(namespaces[number]), "")
+
+        try:
+            with ThreadPoolExecutor(AT_ONCE, initializer=kernel.setns, initargs=enter) as pool:
+                for start in range(0, size, step):
+                    part = range(start, min(start + step, size))
+                    began = time.monotonic()
+                    list(pool.map(add, part))
+                    rates.append(len(part) / (time.monotonic() - began))
+        finally:
+            for fd in namespaces:
+                os.close(fd)
+    return rates
+
+
+def fd_path(fd: int) -> Path:
+    """A path to an open descriptor of ours that other processes can open."""
+    return Path(f"/proc/{os.getpid()}/fd/{fd}")
+
+
 def new_namespace() -> int:
     """A descriptor of a new network namespace that has no name anywhere."""
 
@@ -78,7 +110,7 @@ def new_namespace() -> int:
 def call_shim(socket: Path, command: str, container: str, netns: int, args: str) -> float:
     """One CNI call of ours for a namespace known by descriptor; ms. Raises BenchError."""
     env = {
-        "CNI_COMMAND": command, "CNI_CONTAINERID": container, "CNI_NETNS": f"/proc/{os.getpid()}/fd/{netns}",
+        "CNI_COMMAND": command, "CNI_CONTAINERID": container, "CNI_NETNS": str(fd_path(netns)),
         "CNI_IFNAME": "eth0", "CNI_ARGS": args, "CNI_PATH": "/", "FIMBRIA_CNI_SOCKET": str(socket),
     }  # fmt: skip
     config = b'{"cniVersion":"1.0.0","name":"fimbria","type":"fimbria-cni"}'
