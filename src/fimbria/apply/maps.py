@@ -78,10 +78,14 @@ class MapTarget(Generic[K, V]):
     def _values_of(self, data: bytes, count: int) -> list[V]:
         """Equal values as one object: a large map has few different ones, and an audit holds all of them at once."""
         size = len(data) // max(count, 1)
-        pieces = [data[i * size : (i + 1) * size] for i in range(count)]
-        distinct = dict.fromkeys(pieces)
-        rows = dict(zip(distinct, self._values.decode_many(b"".join(distinct)), strict=True))
-        return [rows[p] for p in pieces]
+        rows: dict[bytes, V] = {}
+        found: list[V] = []
+        for start in range(0, count, BATCH):
+            pieces = [data[i * size : (i + 1) * size] for i in range(start, min(start + BATCH, count))]
+            new = [p for p in dict.fromkeys(pieces) if p not in rows]
+            rows.update(zip(new, self._values.decode_many(b"".join(new)), strict=True))
+            found += [rows[p] for p in pieces]
+        return found
 
     def write(self, delta: Delta[K, V], *, order: str) -> Mapping[K, str]:
         """Batches of BATCH rows; a row that fails is reported and skipped."""
