@@ -84,6 +84,10 @@ class World:
         self.opened = 0
         self.vouched = 0
 
+    def start(self) -> None:
+        self.running = asyncio.create_task(self.loop.run())
+        self.loop.open()
+
     def of(self, name: str) -> Rows[Any, Any]:
         rows: Rows[Any, Any] = getattr(self.rows, name)
         return rows
@@ -147,14 +151,18 @@ def everyone_but(app: str, block: str = "") -> dict[str, Any]:
 
 
 async def settled(world: World) -> None:
+    """Raises what a check of the loop's writes raised."""
     world.engine.step()
-    await world.loop.flush()
+    flushed = asyncio.create_task(world.loop.flush())
+    await asyncio.wait({flushed, world.running}, return_when=asyncio.FIRST_COMPLETED)
+    if world.running.done():
+        flushed.cancel()
+        await world.running
 
 
 async def test_an_identity_waits_for_the_sets_that_deny_it() -> None:
     world = World()
-    task = asyncio.create_task(world.loop.run())
-    world.loop.open()
+    world.start()
     try:
         world.pod(1, "web")
         world.policy("p", everyone_but("evil"))
@@ -179,13 +187,12 @@ async def test_an_identity_waits_for_the_sets_that_deny_it() -> None:
         assert {301, 302} <= known.keys()
         assert about(world.kernels["policy_sets"].rows[number], 301)
     finally:
-        task.cancel()
+        world.running.cancel()
 
 
 async def test_an_identity_is_unknown_before_its_entries_go() -> None:
     world = World()
-    task = asyncio.create_task(world.loop.run())
-    world.loop.open()
+    world.start()
     seen: list[tuple[str, bool]] = []
     try:
         world.pod(1, "web")
@@ -197,7 +204,7 @@ async def test_an_identity_is_unknown_before_its_entries_go() -> None:
         await settled(world)
         assert seen == [("identities", False), ("policy_sets", False)]
     finally:
-        task.cancel()
+        world.running.cancel()
 
 
 async def test_a_local_pods_identity_is_known_before_the_cluster_tells_of_it() -> None:
@@ -244,14 +251,12 @@ def strike(world: World, rng: random.Random) -> None:
 async def one_life(seed: int) -> tuple[int, int]:
     rng = random.Random(seed)
     world = World()
-    task = asyncio.create_task(world.loop.run())
-    world.loop.open()
+    world.start()
     try:
         for _ in range(40):
             strike(world, rng)
             if rng.random() < 0.6:
                 await settled(world)
-            assert not task.done()
         for kernel in world.kernels.values():
             kernel.refuses_all = kernel.blind = False
         world.loop.audit_soon()
@@ -261,8 +266,8 @@ async def one_life(seed: int) -> tuple[int, int]:
             assert kernel.rows == world.of(name).desired
         return world.opened, world.vouched
     finally:
-        task.cancel()
-        await asyncio.gather(task, return_exceptions=True)
+        world.running.cancel()
+        await asyncio.gather(world.running, return_exceptions=True)
 
 
 def test_nothing_is_open_that_is_incomplete() -> None:
