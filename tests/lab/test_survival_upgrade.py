@@ -12,7 +12,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from traffic import UDP, Traffic, pod, start_pods, wait_settled
+from traffic import UDP, Traffic, agent, pod, set_options, start_pods, wait_settled
 
 from fimbria.lab import kernel
 from fimbria.lab.handle import Lab
@@ -33,7 +33,7 @@ spec:
   podSelector: {matchLabels: {app: client}}
   policyTypes: [Ingress]
 """
-# Derived maps change their layout and size. That connections change their size is test_survival_processes.py.
+# Derived maps change their layout and size; what connections are remembered in changes its size, by a setting.
 CHANGES = (
     ("types/endpoint.h", "\t__u32 policy_set;", "\t__u32 flags;\n\t__u32 policy_set;"),
     ("types/endpoint.h", "\t__u32 flags;         /* enum endpoint_flag */\n", ""),
@@ -70,11 +70,27 @@ def other_version(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return root / "path"
 
 
-def restart(lab: Lab) -> None:
+def restart(lab: Lab, *options: str) -> None:
+    """With settings; what the kernel remembered before is remembered afterwards."""
+    before = {node: remembered(lab, node) for node in lab.spec.node_names}
+    set_options(lab, *options)
     for node in lab.spec.node_names:
         lab.kill(f"{node}/agent")
         lab.restart(f"{node}/agent")
     wait_settled(lab)
+    for node, rows in before.items():
+        assert rows, "there is traffic"
+        lost = rows - remembered(lab, node)
+        assert not lost, f"{node} forgot {len(lost)} of {len(rows)}: {list(lost)[:3]}"
+
+
+def remembered(lab: Lab, node: str) -> set[str]:
+    """Keys of the long-lived connections, and of what is masqueraded."""
+    found = set()
+    for name in ("conntrack", "nat"):
+        rows = agent(lab, node, f"maps/{name}")
+        found |= {json.dumps(row["key"], sort_keys=True) for row in rows if str(UDP) in json.dumps(row["key"])}
+    return found
 
 
 def test_upgrade_and_back(lab: Lab, other_version: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -86,7 +102,7 @@ def test_upgrade_and_back(lab: Lab, other_version: Path, monkeypatch: pytest.Mon
             out = lab.start("client", tool, "stream", "udp", lab.spec.world.ipv4, str(UDP), "--interval", "20000")
             with monkeypatch.context() as patch:
                 patch.setenv("PYTHONPATH", str(other_version))
-                restart(lab)
+                restart(lab, "conntrack-entries=65536", "nat-entries=32768")
             for node in lab.spec.node_names:
                 assert "of a former version" in lab.process_log(f"{node}/agent")
             restart(lab)
