@@ -36,7 +36,7 @@ def machine() -> str:
     return f"{os.cpu_count()} cores ({cpu}), {memory:.0f} GiB, {system}, kernel {platform.release()}"
 
 
-def document(figures: Sequence[Figure], load: str, took: float) -> str:
+def document(figures: Sequence[Figure], failed: Sequence[str], load: str, took: float) -> str:
     """docs/benchmarks.md."""
     missed = [f for f in figures if f.met is False]
     judged = [f for f in figures if f.met is not None]
@@ -46,7 +46,8 @@ def document(figures: Sequence[Figure], load: str, took: float) -> str:
         f"({', '.join(TITLES)}). The same figures for programs: [benchmarks.json](benchmarks.json).", "",
         f"- Machine: {machine()}",
         f"- Last run: {datetime.now(UTC):%Y-%m-%d %H:%M} UTC, {took / 60:.0f} minutes, {load}",
-        f"- Goals met: {len(judged) - len(missed)} of {len(judged)}", "",
+        f"- Goals met: {len(judged) - len(missed)} of {len(judged)}",
+        *([f"- Not measured in the last run, it failed: {', '.join(failed)}"] if failed else []), "",
         "How to read it: what is compared ran in the same minutes, A B A B, on the same machine, client and server "
         "pinned to a core each. *Measured* and *baseline* are medians, *±* is half the distance between the quartiles, "
         "*ratio* the median of the rounds' ratios. Absolute figures of a shared virtual machine mean little; ratios "
@@ -103,19 +104,19 @@ def main(argv: Sequence[str] | None = None) -> int:
     settings = Settings(rounds=2 if options.quick else options.rounds, quick=options.quick, say=say)
     found, failed = measure(options.names or list(TITLES), settings)
     if not (options.quick or options.no_write):
-        write(found, load, time.monotonic() - began)
+        write(found, failed, load, time.monotonic() - began)
     for name in failed:
         print(f"not measured: {name} (see above)", file=sys.stderr)
     return 1 if failed else 0
 
 
-def write(found: Sequence[Figure], load: str, took: float) -> None:
+def write(found: Sequence[Figure], failed: Sequence[str], load: str, took: float) -> None:
     """Both files; groups that were not measured now keep their figures."""
     path = DOCS / f"{STEM}.json"
     old = from_json(path.read_text()) if path.exists() else []
     figures = merge(old, found, list(TITLES))
     path.write_text(to_json(figures))
-    path.with_suffix(".md").write_text(document(figures, load, took))
+    path.with_suffix(".md").write_text(document(figures, failed, load, took))
 
 
 if __name__ == "__main__":
