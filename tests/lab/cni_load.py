@@ -2,7 +2,7 @@
 
     python cni_load.py ADD|DEL COUNT
 
-Containers are named load0, load1, ... Prints JSON: one object {container, ms, rc, answer} for each.
+Containers are named fimload0, fimload1, ... Prints JSON: one object {container, ms, rc, answer} for each.
 """
 
 import json
@@ -30,7 +30,7 @@ def operate(command: str, container: str) -> dict[str, object]:
 
 def main() -> None:
     command, count = sys.argv[1], int(sys.argv[2])
-    names = [f"load{i}" for i in range(count)]
+    names = [f"fimload{i}" for i in range(count)]
     if command == "ADD":
         batch = "".join(f"netns add {n}\n" for n in names)
         subprocess.run(["ip", "-batch", "-"], input=batch, text=True, check=True)

@@ -719,7 +719,9 @@ def test_a_hundred_at_once(lab: Lab, clean: None) -> None:
     assert len(set(addresses)) == 2 * count
     try:
         gateway = rows[0]["answer"]["ips"][0]["gateway"]
-        script = "for i in $(seq 0 99); do ip netns exec load$i ping -qc1 -W2 " + gateway + " >&2 || echo load$i; done"
+        script = (
+            "for i in $(seq 0 99); do ip netns exec fimload$i ping -qc1 -W2 " + gateway + " >&2 || echo fimload$i; done"
+        )
         assert lab.run(f"node/{NODE}", "bash", "-c", script).stdout == ""
     finally:
         load(lab, "DEL", count)
