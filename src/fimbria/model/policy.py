@@ -7,7 +7,7 @@ is `ANYONE`. Anything a policy says that has no word here is refused by the conv
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from enum import IntEnum, StrEnum
 from typing import Final
 
@@ -131,15 +131,34 @@ class CidrBlock:
     prefix: Prefix
     excepts: tuple[Prefix, ...] = ()
     any_peer: bool = False
+    # A policy may name thousands of exceptions, and is asked about every prefix known.
+    _holes: dict[int, set[int]] = field(init=False, repr=False, compare=False)
+    _hash: int = field(init=False, repr=False, compare=False)
+
+    def __post_init__(self) -> None:
+        holes: dict[int, set[int]] = {}
+        for hole in self.excepts:
+            holes.setdefault(hole.length, set()).add(_leading(hole.addr, hole.length))
+        object.__setattr__(self, "_holes", holes)
+        object.__setattr__(self, "_hash", hash((self.prefix, self.excepts, self.any_peer)))
+
+    def __hash__(self) -> int:
+        return self._hash
 
     def covers(self, prefix: Prefix) -> bool:
         """Whether every address of `prefix` is meant. IPv6 blocks never cover IPv4, although ::/0 contains its map."""
         inside = prefix.v4 == self.prefix.v4 and prefix in self.prefix
-        return inside and not any(prefix in hole for hole in self.excepts)
+        return inside and not any(
+            length <= prefix.length and _leading(prefix.addr, length) in holes for length, holes in self._holes.items()
+        )
 
     def __str__(self) -> str:
         holes = f" except {', '.join(map(str, self.excepts))}" if self.excepts else ""
         return f"{self.prefix}{holes}"
+
+
+def _leading(addr: bytes, length: int) -> int:
+    return int.from_bytes(addr) >> (128 - length)
 
 
 Peer = Selector | CidrBlock | Anyone

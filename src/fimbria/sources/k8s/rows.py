@@ -21,6 +21,8 @@ from fimbria.sources.k8s.types.meta import ObjectMeta
 T = TypeVar("T")
 PROTOCOLS: Final = {"TCP": 6, "UDP": 17, "SCTP": 132}
 UNUSED_ANNOTATION: Final = "fimbria.io/unused-since"
+MAX_ADDRESSES: Final = 64
+MAX_BLOCKS: Final = 512
 _NUMBER: Final = re.compile(r"[1-9][0-9]{0,7}")
 
 
@@ -43,14 +45,19 @@ def node(obj: cilium.CiliumNode) -> Node:
     """
     addresses = obj.spec.addresses or ()
     addrs = tuple(pack(a.ip) for a in addresses if a.type == "InternalIP")
-    for block in (Prefix.parse(c) for c in obj.spec.ipam.pod_cidrs or ()):
+    blocks = tuple(Prefix.parse(c) for c in obj.spec.ipam.pod_cidrs or ())
+    if len(blocks) > MAX_BLOCKS:
+        raise ValueError(
+            f"spec.ipam.podCIDRs: {len(blocks)} blocks are more than the {MAX_BLOCKS} that a node may have"
+        )
+    for block in blocks:
         if any(a in block for a in addrs):
             raise ValueError(f"spec.ipam.podCIDRs: {block} contains the node's own address")
     return Node(
         name=obj.metadata.name,
         addrs=addrs,
         routers=tuple(pack(a.ip) for a in addresses if a.type == "CiliumInternalIP"),
-        pod_cidrs=tuple(Prefix.parse(c) for c in obj.spec.ipam.pod_cidrs or ()),
+        pod_cidrs=blocks,
         problem=obj.status.ipam.operator_status.error,
     )
 
@@ -111,6 +118,8 @@ def remote_endpoint(obj: cilium.CiliumEndpoint) -> RemoteEndpoint | None:
     """
     status = obj.status
     pairs = status.networking.addressing or ()
+    if len(pairs) > MAX_ADDRESSES:
+        raise ValueError(f"status.networking.addressing: {len(pairs)} addresses are more than a pod has")
     addrs = tuple(pack(ip) for pair in pairs for ip in (pair.ipv4, pair.ipv6) if ip)
     if not status.identity.id or not addrs or not status.networking.node:
         return None

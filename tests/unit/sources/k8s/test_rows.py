@@ -51,3 +51,14 @@ def test_a_pod_block_contains_no_node(block: str) -> None:
     node = msgspec.convert({"metadata": {"name": "thief"}, "spec": spec}, cilium.CiliumNode)
     with pytest.raises(ValueError, match="contains the node's own address"):
         rows.node(node)
+
+
+def test_what_no_pod_and_no_node_has() -> None:
+    """Cost grows with the square of these: one object must not hold an agent up."""
+    many = [{"ipv4": f"10.1.0.{n}"} for n in range(65)]
+    status = {"identity": {"id": 300}, "networking": {"node": "172.31.2.10", "addressing": many}}
+    with pytest.raises(ValueError, match="65 addresses"):
+        rows.remote_endpoint(msgspec.convert({"metadata": {"name": "a"}, "status": status}, cilium.CiliumEndpoint))
+    spec = {"ipam": {"podCIDRs": [f"10.{n // 256}.{n % 256}.0/24" for n in range(513)]}}
+    with pytest.raises(ValueError, match="513 blocks"):
+        rows.node(msgspec.convert({"metadata": {"name": "a"}, "spec": spec}, cilium.CiliumNode))
