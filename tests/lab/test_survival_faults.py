@@ -42,6 +42,7 @@ def fault(lab: Lab, target: str, strike: Callable[[], object], within: float = S
     strike()
     lab.wait(f"{target} repaired", lambda: repairs(lab, target) > before, within + 5)
     took = time.monotonic() - started
+    print(f"{target} repaired after {took:.2f} s")
     assert took < within, f"{target}: repaired after {took:.1f} s"
     assert said in lab.process_log("node1/agent")[logged:]
     wait_settled(lab)

@@ -185,3 +185,45 @@ def test_a_full_map(lab: Lab) -> None:
     lab.wait_ready(["third"])
     lab.delete("".join(pod(n, "node1") for n in ("first", "third", "other")))
     lab.wait("all are gone", lambda: not any(agent(lab, n, "endpoints") for n in lab.spec.node_names), 30)
+
+
+def closed(name: str) -> str:
+    """A policy that lets only the node in."""
+    return f"""
+apiVersion: networking.k8s.io/v1
+kind: NetworkPolicy
+metadata: {{name: {name}}}
+spec:
+  podSelector: {{matchLabels: {{app: {name}}}}}
+  ingress: [{{from: [{{podSelector: {{matchLabels: {{friend-of: {name}}}}}}}]}}]
+---
+"""
+
+
+def test_no_room_for_another_set_of_rules(lab: Lab) -> None:
+    """A pod whose policy doesn't fit is not opened, and its ADD says why; the others' policies stay in force."""
+    set_options(lab, "policy-sets=1")
+    lab.kill("node1/agent")
+    lab.restart("node1/agent")
+    wait_settled(lab)
+    set_options(lab)
+    lab.apply(closed("held") + pod("held", "node1") + pod("asks", "node1", sleeps=True))
+    lab.wait_ready(["held", "asks"])
+    lab.apply(closed("late"))
+    lab.wait("both policies are known", lambda: agent(lab, "node1", "status")["policies"] == 2)
+    lab.apply(pod("late", "node1"))
+
+    def message() -> str:
+        states = lab.pod("late")["status"].get("containerStatuses", ())
+        return next((m for c in states if "full" in (m := c["state"].get("waiting", {}).get("message", ""))), "")
+
+    said = lab.wait("the CNI error says so", message)
+    assert "policy set" in said, said
+    assert "apply: policy set" in lab.process_log("node1/agent")
+    held = lab.addresses("held")[0]
+    assert lab.probe("asks", "tcp", held, 9000, "--timeout", "300")["result"] != "ok"
+    lab.delete(pod("held", "node1"))
+    lab.wait_ready(["late"])
+    assert lab.probe("asks", "tcp", lab.addresses("late")[0], 9000, "--timeout", "300")["result"] != "ok"
+    lab.delete(closed("held") + closed("late") + pod("late", "node1") + pod("asks", "node1"))
+    lab.wait("all are gone", lambda: not any(agent(lab, n, "endpoints") for n in lab.spec.node_names), 30)
