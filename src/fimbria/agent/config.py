@@ -7,11 +7,14 @@ import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Any
+from typing import Any, Final
 
 
 class ConfigError(ValueError):
     """A setting is missing or has a value that can't be used; the text names it."""
+
+
+LOG_LEVELS: Final = ("debug", "info", "warning", "error")
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,6 +58,8 @@ class AgentConfig:
         if self.attach not in ("auto", "tcx", "clsact"):
             raise ConfigError(f"--attach {self.attach!r}: auto, tcx or clsact")
         port_range("--masquerade-ports", self.masquerade_ports)
+        if self.log_level not in LOG_LEVELS:
+            raise ConfigError(f"--log-level {self.log_level!r}: {', '.join(LOG_LEVELS)}")
 
     @property
     def run(self) -> Path:

@@ -54,6 +54,7 @@ from fimbria.tables import Tables
 
 log = logging.getLogger("fimbria.agent")
 VERDICT_TARGETS: Final = frozenset(("policy_sets", "identities", "cidrs", "ipcache", "endpoints"))
+ICMP_PAUSE_MS: Final = "10"
 SAVE_PAUSE: Final = 1.0
 ENDPOINT_ID_BLOCK: Final = 1000
 
@@ -254,6 +255,8 @@ def _restore_services(agent: Agent) -> None:
 
 def _wanted_sysctls(agent: Agent) -> None:
     wanted = {"net/ipv4/ip_forward": "1", "net/ipv6/conf/all/forwarding": "1"}
+    # An address without a pod answers: the kernel's one answer a second and peer would leave most unanswered.
+    wanted |= {"net/ipv4/icmp_ratelimit": ICMP_PAUSE_MS, "net/ipv6/icmp/ratelimit": ICMP_PAUSE_MS}
     if agent.config.masquerade:
         wanted["net/ipv4/ip_local_reserved_ports"] = agent.config.masquerade_ports
     agent.rows.sysctls.put_many(wanted)

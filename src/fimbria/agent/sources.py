@@ -10,7 +10,7 @@ import asyncio
 import logging
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Final
 
 from fimbria.model.labels import LabelFilter
 from fimbria.model.policy import Policy, PolicyId, Problem
@@ -24,6 +24,7 @@ from fimbria.tables import Tables
 from fimbria.tables.table import Table
 
 log = logging.getLogger(__name__)
+SPARE_PROBLEMS: Final = 64
 
 
 class BadPolicy(ValueError):
@@ -40,7 +41,6 @@ class Sources:
     words: Vocabulary
     informers: list[Informer[Any, Any, Any]] = field(default_factory=list)
     problems: dict[PolicyId, tuple[Problem, ...]] = field(default_factory=dict)
-    on_problems: Callable[[PolicyId], None] = lambda _policy: None
 
     def build(self) -> None:
         """Make the informers; they start with `run`."""
@@ -78,6 +78,19 @@ class Sources:
         except NotFound:
             return
 
+    def forget_gone(self) -> None:
+        """Drop the problems of policies that aren't there any more."""
+        tables = (self.tables.network_policies, self.tables.cilium_policies, self.tables.clusterwide_policies)
+        there = {policy.id for table in tables for policy in table.values()}
+        bad = {key if isinstance(key, tuple) else ("", key) for informer in self.informers for key in informer.bad}
+        gone = [p for p in self.problems if p not in there and (p.namespace, p.name) not in bad]
+        for policy in gone:
+            del self.problems[policy]
+
+    def _policies(self) -> int:
+        t = self.tables
+        return len(t.network_policies) + len(t.cilium_policies) + len(t.clusterwide_policies)
+
     def _add(self, resource: Any, table: Any, transform: Any, *, key: Any = rows.object_key, fields: str = "") -> None:
         informer = Informer(
             self.client, resource, table, transform, key=key, fields=fields, on_bad=self._on_bad(resource.kind)
@@ -98,9 +111,12 @@ class Sources:
             policy_id = PolicyId(obj.kind or type(obj).__name__, obj.metadata.namespace, obj.metadata.name)
             if conversion.policy is not None:
                 policy_id = conversion.policy.id
+            known = self.problems.get(policy_id)
             self.problems[policy_id] = conversion.problems
-            self.on_problems(policy_id)
-            for problem in conversion.problems:
+            if len(self.problems) > 2 * self._policies() + SPARE_PROBLEMS:
+                self.forget_gone()
+            # A status patch brings the same object again: said once is enough.
+            for problem in conversion.problems if conversion.problems != known else ():
                 log.warning("%s: %s", policy_id, problem)
             if conversion.policy is None:
                 raise BadPolicy("; ".join(map(str, conversion.problems)))

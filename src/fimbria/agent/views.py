@@ -31,6 +31,7 @@ _PROTOCOLS: Final = {1: "ICMP", 6: "TCP", 17: "UDP", 58: "ICMPv6", 132: "SCTP"}
 
 def status(agent: Agent) -> Row:
     """Health at a glance."""
+    agent.sources.forget_gone()
     disconnected = {i.resource.plural: i.error for i in agent.sources.informers if not i.connected}
     node = agent.tables.nodes.get(agent.config.node_name)
     return {

@@ -195,10 +195,12 @@ async def run(node: str, run_dir: Path, bpffs: Path) -> None:
 def main(argv: Sequence[str] | None = None) -> int:
     """Entry point of `fimbria observer`; returns the exit status."""
     p = argparse.ArgumentParser("fimbria observer", description="Fimbria's observer: flows of one node.")
-    p.add_argument("--node-name", default=os.environ.get("FIMBRIA_NODE_NAME", os.uname().nodename))
+    node = os.environ.get("FIMBRIA_NODE_NAME", os.uname().nodename)
+    p.add_argument("--node-name", default=node, help="name of this node in flows (default: the host's name)")
     p.add_argument("--run-dir", default="/run/fimbria", help="folder of sockets (default: /run/fimbria)")
     p.add_argument("--bpffs", default="/sys/fs/bpf", help="where a BPF file system is mounted")
-    p.add_argument("--log-level", default="info")
+    levels = ("debug", "info", "warning", "error")
+    p.add_argument("--log-level", default="info", choices=levels, help="debug, info, warning or error")
     a = p.parse_args(argv)
     logging.basicConfig(
         level=a.log_level.upper(), stream=sys.stderr, format="%(asctime)s %(levelname)-7s %(name)s: %(message)s"

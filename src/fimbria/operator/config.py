@@ -6,8 +6,11 @@ import argparse
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Final
 
 from fimbria.decide.node_blocks import Pool, PoolError, check_pools
+
+LOG_LEVELS: Final = ("debug", "info", "warning", "error")
 
 
 class ConfigError(ValueError):
@@ -54,14 +57,24 @@ def parse(argv: Sequence[str], environ: Mapping[str, str] | None = None) -> Oper
     try:
         pools = (*_pools(a.ipv4_pool, a.ipv4_mask, v4=True), *_pools(a.ipv6_pool, a.ipv6_mask, v4=False))
         check_pools(pools)
-        grace, interval = float(a.identity_grace), float(a.collect_interval)
+        grace = _seconds("--identity-grace", a.identity_grace)
+        interval = _seconds("--collect-interval", a.collect_interval)
     except (PoolError, ValueError) as error:
         raise ConfigError(str(error)) from None
+    if a.log_level not in LOG_LEVELS:
+        raise ConfigError(f"--log-level {a.log_level!r}: {', '.join(LOG_LEVELS)}")
     if not pools:
         raise ConfigError("neither --ipv4-pool nor --ipv6-pool is set: pods would get no addresses")
     return OperatorConfig(
         a.kubeconfig, pools, a.leader_elect, a.namespace, grace, interval, a.cluster_name, a.log_level
     )  # fmt: skip
+
+
+def _seconds(setting: str, text: str) -> float:
+    try:
+        return float(text)
+    except ValueError:
+        raise ConfigError(f"{setting} {text!r}: expected seconds") from None
 
 
 def _pools(networks: str, mask: str, *, v4: bool) -> tuple[Pool, ...]:
