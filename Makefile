@@ -41,7 +41,7 @@ native: setup venv
 	@$(PY) -m fimbria.kernel.build_libbpf
 
 build: bpf native ## compile BPF objects, the CNI shim and the libbpf extension
-	@$(PY) -m compileall -q src/fimbria # also where writing bytecode is off: every process starts in half the time
+	@$(PY) -m compileall -q src/fimbria # who can't keep it, as the guests of test-vm, would compile at every start
 
 wheel: build ## a wheel with everything a node needs, in dist/
 	@rm -f dist/*.whl
