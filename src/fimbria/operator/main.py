@@ -16,10 +16,18 @@ from fimbria.model.labels import DEFAULT_FILTER
 from fimbria.operator.blocks import NodeBlockWriter
 from fimbria.operator.collect import Collector
 from fimbria.operator.config import ConfigError, OperatorConfig, parse
-from fimbria.operator.policies import PolicyStatusWriter, Verdict, judge
+from fimbria.operator.policies import (
+    Finding,
+    NetworkPolicyEvents,
+    PolicyStatusWriter,
+    Verdict,
+    inspect,
+    judge,
+)
 from fimbria.sources.k8s import config as k8s_config
 from fimbria.sources.k8s import resources
 from fimbria.sources.k8s.client import ApiClient
+from fimbria.sources.k8s.events import EventRecorder
 from fimbria.sources.k8s.informer import Informer
 from fimbria.sources.k8s.leader import LeaderElection, LeadershipLost
 from fimbria.sources.k8s.policies import Vocabulary
@@ -47,6 +55,14 @@ async def lead(config: OperatorConfig, client: ApiClient) -> None:
             follow: Informer[Any, Any, Verdict] = Informer(client, resource, verdicts, judge(words), key=object_key)
             group.create_task(follow.run())
             group.create_task(PolicyStatusWriter(client, resource, verdicts).run())
+        events = EventRecorder(client, component="fimbria-operator", host=os.uname().nodename)
+        findings: Table[Any, Finding] = Table("networkpolicies")
+        follow_policies: Informer[Any, Any, Finding] = Informer(
+            client, resources.NETWORK_POLICIES, findings, inspect(words), key=object_key
+        )
+        group.create_task(follow_policies.run())
+        group.create_task(NetworkPolicyEvents(events, findings).run())
+        group.create_task(events.run())
 
 
 async def run(config: OperatorConfig) -> None:

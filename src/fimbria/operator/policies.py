@@ -1,4 +1,5 @@
-"""Tells authors what became of their policies: the condition `Valid` of CiliumNetworkPolicy and its clusterwide kind.
+"""Tells authors what became of their policies: the condition `Valid` of CiliumNetworkPolicy and its clusterwide kind,
+Events about a NetworkPolicy, which has no status.
 
 The agents act on the same conversion; the operator alone writes it down, so that thousands of nodes don't.
 """
@@ -8,17 +9,20 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
 from typing import Any, Final
 
 from fimbria.model.policy import Problem
 from fimbria.sources.k8s import policies_cilium
 from fimbria.sources.k8s.client import ApiClient
 from fimbria.sources.k8s.errors import ApiError, NotFound
-from fimbria.sources.k8s.policies import Vocabulary
-from fimbria.sources.k8s.resources import Resource
+from fimbria.sources.k8s.events import EventRecorder
+from fimbria.sources.k8s.policies import Vocabulary, network_policy
+from fimbria.sources.k8s.resources import NETWORK_POLICIES, Resource
 from fimbria.sources.k8s.timestamps import to_time
+from fimbria.sources.k8s.types.meta import ObjectMeta
+from fimbria.sources.k8s.types.networking import NetworkPolicy
 from fimbria.tables.table import Table
 
 log = logging.getLogger(__name__)
@@ -94,3 +98,52 @@ class PolicyStatusWriter:
         }  # fmt: skip
         patch = {"conditions": [condition]}
         await self.client.patch_status(self.resource, verdict.name, patch, verdict.namespace)
+
+
+@dataclass(frozen=True, slots=True)
+class Finding:
+    """What is wrong with a NetworkPolicy; usually nothing."""
+
+    name: str
+    namespace: str
+    uid: str
+    problems: tuple[Problem, ...]
+
+
+def inspect(words: Vocabulary) -> Callable[[NetworkPolicy], Finding]:
+    """Converts an object and keeps only what is wrong with it."""
+
+    def transform(obj: NetworkPolicy) -> Finding:
+        meta = obj.metadata
+        return Finding(meta.name, meta.namespace, meta.uid, network_policy(obj, words).problems)
+
+    return transform
+
+
+@dataclass(slots=True)
+class NetworkPolicyEvents:
+    """A Warning for each problem of a NetworkPolicy, when it appears. A new leader tells once more."""
+
+    events: EventRecorder
+    findings: Table[Any, Finding]
+    _told: dict[Any, Finding] = field(default_factory=dict)
+
+    async def run(self) -> None:
+        """Follow until cancelled."""
+        subscription = self.findings.subscribe()
+        while True:
+            self._tell(subscription.drain())
+            await subscription.wait()
+
+    def _tell(self, keys: Iterable[Any]) -> None:
+        for key in keys:
+            found = self.findings.get(key)
+            before = self._told.pop(key, None)
+            if found is None or not found.problems:
+                continue
+            self._told[key] = found
+            known = before.problems if before is not None and before.uid == found.uid else ()
+            meta = ObjectMeta(name=found.name, namespace=found.namespace, uid=found.uid)
+            for problem in found.problems:
+                if problem not in known:
+                    self.events.emit(NETWORK_POLICIES, meta, "Warning", "NotEnforcedAsWritten", str(problem))

@@ -1,0 +1,66 @@
+"""What the operator tells about NetworkPolicies."""
+
+import asyncio
+from typing import Any
+
+import msgspec
+import pytest
+
+from fimbria.model.labels import DEFAULT_FILTER
+from fimbria.operator.policies import Finding, NetworkPolicyEvents, inspect
+from fimbria.sources.k8s.policies import Vocabulary
+from fimbria.sources.k8s.types.networking import NetworkPolicy
+from fimbria.tables.table import Table
+
+WORDS = Vocabulary(DEFAULT_FILTER, "default")
+Told = tuple[str, str, str]
+
+
+class Recorder:
+    def __init__(self) -> None:
+        self.told: list[Told] = []
+
+    def emit(self, resource: Any, meta: Any, kind: str, reason: str, message: str) -> None:
+        assert (resource.kind, kind, reason) == ("NetworkPolicy", "Warning", "NotEnforcedAsWritten")
+        self.told.append((meta.namespace, meta.name, message))
+
+
+def policy(*cidrs: str, uid: str = "u1") -> Finding:
+    rules = [{"from": [{"ipBlock": {"cidr": c}}]} for c in cidrs]
+    meta = {"name": "p", "namespace": "shop", "uid": uid}
+    obj = {"metadata": meta, "spec": {"podSelector": {}, "ingress": rules}}
+    return inspect(WORDS)(msgspec.json.decode(msgspec.json.encode(obj), type=NetworkPolicy))
+
+
+@pytest.mark.parametrize(("cidrs", "problems"), [("10.0.0.0/8", 0), ("10.0.0.0/33", 1), ("x 10.0.0.0/99", 2)])
+def test_what_is_found(cidrs: str, problems: int) -> None:
+    found = policy(*cidrs.split())
+    assert len(found.problems) == problems
+    assert all(str(p).startswith("spec.ingress[") for p in found.problems)
+
+
+async def test_each_problem_is_told_once_when_it_appears() -> None:
+    recorder, findings = Recorder(), Table[Any, Finding]("networkpolicies")
+    task = asyncio.create_task(NetworkPolicyEvents(recorder, findings).run())  # type: ignore[arg-type]
+
+    async def after(found: Finding | None) -> list[str]:
+        recorder.told.clear()
+        if found is None:
+            findings.delete(("shop", "p"))
+        else:
+            findings.upsert(("shop", "p"), found)
+        await asyncio.sleep(0.01)
+        assert all(told[:2] == ("shop", "p") for told in recorder.told)
+        return [told[2] for told in recorder.told]
+
+    try:
+        assert await after(policy("10.0.0.0/8")) == []
+        assert len(await after(policy("10.0.0.0/33"))) == 1
+        assert len(await after(policy("10.0.0.0/33", "x"))) == 1  # the first one is known
+        assert await after(policy("10.0.0.0/8")) == []
+        assert len(await after(policy("10.0.0.0/33"))) == 1  # it came back
+        assert await after(None) == []
+        assert len(await after(policy("10.0.0.0/33"))) == 1
+        assert len(await after(policy("10.0.0.0/33", uid="u2"))) == 1  # another object
+    finally:
+        task.cancel()
