@@ -54,7 +54,8 @@ from fimbria.tables import Tables
 
 log = logging.getLogger("fimbria.agent")
 VERDICT_TARGETS: Final = frozenset(("policy_sets", "identities", "cidrs", "ipcache", "endpoints"))
-ICMP_PAUSE_MS: Final = "10"
+ICMP_PAUSE_MS: Final = "20"  # whole ticks at every HZ that kernels have: what is written is read back
+PROMOTE_PAUSE: Final = 0.5
 SAVE_PAUSE: Final = 1.0
 ENDPOINT_ID_BLOCK: Final = 1000
 
@@ -213,7 +214,8 @@ def stages(agent: Agent) -> list[Stage]:
     identities = plain("identities")
     identities.vouches = True
     identities.requires = requires.of_identity(agent.engine)
-    links = TcxTarget(datapath) if agent.attach == "tcx" else ClsactTarget(datapath, agent.netlink, known_devices)
+    filters = ClsactTarget(datapath, agent.netlink, known_devices)
+    links = TcxTarget(datapath, filters) if agent.attach == "tcx" else filters
     cgroup = agent.config.cgroup or probe.cgroup2_mount()
     found = [
         Stage(SysctlTarget(lambda: list(rows.sysctls.desired)), rows.sysctls, quick=True),
@@ -249,8 +251,15 @@ def _restore_services(agent: Agent) -> None:
         if all(n in version for n in names):
             read = {n: dp.map_target(n, version[n], agent.layouts).read() for n in names}
             if read["frontends"]:
-                agent.engine.services.restore(read["frontends"], read["service_slots"], read["backends"])
+                spent = _spent_backends(agent)
+                agent.engine.services.restore(read["frontends"], read["service_slots"], read["backends"], spent)
                 return
+
+
+def _spent_backends(agent: Agent) -> set[int]:
+    """Backends that connections may still name, here or in a former version's table that is carried over."""
+    tables = [agent.datapath.maps["conntrack"], *agent.datapath.former.get("conntrack", ())]
+    return {backend for table in tables for backend in dp.backends_in_use(table, agent.layouts)}
 
 
 def _wanted_sysctls(agent: Agent) -> None:
@@ -303,6 +312,23 @@ async def compute(agent: Agent) -> None:
         agent.engine.step()
 
 
+async def promote(agent: Agent) -> None:
+    """Put tcx links in the place of the filters that new pods start with; in a thread, for each takes milliseconds."""
+    target = next((s.target for s in agent.loop.stages if isinstance(s.target, TcxTarget)), None)
+    if target is None:
+        return
+    wake = asyncio.Event()
+    target.on_provisional = wake.set
+    while True:
+        for hook in target.provisional():
+            target.promote(hook, await asyncio.to_thread(target.link_for, hook))
+        if not target.provisional():
+            wake.clear()
+            await wake.wait()
+            # The pods that are starting now come first: attaching holds the lock that making interfaces needs.
+            await asyncio.sleep(PROMOTE_PAUSE)
+
+
 async def save(agent: Agent) -> None:
     """Write given-out numbers to the journal, soon after they change."""
     while True:
@@ -332,6 +358,7 @@ async def run(config: AgentConfig) -> None:
             group.create_task(compute(agent), name="compute")
             group.create_task(_after_ready(agent, publisher.run), name="publisher")
             group.create_task(save(agent), name="save")
+            group.create_task(promote(agent), name="promote")
             group.create_task(agent.keeper.run(), name="keeper")
 
 

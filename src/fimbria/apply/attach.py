@@ -47,6 +47,7 @@ TC_PRIORITY: Final = 1
 TC_HANDLE: Final = 0xF1
 TC_HANDLES: Final = 8
 INGRESS, EGRESS = "ingress", "egress"
+POD_PROGRAMS: Final = frozenset(("from_pod", "to_pod"))
 _TCX: Final = {INGRESS: AttachType.TCX_INGRESS, EGRESS: AttachType.TCX_EGRESS}
 SOCKET_HOOKS: Final = {
     "connect4": AttachType.CGROUP_INET4_CONNECT,
@@ -176,9 +177,75 @@ class PinnedLinks(Generic[H]):
 
 
 class TcxTarget(PinnedLinks[DeviceHook]):
-    """Programs on devices by tcx links (Linux 6.6)."""
+    """Programs on devices by tcx links (Linux 6.6).
+
+    Attaching a tcx link waits for an RCU grace period: milliseconds that a pod's start would pay twice. A pod's new
+    interface is first guarded by clsact filters, which wait for nothing; `promote` puts links in their place soon
+    after. Meanwhile, and for the instant in which both are there, every packet is judged.
+    """
 
     name = "device_links"
+
+    def __init__(self, datapath: Datapath, filters: ClsactTarget) -> None:
+        """`filters` attaches provisionally; `on_provisional` is told when there is something to promote."""
+        super().__init__(datapath)
+        self._filters = filters
+        self._provisional: dict[DeviceHook, str] = {}
+        self._searched = False
+        self.on_provisional: Callable[[], None] = lambda: None
+
+    def read(self) -> dict[DeviceHook, str]:
+        """Links, and provisional filters where there is no link yet."""
+        found = super().read()
+        if not self._searched:
+            # A crash between a link and the end of its filter leaves both.
+            self._filters.write(Delta(deletes=frozenset(found)), order="out")
+            self._searched = True
+        for hook, name in list(self._provisional.items()):
+            if hook not in found and self._filters.guards(hook):
+                found[hook] = name
+        return found
+
+    def provisional(self) -> list[DeviceHook]:
+        """Hooks that wait for their link."""
+        return list(self._provisional)
+
+    def link_for(self, hook: DeviceHook) -> Link | None:
+        """The link for a provisional hook, attached but not yet ours; None if the device is gone. Blocks: RCU."""
+        name = self._provisional.get(hook)
+        try:
+            return self.attach(hook, self._datapath.programs[name]) if name is not None else None
+        except BpfError as error:
+            log.info("%s keeps its filter: %s", hook, error)
+            return None
+
+    def promote(self, hook: DeviceHook, link: Link | None) -> None:
+        """Take over the link, then remove the filter; a hook that is not wanted any more lets go of it."""
+        wanted = self._provisional.pop(hook, None)
+        if link is None:
+            return
+        path = self._datapath.links / self.pin_name(hook)
+        link.pin(path)
+        if wanted is None:
+            link.close()
+            path.unlink(missing_ok=True)
+            return
+        self._links[hook] = link
+        self._filters.write(Delta(deletes=frozenset((hook,))), order="out")
+
+    def _ensure(self, hook: DeviceHook, program: Program) -> None:
+        if program.name not in POD_PROGRAMS or self._alive(hook):
+            super()._ensure(hook, program)
+            return
+        super()._drop(hook)
+        self._filters.guard(hook, program)
+        self._provisional[hook] = program.name
+        self.on_provisional()
+
+    def _drop(self, hook: DeviceHook) -> None:
+        if self._provisional.pop(hook, None) is not None:
+            self._filters.write(Delta(deletes=frozenset((hook,))), order="out")
+        super()._drop(hook)
 
     def parse(self, pin: str) -> DeviceHook | None:
         """From `tcx-<side>-<ifindex>`."""
@@ -276,6 +343,14 @@ class ClsactTarget:
         if swap and hooks:
             self.datapath.carry_over()
         return failures
+
+    def guard(self, hook: DeviceHook, program: Program) -> None:
+        """Attach one program now. Raises OSError."""
+        self._ensure(hook, program, self._find(hook))
+
+    def guards(self, hook: DeviceHook) -> bool:
+        """Whether a filter of ours is there."""
+        return self._find(hook) is not None
 
     def _detach(self, hooks: Iterable[DeviceHook]) -> None:
         for hook in hooks:
