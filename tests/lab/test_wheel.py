@@ -15,7 +15,7 @@ from fimbria.release import RELEASE
 
 ROOT = Path(__file__).parents[2]
 COMPILERS = re.compile(r"(.*-)?(gcc|g\+\+|cc|c\+\+|cpp|clang|clang\+\+|ld|as|make|llc)(\.bfd|\.gold)?(-[\d.]+)?")
-LICENSES = {"LICENSE", "bpf/LICENSE.BSD-2-Clause", "bpf/LICENSE.GPL-2.0"}
+LICENSES = {"LICENSE", "THIRD-PARTY.md", "bpf/LICENSE.BSD-2-Clause", "bpf/LICENSE.GPL-2.0"}
 
 
 def run(argv: list[str], timeout: float = 120, **settings: object) -> subprocess.CompletedProcess[str]:
