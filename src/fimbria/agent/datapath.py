@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from importlib.resources import files
 from pathlib import Path
-from typing import Any
+from typing import Any, Final
 
 from fimbria.agent.config import AgentConfig, port_range
 from fimbria.apply.maps import U32, ManyCodec, MapTarget, Raw
@@ -61,6 +61,9 @@ MAP_STRUCTS: dict[str, tuple[str, ...]] = {
 }
 
 
+SCOPE_SERVICE: Final = 1  # enum ct_scope
+
+
 def objects_folder() -> Path:
     """Where the compiled BPF objects are installed."""
     return Path(str(files("fimbria"))) / "_bpf"
@@ -109,6 +112,15 @@ def map_target(name: str, bpf_map: Map, layouts: Layouts) -> MapTarget[Any, Any]
 def policy_target(datapath: Datapath, layouts: Layouts) -> PolicySetsTarget:
     """The target of the policy sets."""
     return PolicySetsTarget(datapath.maps["policy_sets"], layouts["policy_key"], layouts["policy_entry"])
+
+
+def backends_in_use(conntrack: Map, layouts: Layouts) -> set[int]:
+    """The backends that connections through services name. 0.2 s for a table of 120,000."""
+    keys, values = conntrack.dump()
+    codec = layouts["ct_entry"]
+    of_services = (at for at, key in enumerate(layouts["ct_key"].decode_many(keys)) if key.scope == SCOPE_SERVICE)
+    named = codec.decode_many(b"".join(values[at * codec.size : (at + 1) * codec.size] for at in of_services))
+    return {entry.backend for entry in named}
 
 
 def show_key(key: object) -> str:

@@ -247,13 +247,12 @@ def _restore_services(agent: Agent) -> None:
     """Numbers of services and backends, from today's maps or those of a former version: connections name them."""
     datapath = agent.datapath
     names = ("frontends", "service_slots", "backends")
+    read: dict[str, dict[Any, Any]] = {n: {} for n in names}
     for version in (datapath.maps, {n: found[0] for n, found in datapath.former.items()}):
-        if all(n in version for n in names):
+        if not read["frontends"] and all(n in version for n in names):
             read = {n: dp.map_target(n, version[n], agent.layouts).read() for n in names}
-            if read["frontends"]:
-                spent = _spent_backends(agent)
-                agent.engine.services.restore(read["frontends"], read["service_slots"], read["backends"], spent)
-                return
+    spent = _spent_backends(agent)
+    agent.engine.services.restore(read["frontends"], read["service_slots"], read["backends"], spent)
 
 
 def _spent_backends(agent: Agent) -> set[int]:
