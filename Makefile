@@ -90,7 +90,8 @@ bench: setup-test build ## measure against baselines; writes docs/benchmarks.md 
 	@$(PY) -m tests.bench
 
 .PHONY: lock clean
-lock: ## pin dependencies anew: all of them, and those that a node needs
+lock: venv ## pin dependencies anew: all of them, and those that a node needs
+	@test -x $(VENV)/bin/uv || $(VENV)/bin/pip install -q --disable-pip-version-check uv
 	@$(VENV)/bin/uv pip compile -q --upgrade --generate-hashes --python-version 3.11 --group dev pyproject.toml -o requirements.lock
 	@$(VENV)/bin/uv pip compile -q --generate-hashes --python-version 3.11 -c requirements.lock pyproject.toml -o requirements-runtime.lock
 
