@@ -98,6 +98,12 @@ def allow_then_deny(dp: Datapath, w: Wire) -> None:
     dp.put("conntrack", flow(w), entry(epoch=0))
 
 
+def without_epoch(dp: Datapath, w: Wire) -> None:
+    """A new `runtime` map, which nobody has written yet, and a connection that was judged under such a one."""
+    allow_then_deny(dp, w)
+    dp.put("runtime", 0, rows.Runtime(0))
+
+
 def revoked(dp: Datapath, w: Wire) -> None:
     """a may not send to b any more, nobody asks what comes in; b's answer arrives just after that was noticed."""
     enforce(a=OUT)(dp, w)
@@ -175,6 +181,8 @@ RECORDS = [
            drop="DROP_POLICY_DENIED", then=judged_under(0)),
     Record("an answer that was on its way doesn't open it the other way", lambda w: w.sent("b", syn(flags="A")), SHOT,
            rows=revoked, drop="DROP_POLICY_DENIED", then=judged_under(0)),
+    Record("nothing is taken for judged without an epoch", lambda w: w.sent("b", syn(flags="A")), SHOT,
+           rows=without_epoch, drop="DROP_POLICY_DENIED"),
     Record("what still is allowed passes under a new epoch", lambda w: w.sent("b", syn(flags="A")), REDIRECT,
            rows=allowed_again, then=judged_under(1)),
     Record("a reply is judged by the opener's direction", reply_to_a("A"), TCX_NEXT, program="to_pod",

@@ -1,0 +1,30 @@
+"""Waiting for the programs that run now."""
+
+import threading
+import time
+
+from fimbria.kernel.grace import GracePeriod
+
+
+def test_it_lasts_a_grace_period_and_lets_others_run_meanwhile() -> None:
+    grace = GracePeriod()
+    turns = 0
+    done = threading.Event()
+
+    def others() -> None:
+        nonlocal turns
+        while not done.is_set():
+            turns += 1
+            time.sleep(0.001)
+
+    thread = threading.Thread(target=others)
+    thread.start()
+    try:
+        before = turns
+        for _ in range(5):
+            grace.wait()
+        assert turns > before
+    finally:
+        done.set()
+        thread.join()
+        grace.close()
