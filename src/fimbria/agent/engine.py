@@ -264,7 +264,11 @@ class Engine:
         if self.node in keys:
             # Which addresses are our own decides about every report of a pod, and every route's source.
             own = self.own_node()
+            known = self.ipcache.own_addrs
             self._put_ipcache(self.ipcache.set_node(self.node, own))
+            if known != self.ipcache.own_addrs:
+                for key, remote in self.tables.remote_endpoints.items():
+                    self._put_ipcache(self.ipcache.set_remote(key, remote))
             keys = set(self.tables.nodes) | set(keys)
             self._locals(set(self.tables.endpoints))
             self._api_servers()
