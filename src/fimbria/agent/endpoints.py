@@ -15,6 +15,7 @@ import asyncio
 import errno
 import hashlib
 import logging
+import time
 from collections import Counter
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
 from contextlib import asynccontextmanager
@@ -79,6 +80,8 @@ class EndpointManager:
     identify: Callable[[Mapping[str, str]], Awaitable[EndpointIdentity]]
     fetch_pod: Callable[[str, str], Awaitable[None]]
     next_id: Callable[[], int]
+    last_request: float = 0.0
+    """When a pod last came or went (time.monotonic()): what can wait leaves the kernel's network lock to the next."""
     _locks: dict[str, asyncio.Lock] = field(default_factory=dict)
     _waiting: Counter[str] = field(default_factory=Counter)
 
@@ -88,6 +91,7 @@ class EndpointManager:
             return self._status()
         if request.command == "GC":
             return await self._collect(request)
+        self.last_request = time.monotonic()
         async with self._lock(request.owner):
             if request.command == "ADD":
                 return await self._add_in_time(request)

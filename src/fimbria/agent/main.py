@@ -56,6 +56,7 @@ log = logging.getLogger("fimbria.agent")
 VERDICT_TARGETS: Final = frozenset(("policy_sets", "identities", "cidrs", "ipcache", "endpoints"))
 ICMP_PAUSE_MS: Final = "20"  # whole ticks at every HZ that kernels have: what is written is read back
 PROMOTE_PAUSE: Final = 0.5
+PROMOTE_WITHIN: Final = 30.0
 SAVE_PAUSE: Final = 1.0
 ENDPOINT_ID_BLOCK: Final = 1000
 
@@ -319,13 +320,19 @@ async def promote(agent: Agent) -> None:
     wake = asyncio.Event()
     target.on_provisional = wake.set
     while True:
-        for hook in target.provisional():
-            target.promote(hook, await asyncio.to_thread(target.link_for, hook))
         if not target.provisional():
             wake.clear()
             await wake.wait()
-            # The pods that are starting now come first: attaching holds the lock that making interfaces needs.
-            await asyncio.sleep(PROMOTE_PAUSE)
+        began = time.monotonic()
+        for hook in target.provisional():
+            # Attaching holds the lock that making interfaces needs: pods that are starting now come first.
+            while not _pods_rest(agent) and time.monotonic() - began < PROMOTE_WITHIN:  # noqa: ASYNC110
+                await asyncio.sleep(PROMOTE_PAUSE)
+            target.promote(hook, await asyncio.to_thread(target.link_for, hook))
+
+
+def _pods_rest(agent: Agent) -> bool:
+    return agent.endpoints is None or time.monotonic() - agent.endpoints.last_request > PROMOTE_PAUSE
 
 
 async def save(agent: Agent) -> None:
