@@ -10,7 +10,6 @@ import click
 import pytest
 
 from fimbria.cli.main import ALIASES, COMMANDS, SECTIONS, fimbria
-from fimbria.release import RELEASE
 
 ROOT = Path(__file__).parents[3]
 
