@@ -45,7 +45,6 @@ class Path:
     mark: int = 0
 
 
-
 ALLOW = enforce(rule(B_IDENTITY, EGRESS, proto=6), rule(C_IDENTITY, EGRESS, proto=6),
                 rule(A_IDENTITY, INGRESS, proto=6), a=BOTH, b=BOTH)  # fmt: skip
 ACK = syn(flags="A")

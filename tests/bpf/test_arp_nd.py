@@ -120,5 +120,3 @@ def test_without_a_gateway_nothing_is_answered(question: Packet) -> None:
         assert send(bare, "from_pod", question)[0] == SHOT
     finally:
         bare.close()
-
-

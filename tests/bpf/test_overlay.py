@@ -97,8 +97,6 @@ def test_broken_inner_packet(net: Lab) -> None:
     assert drops(net.nodes[0].dp) == {DROP["DROP_INVALID_PACKET"]}
 
 
-
-
 @pytest.mark.parametrize("family", [4, 6])
 def test_the_underlay_may_be_ipv6(net: Lab, family: int) -> None:
     first, second = net.nodes

@@ -217,5 +217,3 @@ def test_connections_spread_over_backends(dp: Datapath, family: int) -> None:
         send(dp, "from_pod", w.sent("front", syn(sport)))
     seen = [k.remote for k, _ in dp.items("conntrack") if k.local == w.packed("a") and k.scope == 0]
     assert 20 < seen.count(w.packed("b")) < 80 and len(seen) == 100
-
-
