@@ -106,6 +106,7 @@ class Engine:
         self.services = ServiceCompute(node, numbers.services, numbers.backends)
         self._policies_of: dict[tuple[str, Any], PolicyId] = {}
         self._networks: dict[tuple[str, Any], tuple[tuple[Prefix, Route], ...]] = {}
+        self._routes_to: dict[Prefix, dict[tuple[str, Any], Route]] = {}
         self._ports_of_identity: dict[int, dict[Any, tuple[NamedPort, ...]]] = {}
         self._identity_of_source: dict[Any, int] = {}
         self._service_of_slice: dict[ObjectKey, ServiceKey] = {}
@@ -289,13 +290,26 @@ class Engine:
         old = self._networks.get(source, ())
         if old == routes:
             return
-        kept = {prefix for prefix, _ in routes}
-        self.rows.routes.drop_many(prefix for prefix, _ in old if prefix not in kept)
-        self.rows.routes.put_many(dict(routes))
         if routes:
             self._networks[source] = routes
         else:
             self._networks.pop(source, None)
+        for prefix, _ in old:
+            self._routes_to[prefix].pop(source, None)
+        for prefix, route in routes:
+            self._routes_to.setdefault(prefix, {})[source] = route
+        for prefix in {prefix for prefix, _ in (*old, *routes)}:
+            self._route(prefix)
+
+    def _route(self, prefix: Prefix) -> None:
+        """Two nodes may claim a block for a while: this node's own pods and blocks win, and who goes takes only his."""
+        claims = self._routes_to[prefix]
+        if not claims:
+            del self._routes_to[prefix]
+            self.rows.routes.drop(prefix)
+            return
+        best = min(claims, key=lambda s: (s[0] != "endpoint", s[1] != self.node, str(s[1])))
+        self.rows.routes.put(prefix, claims[best])
 
     def _put_ipcache(self, keys: Iterable[PrefixKey]) -> None:
         for key in keys:

@@ -95,7 +95,9 @@ class Journal:
         temporary = path.with_suffix(".tmp")
         fd = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o600)
         try:
-            os.write(fd, json.dumps(content, separators=(",", ":")).encode())
+            left = memoryview(json.dumps(content, separators=(",", ":")).encode())
+            while left:
+                left = left[os.write(fd, left) :]
             os.fsync(fd)
         finally:
             os.close(fd)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Any
 
@@ -61,6 +62,13 @@ def test_broken_files(journal: Journal, tmp_path: Path, caplog: Any, broken: str
 def test_a_crash_while_writing_leaves_the_old_file(journal: Journal, tmp_path: Path) -> None:
     journal.save_endpoint(ENDPOINT, IDENTITY)
     (tmp_path / "state/endpoints/7.tmp").write_text('{"endpoi')
+    assert journal.endpoints() == [(ENDPOINT, IDENTITY)]
+
+
+def test_a_write_that_the_kernel_cuts_short_is_continued(journal: Journal, monkeypatch: pytest.MonkeyPatch) -> None:
+    write = os.write
+    monkeypatch.setattr(os, "write", lambda fd, data: write(fd, bytes(data)[:7]))
+    journal.save_endpoint(ENDPOINT, IDENTITY)
     assert journal.endpoints() == [(ENDPOINT, IDENTITY)]
 
 
