@@ -9,7 +9,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Final
 
-from fimbria.decide.identity import Create, IdentityAllocator, Keep, Use
+from fimbria.decide.identity import Create, IdentitiesExhausted, IdentityAllocator, Keep, Use
 from fimbria.model.endpoint import EndpointIdentity
 from fimbria.model.labels import NAMESPACE, LabelFilter, Labels
 from fimbria.sources.k8s.client import ApiClient
@@ -72,7 +72,7 @@ class Identities:
         while self._wanted.get(endpoint_id) == labels:
             try:
                 number = await self._number(labels)
-            except ApiError as error:
+            except (ApiError, IdentitiesExhausted) as error:
                 log.warning("endpoint %s keeps its old identity for now: %s", endpoint_id, error)
                 await asyncio.sleep(pause)
                 pause = min(pause * 2, RETRY_MAX)
