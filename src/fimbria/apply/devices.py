@@ -47,8 +47,17 @@ def find_uplinks(netlink: NetlinkSocket, names: str, node_addrs: Iterable[bytes]
 
 
 def host_addresses(netlink: NetlinkSocket) -> tuple[bytes, ...]:
-    """All addresses (16 bytes) that this host answers to beyond its own links: neither loopback nor link-local ones."""
-    found = {mapped(a.address) for a in link.dump_addresses(netlink) if a.scope == 0}
+    """All addresses (16 bytes) that this host answers to beyond its own links: neither loopback nor link-local ones.
+
+    With the broadcast addresses of its IPv4 networks, on which its sockets hear too.
+    """
+    found: set[bytes] = set()
+    for a in link.dump_addresses(netlink):
+        if a.scope == 0:
+            found.add(mapped(a.address))
+            if len(a.address) == 4 and a.prefix_len < 31:
+                hosts = (1 << 32 - a.prefix_len) - 1
+                found.add(mapped((int.from_bytes(a.address) | hosts).to_bytes(4)))
     return tuple(sorted(found))
 
 
