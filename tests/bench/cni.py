@@ -28,8 +28,8 @@ OURS, CLSACT, THEIRS = "o", "c", "t"
 BRIDGE: Final = "bridge + host-local"
 AS_FAST: Final = Goal("ratio", "<=", 1.0)
 GRACE: Final = (
-    "each of a pod's two tcx links waits for an RCU grace period (8 ms and more) in the kernel, under its lock for all "
-    "network configuration; by clsact filters (--attach clsact) it would not"
+    "a tcx link waits for an RCU grace period (8 ms and more) in the kernel, under its lock for all network "
+    "configuration, and so does whatever comes next"
 )
 POD: Final = """
 apiVersion: v1
