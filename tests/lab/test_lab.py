@@ -8,6 +8,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -107,7 +108,13 @@ def _mentions(path: Path, text: str) -> bool:
 
 
 def up_process(name: str) -> "subprocess.Popen[str]":
-    return subprocess.Popen([*CLI, "up", "--name", name, "--no-agents"], stderr=subprocess.PIPE, text=True)
+    # A shell that runs the tests in the background has SIGINT ignored, and children inherit that.
+    return subprocess.Popen(
+        [*CLI, "up", "--name", name, "--no-agents"],
+        stderr=subprocess.PIPE,
+        text=True,
+        preexec_fn=partial(signal.signal, signal.SIGINT, signal.SIG_DFL),
+    )
 
 
 def read_until(process: "subprocess.Popen[str]", step: str) -> None:

@@ -58,9 +58,15 @@ def links(lab: Lab) -> list[dict[str, object]]:
     return shown
 
 
+def link_pin(lab: Lab, pod: str, side: str) -> str:
+    """The pin of a pod's link, once it has taken the place of the filter that the pod starts with."""
+    name = f"tcx-{side}-{interface(lab, pod)['ifindex']}"
+    lab.wait("the pod's link", (node_root(lab, "node1") / "sys/fs/bpf/fimbria/links" / name).exists, 40)
+    return name
+
+
 def tcx_link(lab: Lab, pod: str, side: str) -> str:
-    ifindex = interface(lab, pod)["ifindex"]
-    pinned = f"/sys/fs/bpf/fimbria/links/tcx-{side}-{ifindex}"
+    pinned = f"/sys/fs/bpf/fimbria/links/{link_pin(lab, pod, side)}"
     return str(json.loads(node(lab, "bpftool", "-j", "link", "show", "pinned", pinned))["id"])
 
 
@@ -69,7 +75,7 @@ def test_a_link_detached(lab: Lab) -> None:
 
 
 def test_a_links_pin_removed(lab: Lab) -> None:
-    name = f"tcx-ingress-{interface(lab, 'near')['ifindex']}"
+    name = link_pin(lab, "near", "ingress")
     with Traffic(lab):
         fault(lab, "device_links", (node_root(lab, "node1") / "sys/fs/bpf/fimbria/links" / name).unlink)
 
