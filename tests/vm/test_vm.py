@@ -8,6 +8,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 
 import kernels
@@ -112,7 +113,9 @@ def test_a_crash_is_tried_once_more_and_told_apart(place: Path, capfd: pytest.Ca
 )
 def test_no_process_outlives_an_interrupted_run(number: signal.Signals, code: int, place: Path) -> None:
     command = [sys.executable, str(HERE / "run.py"), "--kernel", "6.1", "--", "sh", "-c", "echo begun; sleep 1000"]
-    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
+    # A shell that runs the tests in the background has SIGINT ignored, and children inherit that.
+    heed = partial(signal.signal, signal.SIGINT, signal.SIG_DFL)
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, preexec_fn=heed) as process:
         try:
             assert process.stdout is not None
             assert process.stdout.read(5) == "begun"
