@@ -7,7 +7,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from importlib import resources
@@ -199,15 +199,6 @@ def boot(paths: Paths, node: str) -> None:
     if done.returncode != 0:
         raise LabError(f"{node} didn't start: {done.stderr.strip().splitlines()[-1:]}")
     state.remember(paths, f"{node}/{state.INIT}", kernel.process(int(done.stdout)))
-
-
-def run_in(lab: str, member: str, argv: Sequence[str], stdin: str | None = None) -> subprocess.CompletedProcess[str]:
-    """Runs a command inside a node, the control plane's, the world's or the fabric's namespace, and captures what it
-    says."""
-    prefix = components.enter(Paths(lab), member)
-    return subprocess.run(
-        [*prefix, "--", *argv], input=stdin, capture_output=True, text=True, check=False, env=components.ENVIRONMENT
-    )
 
 
 # --- removal ---------------------------------------------------------------------------------------------------

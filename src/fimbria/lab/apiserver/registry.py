@@ -104,9 +104,6 @@ class Registry:
                 del self.groups[res.group]
             self.generation += 1
 
-    def has_served(self, definition: str) -> list[Resource]:
-        return self._custom.get(definition, [])
-
     # ---- reading
 
     def entry(self, res: Resource, key: Key) -> Entry:
