@@ -9,6 +9,8 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any, Final
 
+from fimbria.model.labels import LabelFilter
+
 
 class ConfigError(ValueError):
     """A setting is missing or has a value that can't be used; the text names it."""
@@ -60,6 +62,14 @@ class AgentConfig:
         port_range("--masquerade-ports", self.masquerade_ports)
         if self.log_level not in LOG_LEVELS:
             raise ConfigError(f"--log-level {self.log_level!r}: {', '.join(LOG_LEVELS)}")
+        for name, (least, most) in RANGES.items():
+            value = getattr(self, name)
+            if not least <= value <= most:
+                raise ConfigError(f"--{name.replace('_', '-')} {value}: expected {least} to {most}")
+        try:
+            LabelFilter.of(self.label_filter.split())
+        except ValueError as error:
+            raise ConfigError(f"--label-filter: {error}") from None
 
     @property
     def run(self) -> Path:
@@ -72,6 +82,12 @@ class AgentConfig:
         return self.routing == "overlay"
 
 
+_ENTRIES: Final = (1, 1 << 27)
+RANGES: Final[Mapping[str, tuple[float, float]]] = {
+    "overlay_port": (1, 65535), "mtu": (0, 65535), "audit_interval": (0.5, 86400), "trace_interval": (0.001, 86400),
+    "conntrack_entries": _ENTRIES, "nat_entries": _ENTRIES, "ipcache_entries": _ENTRIES, "service_entries": _ENTRIES,
+    "identity_entries": _ENTRIES, "policy_sets": _ENTRIES,
+}  # fmt: skip
 HELP: Mapping[str, str] = {
     "node_name": "name of this node's Node object",
     "kubeconfig": "kubeconfig file of the API server; empty: the pod's service account",
@@ -111,6 +127,14 @@ def port_range(setting: str, text: str) -> tuple[int, int]:
     return int(first), int(last)
 
 
+def _switch(name: str, text: str) -> bool:
+    words = {"1": True, "true": True, "yes": True, "on": True, "0": False, "false": False, "no": False, "off": False}
+    try:
+        return words[text.lower()]
+    except KeyError:
+        raise ConfigError(f"{name} is {text!r}: expected on or off") from None
+
+
 def parse(argv: Sequence[str], environ: Mapping[str, str] | None = None) -> AgentConfig:
     """Settings from arguments; a setting that isn't given comes from the environment, then from its default.
 
@@ -124,7 +148,7 @@ def parse(argv: Sequence[str], environ: Mapping[str, str] | None = None) -> Agen
         default: Any = getattr(defaults, f.name)
         given = environ.get("FIMBRIA_" + f.name.upper())
         if isinstance(default, bool):
-            start = default if given is None else given.lower() in ("1", "true", "yes")
+            start = default if given is None else _switch("FIMBRIA_" + f.name.upper(), given)
             parser.add_argument(flag, action=argparse.BooleanOptionalAction, default=start, help=HELP[f.name])
             continue
         shown = f" (default: {default})" if default not in ("", 0) else ""

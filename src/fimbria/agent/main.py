@@ -410,10 +410,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     logging.basicConfig(
         level=config.log_level.upper(), stream=sys.stderr, format="%(asctime)s %(levelname)-7s %(name)s: %(message)s"
     )
-    problems = probe.problems()
-    if os.geteuid() != 0:
-        problems.insert(0, "The agent must run as root, or with CAP_NET_ADMIN, CAP_BPF and CAP_SYS_ADMIN.")
-    if not probe.bpffs_mounted(config.bpffs):
+    # Without root the rest is only a consequence.
+    problems = probe.problems() if os.geteuid() == 0 else ["The agent must run as root."]
+    if os.geteuid() == 0 and not probe.bpffs_mounted(config.bpffs):
         problems.append(f"{config.bpffs} is not a mounted BPF file system: mount -t bpf bpf {config.bpffs}")
     if problems:
         for problem in problems:
