@@ -25,7 +25,7 @@ HEAD: Final = """\
 <!-- Written by scripts/settings_doc.py; a test compares. Change the source, then run the script. -->
 
 Every setting is an option of its component. Those of the agent and the operator can also come from the environment; an
-option on the command line wins. Switches are `on` or `off` in the environment (also `true`, `yes`, `1` and their opposites).
+option on the command line wins. In the environment switches are `on` or `off`, `true` or `false`, `yes` or `no`.
 
 In the lab, `fimbria lab up --agent-option NAME=VALUE` gives a setting to all agents, for example `attach=clsact`.
 """
