@@ -12,7 +12,6 @@
 #define IP_MORE_FRAGMENTS 0x2000
 #define IP_OFFSET_MASK 0x1fff
 #define IPV6_OFFSET_MASK 0xfff8
-#define IPV6_MORE_FRAGMENTS 0x0001
 #define IPV6_MAX_EXTENSIONS 6
 
 /* <linux/icmp.h> pulls in user-space headers. */
