@@ -30,7 +30,7 @@ from fimbria.kernel.btf import Btf
 from fimbria.kernel.codec import Codec
 from fimbria.model.rows import Event
 from fimbria.observe.filters import FilterError, build
-from fimbria.observe.flow import Clock, FlowBuilder
+from fimbria.observe.flow import DROP, Clock, FlowBuilder
 from fimbria.observe.names import layout_object
 from fimbria.observe.resolve import AgentNames
 
@@ -38,11 +38,16 @@ log = logging.getLogger("fimbria.observer")
 CAPACITY: Final = 4095
 BATCH: Final = 1024
 FOLLOWER_LIMIT: Final = 4096
+Flow = dict[str, Any]
 PAUSE: Final = 0.02
 
 
 class Observer:
-    """Reads, enriches and remembers."""
+    """Reads and remembers; enriches what is asked for.
+
+    Most events are never looked at, so they stay as they came until somebody reads or follows them. Drops are told at
+    once: the rule, or the pod, behind one may be gone when it is read.
+    """
 
     def __init__(self, node: str, run_dir: Path, bpffs: Path) -> None:
         self._run_dir = run_dir
@@ -51,8 +56,8 @@ class Observer:
         clock = Clock(time.time_ns() - time.clock_gettime_ns(time.CLOCK_MONOTONIC))
         self._builder = FlowBuilder(node, clock, self.names)
         self._codec: Codec[Event] = Codec(Btf.from_elf(layout_object()), "struct event", Event)
-        self.flows: deque[dict[str, Any]] = deque(maxlen=CAPACITY)
-        self.followers: set[asyncio.Queue[dict[str, Any]]] = set()
+        self._past: deque[Event | Flow] = deque(maxlen=CAPACITY)
+        self.followers: set[asyncio.Queue[Flow]] = set()
         self.seen = 0
         self.dropped_for_followers = 0
 
@@ -101,15 +106,29 @@ class Observer:
     async def _take(self, records: list[bytes]) -> None:
         events = self._codec.decode_many(b"".join(records))
         self.seen += len(events)
-        await self.names.learn(events)
+        told = events if self.followers else [e for e in events if e.type == DROP]
+        if told:
+            await self.names.learn(told)
         for event in events:
+            if not self.followers and event.type != DROP:
+                self._past.append(event)
+                continue
             flow = self._builder.flow(event)
-            self.flows.append(flow)
+            self._past.append(flow)
             for queue in self.followers:
                 if queue.full():
                     self.dropped_for_followers += 1
                 else:
                     queue.put_nowait(flow)
+
+    def __len__(self) -> int:
+        return len(self._past)
+
+    async def past(self) -> list[Flow]:
+        """The flows of all events remembered at the time of the call, oldest first."""
+        kept = list(self._past)
+        await self.names.learn(e for e in kept if isinstance(e, Event))
+        return [self._builder.flow(e) if isinstance(e, Event) else e for e in kept]
 
 
 class ObserverApi:
@@ -142,7 +161,7 @@ class ObserverApi:
         o = self._observer
         return web.json_response(
             {
-                "flows": len(o.flows),
+                "flows": len(o),
                 "max_flows": CAPACITY,
                 "seen_flows": o.seen,
                 "followers": len(o.followers),
@@ -161,12 +180,12 @@ class ObserverApi:
         except (FilterError, ValueError) as error:
             return web.json_response({"error": str(error)}, status=400)
         response = web.StreamResponse(headers={"Content-Type": "application/x-ndjson"})
-        queue: asyncio.Queue[dict[str, Any]] = asyncio.Queue(FOLLOWER_LIMIT)
+        queue: asyncio.Queue[Flow] = asyncio.Queue(FOLLOWER_LIMIT)
         # Subscribed before the past is written: nothing falls in between.
         if follow:
             self._observer.followers.add(queue)
         try:
-            past = [f for f in self._observer.flows if wanted(f)]
+            past = [f for f in await self._observer.past() if wanted(f)]
             await response.prepare(request)
             lines = "".join(json.dumps(f) + "\n" for f in past[len(past) - count :])
             await response.write(lines.encode())
