@@ -10,16 +10,18 @@ import fcntl
 import json
 import logging
 import os
+import time
 from collections.abc import Mapping
 from dataclasses import asdict, fields
 from pathlib import Path
-from typing import Any
+from typing import Any, Final
 
 from fimbria.model.address import Prefix, pack, unpack
 from fimbria.model.endpoint import EndpointIdentity, LocalEndpoint
 from fimbria.model.node import Node
 
 log = logging.getLogger(__name__)
+LOCK_PATIENCE: Final = 3.0
 _BYTES = frozenset(("pod_mac", "host_mac", "addr4", "addr6"))
 
 
@@ -34,10 +36,18 @@ class Journal:
         """Make the folders, and take them for this process. Raises OSError, also if another agent has them."""
         self._endpoints.mkdir(mode=0o700, parents=True, exist_ok=True)
         self._lock = os.open(self._folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-        try:
-            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            raise OSError(error.errno, f"another agent is running with {self._folder}") from None
+        # A killed agent keeps its files until its last thread has come out of the kernel, where attaching a program
+        # can take a while: the next agent waits for that, and not for one that lives.
+        deadline = time.monotonic() + LOCK_PATIENCE
+        while True:
+            try:
+                fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError as error:
+                if time.monotonic() > deadline:
+                    raise OSError(error.errno, f"another agent is running with {self._folder}") from None
+                time.sleep(0.02)
+            else:
+                return
 
     def save_endpoint(self, endpoint: LocalEndpoint, identity: EndpointIdentity | None) -> None:
         """Write one endpoint. Raises OSError."""

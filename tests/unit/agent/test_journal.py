@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import os
+import threading
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from fimbria.agent import journal as journal_module
 from fimbria.agent.journal import Journal
 from fimbria.model.address import Prefix, pack
 from fimbria.model.endpoint import EndpointIdentity, LocalEndpoint
@@ -81,3 +83,20 @@ def test_modes(journal: Journal, tmp_path: Path) -> None:
     journal.save_endpoint(ENDPOINT, IDENTITY)
     assert (tmp_path / "state/endpoints").stat().st_mode & 0o077 == 0
     assert (tmp_path / "state/endpoints/7.json").stat().st_mode & 0o177 == 0
+
+
+def test_a_killed_agents_last_thread_is_waited_for(tmp_path: Path) -> None:
+    first, second = Journal(tmp_path / "state"), Journal(tmp_path / "state")
+    first.open()
+    release = threading.Timer(0.2, os.close, [first._lock])
+    release.start()
+    second.open()
+    release.join()
+
+
+def test_a_living_agent_keeps_its_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(journal_module, "LOCK_PATIENCE", 0.05)
+    living = Journal(tmp_path / "state")
+    living.open()
+    with pytest.raises(OSError, match="another agent"):
+        Journal(tmp_path / "state").open()
