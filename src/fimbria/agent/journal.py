@@ -21,7 +21,7 @@ from fimbria.model.endpoint import EndpointIdentity, LocalEndpoint
 from fimbria.model.node import Node
 
 log = logging.getLogger(__name__)
-LOCK_PATIENCE: Final = 3.0
+LOCK_PATIENCE: Final = 1.0
 _BYTES = frozenset(("pod_mac", "host_mac", "addr4", "addr6"))
 
 
