@@ -4,8 +4,9 @@
 
 enum ct_scope {
 	CT_SCOPE_CONNECTION = 0, /* endpoint and peer, as the endpoint's backend side sees them */
-	CT_SCOPE_SERVICE = 1,    /* endpoint and a service frontend it addressed by packet */
+	CT_SCOPE_SERVICE = 1,    /* client and a service frontend it addressed by packet; endpoint 0: a client outside */
 	CT_SCOPE_HAIRPIN = 2,    /* endpoint as its own backend; the router stands for the caller as `remote` */
+	CT_SCOPE_NODE = 3,       /* this node itself as the backend (`local`) of a client outside; endpoint 0 */
 };
 
 /* conntrack: struct ct_key -> struct ct_entry, LRU. One entry a connection and endpoint; both directions find it with

@@ -30,6 +30,7 @@ enum drop_reason {
 	DROP_FIB_LOOKUP_FAILED = 169,
 	DROP_INVALID_IDENTITY = 171,
 	DROP_FRAGMENT_NOT_FOUND = 175,
+	DROP_SERVICE_SOURCE_RANGE = 177, /* the Service's source ranges don't let this client in */
 	DROP_POLICY_DENY = 181,          /* an explicit deny rule */
 	DROP_INVALID_VNI = 183,
 	DROP_EP_NOT_READY = 203,

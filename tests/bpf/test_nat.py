@@ -66,7 +66,7 @@ def taken(count: int, first: int = PORT) -> Prepare:
     def prepare(dp: Datapath, w: Wire) -> None:
         for port in range(first, first + count):
             key = rows.NatKey(w.packed("world"), w.packed("node"), 53, port, UDP_NUMBER, INGRESS)
-            dp.put("nat", key, rows.NatEntry(w.packed("b"), SPORT, 0, 0))
+            dp.put("nat", key, rows.NatEntry(w.packed("b"), SPORT, 0, 0, 0))
 
     return prepare
 
@@ -74,7 +74,7 @@ def taken(count: int, first: int = PORT) -> Prepare:
 def stolen(dp: Datapath, w: Wire) -> None:
     """a has a binding, but its way back was forgotten and is b's now."""
     key = rows.NatKey(w.packed("a"), w.packed("world"), SPORT, 53, UDP_NUMBER, EGRESS)
-    dp.put("nat", key, rows.NatEntry(w.packed("node"), PORT, 0, 0))
+    dp.put("nat", key, rows.NatEntry(w.packed("node"), PORT, 0, 0, 0))
     taken(1)(dp, w)
 
 

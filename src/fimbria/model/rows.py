@@ -96,6 +96,7 @@ class Frontend:
     service: int
     count: int
     flags: int
+    affinity_seconds: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -114,6 +115,49 @@ class Backend:
     port: int
     proto: int
     flags: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class MemberKey:
+    """`struct member_key`, the key of `service_members`."""
+
+    service: int
+    backend: int
+
+
+@dataclass(frozen=True, slots=True)
+class AffinityKey:
+    """`struct affinity_key`."""
+
+    client: bytes
+    service: int
+    by_namespace: int
+
+
+@dataclass(frozen=True, slots=True)
+class Affinity:
+    """`struct affinity`."""
+
+    used: int
+    backend: int
+
+
+@dataclass(frozen=True, slots=True)
+class SourceKey:
+    """`struct source_key`, the key of `source_ranges`."""
+
+    prefixlen: int
+    service: int
+    addr: bytes
+
+
+@dataclass(frozen=True, slots=True)
+class ExemptKey:
+    """`struct exempt_key`, the key of `service_exempt`."""
+
+    client: int
+    service: int
+    by_endpoint: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -165,7 +209,10 @@ class NatEntry:
     addr: bytes
     port: int
     flags: int
+    service: int
     used: int
+    frontend: bytes = NO_ADDR
+    frontend_port: int = 0
 
 
 @dataclass(frozen=True, slots=True)
