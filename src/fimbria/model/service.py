@@ -73,3 +73,21 @@ class EndpointSlice:
     ports: tuple[EndpointPort, ...] = ()
     endpoints: tuple[Endpoint, ...] = ()
     warnings: tuple[str, ...] = ()
+
+
+class TableMember(NamedTuple):
+    """One backend of a Maglev table: its number, its share, and what its place in the table is computed from."""
+
+    backend: int
+    weight: int
+    addr: bytes
+    port: int
+    proto: int
+
+
+@dataclass(frozen=True, slots=True)
+class TableContent:
+    """Desired row of `service_tables`, by service id: who shares the table. The order of members means nothing; a
+    weight of 0 takes no new connections. `fimbria.compute.maglev` says who gets which entry."""
+
+    members: tuple[TableMember, ...]
