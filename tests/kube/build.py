@@ -1,8 +1,9 @@
-"""Builds kube-apiserver and kubectl out of the Go module k8s.io/kubernetes, once per version, into a cache folder.
+"""Builds commands of the Go module k8s.io/kubernetes, once per version, into a cache folder.
 
 The version is the one that go.mod next to this file requires. Binaries land in
 ``${FIMBRIA_CACHE:-~/.cache/fimbria}/kube/<version>/bin``; a second caller waits for the first one's lock.
-Run ``python tests/kube/build.py`` to build and print that folder. About ten minutes on two cores the first time.
+``python tests/kube/build.py [TOOL...]`` builds (the API server and kubectl by default) and prints that folder: about
+ten minutes on two cores the first time. kube-proxy, which only the bench needs, takes two more.
 """
 
 from __future__ import annotations
@@ -14,12 +15,13 @@ import shutil
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
 HERE = Path(__file__).resolve().parent
-TOOLS = {"kube-apiserver": "k8s.io/kubernetes/cmd/kube-apiserver", "kubectl": "k8s.io/kubernetes/cmd/kubectl"}
+TOOLS = {name: f"k8s.io/kubernetes/cmd/{name}" for name in ("kube-apiserver", "kubectl", "kube-proxy")}
+SERVER = ("kube-apiserver", "kubectl")
 # Go 1.27's json v2 makes a 1.36 API server serve an OpenAPI document that kubectl can't apply against.
 GO_SERIES = (1, 26)
 
@@ -44,18 +46,21 @@ def bin_dir() -> Path:
     return cache_root() / version() / "bin"
 
 
-def is_built() -> bool:
-    return all(os.access(bin_dir() / tool, os.X_OK) for tool in TOOLS)
+def missing(tools: Sequence[str]) -> list[str]:
+    """Those that the cache doesn't hold. Raises BuildError for a name that isn't in TOOLS."""
+    if unknown := [tool for tool in tools if tool not in TOOLS]:
+        raise BuildError(f"no tool {', '.join(unknown)}; there are {', '.join(TOOLS)}")
+    return [tool for tool in tools if not os.access(bin_dir() / tool, os.X_OK)]
 
 
-def ensure() -> Path:
+def ensure(tools: Sequence[str] = SERVER) -> Path:
     """Builds what is missing and returns the folder of the binaries. Raises BuildError."""
-    if is_built():
+    if not missing(tools):
         return bin_dir()
     cache_root().mkdir(parents=True, exist_ok=True)
     with _locked(cache_root() / f"{version()}.lock"):
-        if not is_built():
-            _build()
+        if absent := missing(tools):
+            _build(absent)
     return bin_dir()
 
 
@@ -70,25 +75,26 @@ def _locked(path: Path) -> Iterator[None]:
         yield
 
 
-def _build() -> None:
+def _build(tools: Sequence[str]) -> None:
     go = _find_go()
-    target = cache_root() / version()
+    bin_dir().mkdir(parents=True, exist_ok=True)
     scratch = cache_root() / f".{version()}.{os.getpid()}"
     shutil.rmtree(scratch, ignore_errors=True)
-    (scratch / "bin").mkdir(parents=True)
+    scratch.mkdir()
     try:
-        _compile(go, scratch / "bin")
-        shutil.rmtree(target, ignore_errors=True)
-        scratch.rename(target)
+        _compile(go, tools, scratch)
+        for tool in tools:
+            (scratch / tool).rename(bin_dir() / tool)
     finally:
         shutil.rmtree(scratch, ignore_errors=True)
 
 
-def _compile(go: str, out: Path) -> None:
+def _compile(go: str, tools: Sequence[str], out: Path) -> None:
+    packages = [TOOLS[tool] for tool in tools]
     env = os.environ | {"CGO_ENABLED": "0", "GOWORK": "off", "GOFLAGS": "-mod=readonly -buildvcs=false"}
-    total = len(_capture([go, "list", "-deps", *TOOLS.values()], env).split())
-    _say(f"building {', '.join(TOOLS)} {version()}: {total} packages, about ten minutes on two cores")
-    command = [go, "build", "-v", "-trimpath", "-ldflags", _ldflags(), "-o", f"{out}/", *TOOLS.values()]
+    total = len(_capture([go, "list", "-deps", *packages], env).split())
+    _say(f"building {', '.join(tools)} {version()}: {total} packages, up to ten minutes on two cores")
+    command = [go, "build", "-v", "-trimpath", "-ldflags", _ldflags(), "-o", f"{out}/", *packages]
     nice = [tool, "-n", "10"] if (tool := shutil.which("nice")) else []
     started, seen, tail = time.monotonic(), 0, [""]
     with subprocess.Popen([*nice, *command], cwd=HERE, env=env, text=True, stderr=subprocess.PIPE) as process:
@@ -136,7 +142,7 @@ def _say(message: str) -> None:
 
 def main() -> int:
     try:
-        print(ensure())
+        print(ensure(sys.argv[1:] or SERVER))
     except BuildError as error:
         _say(str(error))
         return 1

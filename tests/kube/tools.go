@@ -6,5 +6,6 @@ package tools
 import (
 	_ "k8s.io/component-base/version"
 	_ "k8s.io/kubernetes/cmd/kube-apiserver"
+	_ "k8s.io/kubernetes/cmd/kube-proxy"
 	_ "k8s.io/kubernetes/cmd/kubectl"
 )
