@@ -130,6 +130,8 @@ int libbpf_probe_bpf_map_type(uint32_t map_type, const void *opts);
 int libbpf_probe_bpf_helper(uint32_t prog_type, uint32_t helper_id, const void *opts);
 const char *libbpf_version_string(void);
 
+int fim_maglev(const char *members, uint32_t n, uint32_t *table, uint32_t size);
+
 int fim_socket_in(int netns_fd, int domain, int type, int protocol);
 int fim_netns_create(const char *path);
 int fim_setns(int netns_fd);
