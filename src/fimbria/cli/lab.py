@@ -115,6 +115,13 @@ def lab() -> None:
     help="A setting for all agents, for example attach=clsact; repeatable.",
 )
 @click.option("--controllers", is_flag=True, help="With --kubeconfig: run controllers, for a server that has none.")
+@click.option("--zone", "zones", multiple=True, help="Zones of the nodes, given in turn; repeatable.")
+@click.option(
+    "--source-check/--no-source-check",
+    default=True,
+    help="Drop what nodes send from addresses of others, as clouds do unless told otherwise; direct server return "
+    "through node ports needs it off.",
+)
 def up(**options: Any) -> None:
     """Build a lab and start everything in it."""
     from fimbria.lab import cluster

@@ -1,8 +1,8 @@
 """What a cloud provider does around the nodes: `python -m fimbria.lab.cloud --lab NAME`.
 
 It carries API connections between the machine and the lab (in both directions: kubectl on the machine to the embedded
-server, or the lab's nodes to a server on the machine), and with native routing it keeps the fabric's route table
-equal to the pod ranges of the nodes.
+server, or the lab's nodes to a server on the machine), with native routing it keeps the fabric's route table equal to
+the pod ranges of the nodes, and it gives LoadBalancer Services their addresses and leads those to nodes (balancers.py).
 """
 
 import argparse
@@ -17,6 +17,7 @@ from urllib.parse import urlsplit, urlunsplit
 import yaml
 
 from fimbria.lab import fabric, kernel, state
+from fimbria.lab.balancers import Balancers
 from fimbria.lab.errors import LabError
 from fimbria.lab.forward import Forwarder, listener
 from fimbria.lab.layout import API_PORT, LabSpec, Paths
@@ -134,18 +135,23 @@ async def main(lab: str) -> None:
     forwarder = open_api(spec, paths)
     async with asyncio.TaskGroup() as group:
         group.create_task(forwarder.run())
+        client = await _stay_open(ApiClient(config.load(paths.host_kubeconfig), component="lab-cloud"))
+        balancers = Balancers(spec, paths, client)
+        group.create_task(balancers.run())
+        watchers: list[asyncio.Task[None]] = []
+        nodes: Table[str, tuple[str, ...]] = Table("nodes")
         if spec.routing == "native":
-            nodes: Table[str, tuple[str, ...]] = Table("nodes")
-            client = await _stay_open(ApiClient(config.load(paths.host_kubeconfig), component="lab-cloud"))
             group.create_task(Informer(client, CILIUM_NODES, nodes, pod_cidrs, key=object_key).run())
-            watchers = [group.create_task(keep_routes(spec, paths, nodes))]
+            watchers.append(group.create_task(keep_routes(spec, paths, nodes)))
 
-            def again() -> None:
-                """A node was booted anew: its routes went with its old cable."""
+        def again() -> None:
+            """A node was booted anew: its routes went with its old cable."""
+            balancers.forget()
+            if watchers:
                 watchers.pop().cancel()
                 watchers.append(group.create_task(keep_routes(spec, paths, nodes)))
 
-            asyncio.get_running_loop().add_signal_handler(signal.SIGHUP, again)
+        asyncio.get_running_loop().add_signal_handler(signal.SIGHUP, again)
 
 
 async def _stay_open(client: ApiClient) -> ApiClient:

@@ -351,8 +351,7 @@ def _boot_again(spec: LabSpec, paths: Paths, node: str) -> None:
     for name, component in components.table(spec, paths).items():
         if name.startswith(f"{node}/"):
             components.start(paths, name, component.argv())
-    if spec.routing == "native":
-        components.send(paths, CLOUD, signal.SIGHUP)
+    components.send(paths, CLOUD, signal.SIGHUP)
 
 
 def _node_cgroups(group: Path) -> None:

@@ -93,6 +93,7 @@ def runner(spec: LabSpec, paths: Paths, node: str) -> Component:
             m.ipv6,
             "--cgroup",
             f"{NODE_CGROUP}/pods",
+            *(("--zone", spec.zone(node)) if spec.zones else ()),
         ),
     )
 

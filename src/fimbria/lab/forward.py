@@ -3,7 +3,7 @@
 import asyncio
 import contextlib
 import socket
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Executor, ThreadPoolExecutor
 from pathlib import Path
 
 from fimbria.lab import kernel
@@ -26,7 +26,6 @@ class Forwarder:
 
     def __init__(self, listening: socket.socket, netns: Path | None, host: str, port: int) -> None:
         self._listening, self._target = listening, (host, port)
-        self._family = socket.AF_INET6 if ":" in host else socket.AF_INET
         # One thread lives in the target's namespace and makes the sockets; the loop does everything else with them.
         self._threads = ThreadPoolExecutor(1, initializer=_enter, initargs=(netns,))
 
@@ -38,23 +37,26 @@ class Forwarder:
 
     async def _serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         try:
-            upstream_reader, upstream = await self._connect()
-        except OSError:
+            async with asyncio.timeout(10):
+                upstream_reader, upstream = await connect(self._threads, *self._target)
+        except (OSError, TimeoutError):
             writer.transport.abort()
             return
         await asyncio.gather(_copy(reader, upstream), _copy(upstream_reader, writer))
 
-    async def _connect(self) -> tuple[asyncio.StreamReader, asyncio.StreamWriter]:
-        loop = asyncio.get_running_loop()
-        sock = await loop.run_in_executor(self._threads, socket.socket, self._family, socket.SOCK_STREAM)
-        try:
-            sock.setblocking(False)
-            async with asyncio.timeout(10):
-                await loop.sock_connect(sock, self._target)
-            return await asyncio.open_connection(sock=sock)
-        except BaseException:
-            sock.close()
-            raise
+
+async def connect(threads: Executor, host: str, port: int) -> tuple[asyncio.StreamReader, asyncio.StreamWriter]:
+    """A connection from the namespace that the threads live in. Raises OSError."""
+    loop = asyncio.get_running_loop()
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    sock = await loop.run_in_executor(threads, socket.socket, family, socket.SOCK_STREAM)
+    try:
+        sock.setblocking(False)
+        await loop.sock_connect(sock, (host, port))
+        return await asyncio.open_connection(sock=sock)
+    except BaseException:
+        sock.close()
+        raise
 
 
 def _enter(netns: Path | None) -> None:

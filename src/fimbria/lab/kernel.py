@@ -117,6 +117,11 @@ def ip_batch(netns: str, lines: Sequence[str]) -> None:
             _ip((family, "-n", netns, "-batch", "-"), "\n".join(batch) + "\n")
 
 
+def ip_lines(netns: str, lines: Sequence[str]) -> None:
+    """Lines for objects of no family, or whose family shows."""
+    _ip(("-n", netns, "-batch", "-"), "\n".join(lines) + "\n")
+
+
 def _ip(args: Sequence[str], stdin: str) -> None:
     try:
         done = subprocess.run(["ip", *args], input=stdin, capture_output=True, text=True, check=False)  # noqa: S607

@@ -2,8 +2,8 @@
 
 The fabric is a router with one point-to-point subnet per node (`fabric_ipv4` and `fabric_ipv6`, subnet number = node
 number), one for the control plane, and one towards an "outside world" with documentation addresses (RFC 5737, RFC
-3849). The world has routes to the nodes and none to pods, so that what reaches it from a pod and gets an answer was
-masqueraded.
+3849). The world has routes to the nodes and to the addresses of load balancers, and none to pods, so that what reaches
+it from a pod and gets an answer was masqueraded.
 """
 
 import re
@@ -19,12 +19,14 @@ STATE_ROOT = Path("/run/fimbria-lab")
 NETNS_DIR = Path("/run/netns")
 PREFIX = "fimbria-lab-"
 WORLD4, WORLD6 = IPv4Network("198.51.100.0/24"), IPv6Network("2001:db8::/64")
+BALANCER4, BALANCER6 = IPv4Network("203.0.113.0/24"), IPv6Network("2001:db8:113::/112")  # of LoadBalancer Services
 ROUTER_HOST, MEMBER4_HOST, MEMBER6_HOST = 1, 10, 0x10  # host parts in every subnet of the fabric
 CONTROL_SUBNET, MAX_NODES = 254, 200
 API_PORT = 6443
 ROUTINGS = ("overlay", "native")
 
 _NAME = re.compile(r"[a-z0-9]([a-z0-9-]{0,18}[a-z0-9])?")
+_LABEL = re.compile(r"[A-Za-z0-9]([A-Za-z0-9._-]{0,61}[A-Za-z0-9])?")
 
 
 @dataclass(frozen=True)
@@ -46,7 +48,9 @@ class LabSpec:
 
     `kubeconfig` is the file of another API server to use, or "" for the embedded one. `agent_options` are NAME=VALUE,
     passed to every agent as --NAME=VALUE. `controllers` starts the lab's own (Deployments, EndpointSlices, scheduling)
-    also beside another API server, for one that has no controller manager.
+    also beside another API server, for one that has no controller manager. `zones` are given to the nodes in turn, as
+    label. Without `source_check` the fabric lets nodes send from any address, as direct server return through node
+    ports needs it.
     """
 
     name: str = "fimbria"
@@ -65,6 +69,8 @@ class LabSpec:
     agents: bool = True
     agent_options: tuple[str, ...] = ()
     controllers: bool = False
+    zones: tuple[str, ...] = ()
+    source_check: bool = True
 
     def check(self) -> None:
         """Raises LabError with the first thing that is wrong."""
@@ -75,6 +81,9 @@ class LabSpec:
             raise LabError(f"routing is one of {', '.join(ROUTINGS)}, not {self.routing!r}")
         if not 1280 <= self.mtu <= 65535:
             raise LabError(f"an MTU is between 1280 (IPv6 needs it) and 65535 bytes, not {self.mtu}")
+        for zone in self.zones:
+            if not _LABEL.fullmatch(zone):
+                raise LabError(f"zone {zone!r} can't be the value of a label")
         _check_networks(self)
 
     def to_json(self) -> dict[str, Any]:
@@ -89,6 +98,10 @@ class LabSpec:
         if name not in self.node_names:
             raise LabError(f"lab {self.name} has no node {name!r}; it has {', '.join(self.node_names)}")
         return self._member(name, self.node_names.index(name) + 1)
+
+    def zone(self, node: str) -> str:
+        """The node's zone, or "" if the lab has none."""
+        return self.zones[self.node_names.index(node) % len(self.zones)] if self.zones else ""
 
     @property
     def control(self) -> Member:
@@ -147,6 +160,8 @@ def _check_networks(spec: LabSpec) -> None:
         ("fabric IPv6", _network("fabric IPv6", spec.fabric_ipv6, 6, 48)),
         ("outside world", WORLD4),
         ("outside world", WORLD6),
+        ("load balancers", BALANCER4),
+        ("load balancers", BALANCER6),
         ("service IPv4", _network("service IPv4", spec.service_ipv4, 4, 28)),
         ("service IPv6", _network("service IPv6", spec.service_ipv6, 6, 124)),
     ]

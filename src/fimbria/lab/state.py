@@ -69,7 +69,7 @@ def load(lab: str) -> LabSpec:
     """Raises LabError if there is no such lab."""
     try:
         values = json.loads(Paths(lab).spec.read_text())
-        return LabSpec(**values | {"agent_options": tuple(values["agent_options"])})
+        return LabSpec(**values | {k: tuple(values[k]) for k in ("agent_options", "zones")})
     except FileNotFoundError:
         raise LabError(f"there is no lab {lab}: fimbria lab up --name {lab}") from None
     except PermissionError:

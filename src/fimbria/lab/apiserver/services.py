@@ -180,7 +180,9 @@ class ServiceStrategy(Strategy):
         own = set(_node_ports({"spec": old})) if old else set()
         taken = {port["nodePort"] for port in spec.get("ports") or [] if port.get("nodePort")}
         if spec["type"] == "LoadBalancer" and spec.get("externalTrafficPolicy") == "Local":
-            self._health_check_port(spec, taken)
+            errors = self._health_check_port(spec, taken, own)
+            if errors:
+                return errors
         for at, port in enumerate(spec.get("ports") or []):
             where, number = f"spec.ports[{at}].nodePort", port.get("nodePort")
             if not number and wants:
@@ -196,12 +198,19 @@ class ServiceStrategy(Strategy):
                     return [invalid(where, number, "provided port is already allocated")]
         return []
 
-    def _health_check_port(self, spec: Obj, taken: set[int]) -> None:
-        if not spec.get("healthCheckNodePort"):
-            port = self._allocations.free_port(taken)
-            if port:
-                spec["healthCheckNodePort"] = port
-                taken.add(port)
+    def _health_check_port(self, spec: Obj, taken: set[int], own: set[tuple[str, int]]) -> list[FieldError]:
+        where, number = "spec.healthCheckNodePort", spec.get("healthCheckNodePort")
+        if not number:
+            number = spec["healthCheckNodePort"] = self._allocations.free_port(taken) or 0
+            if not number:
+                return [invalid(where, 0, "failed to allocate requested HealthCheck NodePort: range is full")]
+        elif number not in NODE_PORTS:
+            detail = "provided port is not in the valid range. The range of valid ports is 30000-32767"
+            return [invalid(where, number, detail)]
+        elif ("TCP", number) not in own and ("TCP", number) in self._allocations.ports:
+            return [invalid(where, number, "provided port is already allocated")]
+        taken.add(number)
+        return []
 
 
 def _mirror_cluster_ip(spec: Obj) -> None:
@@ -232,6 +241,11 @@ def _carry_over(new: Obj, old: Obj) -> None:
         for key in ("externalTrafficPolicy", "healthCheckNodePort", "allocateLoadBalancerNodePorts"):
             if new.get(key) == old.get(key):
                 new.pop(key, None)
+    health, policy = "healthCheckNodePort", "externalTrafficPolicy"
+    if new.get(policy) == "Local" and old.get(policy) == "Local" and not new.get(health) and old.get(health):
+        new[health] = old[health]
+    elif new.get(policy) != "Local" and new.get(health) == old.get(health):
+        new.pop(health, None)
     ports = {(port["port"], port["protocol"]): port.get("nodePort") for port in old.get("ports") or []}
     for port in new.get("ports") or []:
         number = ports.get((port.get("port"), port.get("protocol")))
@@ -322,6 +336,13 @@ def _validate_policies(spec: Obj) -> list[FieldError]:
             detail = "may only be set for externally-accessible services"
             errors.append(invalid("spec.externalTrafficPolicy", spec["externalTrafficPolicy"], detail))
         errors += validation.one_of(spec["externalTrafficPolicy"], "spec.externalTrafficPolicy", ["Cluster", "Local"])
+    if spec.get("trafficDistribution"):
+        known = ["PreferClose", "PreferSameNode", "PreferSameZone"]
+        errors += validation.one_of(spec["trafficDistribution"], "spec.trafficDistribution", known)
+    kind_and_policy = spec["type"], spec.get("externalTrafficPolicy")
+    if spec.get("healthCheckNodePort") and kind_and_policy != ("LoadBalancer", "Local"):
+        detail = "may only be set when `type` is 'LoadBalancer' and `externalTrafficPolicy` is 'Local'"
+        errors.append(invalid("spec.healthCheckNodePort", spec["healthCheckNodePort"], detail))
     if spec.get("ipFamilyPolicy"):
         policies = ["SingleStack", "PreferDualStack", "RequireDualStack"]
         errors += validation.one_of(spec["ipFamilyPolicy"], "spec.ipFamilyPolicy", policies)

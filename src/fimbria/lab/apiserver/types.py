@@ -204,7 +204,9 @@ ScaleSpec = replicas:i=1
 ScaleStatus = replicas:i=1 selector:s=2
 EndpointSlice = addressType:s=4 endpoints:[Endpoint]=2 ports:[EndpointPort]=3
 Endpoint = addresses:[s|]=1 conditions:EndpointConditions=2 hostname:s=3 targetRef:ObjectReference=4
- deprecatedTopology:{s}=5 nodeName:s=6 zone:s=7 hints:any=8
+ deprecatedTopology:{s}=5 nodeName:s=6 zone:s=7 hints:EndpointHints=8
+EndpointHints = forZones:[ForName]=1 forNodes:[ForName]=2
+ForName = name:s=1
 EndpointConditions = ready:b=1 serving:b=2 terminating:b=3
 NetworkPolicy = spec:NetworkPolicySpec=2
 NetworkPolicySpec = podSelector:LabelSelector=1 ingress:[IngressRule]=2 egress:[EgressRule]=3 policyTypes:[s]=4

@@ -33,6 +33,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument(
         "--cni-path", default="/opt/cni/bin:/usr/lib/cni", help="directories with plugins, separated by colons"
     )
+    parser.add_argument("--zone", default="", help="label topology.kubernetes.io/zone of the node")
     parser.add_argument("--cni-cache", type=Path, default=Path("/var/lib/cni"))
     parser.add_argument("--directory", type=Path, default=Path("/run/fimbria-runner"))
     parser.add_argument("--logs", type=Path, default=Path("/var/log/pods"))
@@ -54,9 +55,10 @@ async def run(args: argparse.Namespace) -> None:
             client, PODS, pods, lambda pod: pod, key=object_key, fields=f"spec.nodeName={args.node_name}"
         )
         async with asyncio.TaskGroup() as group:
+            keeper = NodeKeeper(client, args.node_name, args.address, runtime, network, zone=args.zone)
             tasks = [
                 group.create_task(informer.run()),
-                group.create_task(NodeKeeper(client, args.node_name, args.address, runtime, network).run()),
+                group.create_task(keeper.run()),
                 group.create_task(Manager(client, pods, host, kernel.binary("labtool")).run()),
             ]
             for number in (signal.SIGTERM, signal.SIGINT):

@@ -31,9 +31,11 @@ class NodeKeeper:
         addresses: Sequence[str],
         runtime: Runtime,
         config: Callable[[], NetworkList],
+        *,
+        zone: str = "",
     ) -> None:
         self._client, self._name, self._addresses = client, name, addresses
-        self._runtime, self._config = runtime, config
+        self._runtime, self._config, self._zone = runtime, config, zone
 
     async def run(self) -> None:
         await _insist(self._register)
@@ -44,6 +46,8 @@ class NodeKeeper:
     async def _register(self) -> None:
         arch = {"x86_64": "amd64", "aarch64": "arm64"}.get(platform.machine(), platform.machine())
         labels = {"kubernetes.io/hostname": self._name, "kubernetes.io/os": "linux", "kubernetes.io/arch": arch}
+        if self._zone:
+            labels["topology.kubernetes.io/zone"] = self._zone
         try:
             await self._client.create(
                 NODES, {"apiVersion": "v1", "kind": "Node", "metadata": {"name": self._name, "labels": labels}}

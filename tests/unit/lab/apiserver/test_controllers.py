@@ -295,3 +295,19 @@ def test_only_ownership_and_deletion_matter_to_the_collector() -> None:
     assert not garbage.matters(None, plain) and garbage.matters(None, child) and garbage.matters(plain, None)
     assert not garbage.matters(child, child | {"labels": {"a": "b"}})
     assert garbage.matters(child, child | {"deletionTimestamp": TEXT}) and garbage.matters(child, plain)
+
+
+@pytest.mark.parametrize(
+    ("distribution", "ready", "expected"),
+    [
+        (None, True, None),
+        ("PreferClose", True, {"forZones": [{"name": "zone-1"}]}),
+        ("PreferSameZone", True, {"forZones": [{"name": "zone-1"}]}),
+        ("PreferSameNode", True, {"forZones": [{"name": "zone-1"}], "forNodes": [{"name": "n"}]}),
+        ("PreferSameNode", False, None),
+    ],
+)
+def test_hints_follow_the_traffic_distribution(distribution: str | None, ready: bool, expected: Any) -> None:
+    world = Slices()
+    world.run(service(**{"trafficDistribution": distribution} if distribution else {}), [backend(1, ready)])
+    assert next(iter(world.all.values()))["endpoints"][0].get("hints") == expected

@@ -60,3 +60,33 @@ def test_families_on_a_single_stack_cluster() -> None:
     assert not choose_families(spec, ["IPv4"]) and spec["ipFamilies"] == ["IPv4"]
     assert choose_families({"ipFamilyPolicy": "RequireDualStack"}, ["IPv4"])[0].field == "spec.ipFamilyPolicy"
     assert choose_families({"ipFamilies": ["IPv6"]}, ["IPv4"])[0].field == "spec.ipFamilies[0]"
+
+
+def change(strategy: ServiceStrategy, old: Any, **spec: Any) -> tuple[Any, list[Any]]:
+    """A PUT with these fields, which leaves out what was allocated."""
+    body: Any = {"metadata": {"name": "x"}, "spec": {"ports": [{"port": 80}]} | spec}
+    strategy.default(body)
+    strategy.prepare_update(body, old)
+    return body, strategy.validate(body, old)
+
+
+def test_the_health_check_port_lives_as_long_as_the_policy() -> None:
+    strategy = ServiceStrategy(Allocations(DUAL))
+    local, errors = create(strategy, "a", type="LoadBalancer", externalTrafficPolicy="Local")
+    port = local["spec"]["healthCheckNodePort"]
+    assert not errors and port != local["spec"]["ports"][0]["nodePort"]
+    same, errors = change(strategy, local, type="LoadBalancer", externalTrafficPolicy="Local")
+    assert not errors and same["spec"]["healthCheckNodePort"] == port
+    fields = {"externalTrafficPolicy": "Cluster", "healthCheckNodePort": port}
+    other, errors = change(strategy, local, type="LoadBalancer", **fields)
+    assert not errors and "healthCheckNodePort" not in other["spec"]
+    _, errors = create(strategy, "b", type="LoadBalancer", externalTrafficPolicy="Local", healthCheckNodePort=port)
+    assert "already allocated" in errors[0].message
+    _, errors = create(strategy, "c", type="NodePort", externalTrafficPolicy="Local", healthCheckNodePort=port + 9)
+    assert "may only be set" in errors[0].message
+
+
+def test_an_unknown_traffic_distribution_is_refused() -> None:
+    strategy = ServiceStrategy(Allocations(DUAL))
+    assert not create(strategy, "a", trafficDistribution="PreferSameNode")[1]
+    assert create(strategy, "b", trafficDistribution="Elsewhere")[1]

@@ -87,6 +87,9 @@ class Loop:
             case "nodes":
                 self._mark(SCHEDULER, *(("daemonsets", meta(one)["namespace"], meta(one)["name"])
                                         for one in self._caches["daemonsets"].all()))  # fmt: skip
+                if _zone(old) != _zone(new):
+                    self._mark(*(("services", meta(one)["namespace"], meta(one)["name"])
+                                 for one in self._caches["services"].all()))  # fmt: skip
             case "endpointslices":
                 service = (meta(obj).get("labels") or {}).get(slices.SERVICE)
                 if service and self._caches["services"].get(namespace, service):
@@ -168,11 +171,7 @@ class Loop:
             and labels.get(slices.MANAGED_BY) == slices.MANAGER
         ]
         chosen = [pod for pod in local if slices.selects(service, meta(pod).get("labels") or {})]
-        zones = {
-            meta(node)["name"]: (meta(node).get("labels") or {}).get("topology.kubernetes.io/zone", "")
-            for node in nodes
-        }
-        return slices.plan(service, chosen, mine, zones)
+        return slices.plan(service, chosen, mine, {meta(node)["name"]: _zone(node) for node in nodes})
 
     # ---- doing it
 
@@ -223,6 +222,11 @@ class Loop:
         else:
             gone = {"metadata": {"namespace": namespace, "name": name, "uid": uid}}
             self._caches[resource].remove(gone, final=False)
+
+
+def _zone(node: Obj | None) -> str:
+    labels = meta(node).get("labels") or {} if node else {}
+    return str(labels.get("topology.kubernetes.io/zone", ""))
 
 
 def _path(resource: str, namespace: str, name: str) -> str:

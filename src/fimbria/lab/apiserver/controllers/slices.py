@@ -21,6 +21,7 @@ MANAGED_BY = "endpointslice.kubernetes.io/managed-by"
 MANAGER = "endpointslice-controller.k8s.io"
 HEADLESS = "service.kubernetes.io/headless"
 LIMIT = 100
+DISTRIBUTIONS = ("PreferClose", "PreferSameZone", "PreferSameNode")
 PortKey = tuple[tuple[str, str, int, str], ...]
 
 
@@ -129,9 +130,22 @@ def _endpoint(service: Obj, pod: Obj, address: str, zones: dict[str, str]) -> Ob
         endpoint["nodeName"] = node
         if zones.get(node):
             endpoint["zone"] = zones[node]
+    if hints := _hints(service["spec"].get("trafficDistribution"), endpoint):
+        endpoint["hints"] = hints
     if pod["spec"].get("hostname") and pod["spec"].get("subdomain") == meta(service)["name"]:
         endpoint["hostname"] = pod["spec"]["hostname"]
     return endpoint
+
+
+def _hints(distribution: str | None, endpoint: Obj) -> Obj:
+    """For whom an endpoint is meant: those of its own zone; with PreferSameNode also, and before them, of its node.
+    PreferClose is the former name of PreferSameZone (KEP-4444, KEP-3015)."""
+    if distribution not in DISTRIBUTIONS or not endpoint["conditions"]["ready"]:
+        return {}
+    hints = {"forZones": [{"name": endpoint["zone"]}]} if endpoint.get("zone") else {}
+    if distribution == "PreferSameNode" and endpoint.get("nodeName"):
+        hints["forNodes"] = [{"name": endpoint["nodeName"]}]
+    return hints
 
 
 def _fill(service: Obj, family: str, ports: PortKey, endpoints: dict[str, Obj], mine: list[Obj]) -> list[Action]:
