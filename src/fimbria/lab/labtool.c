@@ -2,7 +2,7 @@
 // The workload of the lab's pods: servers that say who they are and whom they see, and clients that measure and count.
 //   labtool serve [--http PORT]... [--tcp PORT]... [--udp PORT]... [--name NAME]
 //   labtool probe tcp|http|udp|icmp HOST PORT [--timeout MS] [--count N] [--interval MS] [--concurrency C] [--source ADDRESS]
-//   labtool rr|crr tcp|udp|http HOST PORT [--seconds S] [--concurrency C]      crr: tcp and http
+//   labtool rr|crr tcp|udp|http HOST PORT [--seconds S | --milliseconds M] [--concurrency C]      crr: tcp and http
 //   labtool stream tcp|udp HOST PORT [--seconds S] [--interval US] [--stall MS]
 //   labtool sleep [SECONDS]
 // HOST is an IPv4 or IPv6 address. Every answer is one JSON object in a line of its own. TCP and UDP servers echo; the line "who"
@@ -320,7 +320,7 @@ static int cmd_serve(int argc, char **argv)
 struct client {
 	const char *proto, *host, *source;
 	unsigned port;
-	unsigned long timeout_ms, count, interval_ms, concurrency, seconds, interval_us, stall_ms;
+	unsigned long timeout_ms, count, interval_ms, concurrency, seconds, milliseconds, interval_us, stall_ms;
 	struct sockaddr_storage address;
 	socklen_t address_len;
 };
@@ -575,7 +575,7 @@ static void *load_thread(void *arg)
 static int load(struct client *c)
 {
 	uint64_t begin = now_us();
-	load_end = begin + c->seconds * 1000000;
+	load_end = begin + (c->milliseconds ? c->milliseconds * 1000 : c->seconds * 1000000);
 	run_threads(load_thread, c);
 	double seconds = (double)(now_us() - begin) / 1e6;
 	printf("{\"mode\":\"%s\",\"proto\":\"%s\",\"operations\":%lu,\"errors\":%lu,\"seconds\":%.3f,\"per_second\":%.1f}\n",
@@ -709,7 +709,7 @@ static void client_options(struct client *c, int argc, char **argv)
 {
 	static const struct option options[] = {
 		{"timeout", 1, 0, 't'}, {"count", 1, 0, 'n'}, {"interval", 1, 0, 'i'}, {"concurrency", 1, 0, 'c'},
-		{"seconds", 1, 0, 's'}, {"stall", 1, 0, 'l'}, {"source", 1, 0, 'a'}, {0, 0, 0, 0}};
+		{"seconds", 1, 0, 's'}, {"milliseconds", 1, 0, 'm'}, {"stall", 1, 0, 'l'}, {"source", 1, 0, 'a'}, {0, 0, 0, 0}};
 	int opt;
 	while ((opt = getopt_long(argc, argv, "", options, NULL)) != -1) {
 		switch (opt) {
@@ -718,6 +718,7 @@ static void client_options(struct client *c, int argc, char **argv)
 		case 'i': c->interval_ms = c->interval_us = number(optarg, 3600000000, "interval"); break;
 		case 'c': c->concurrency = number(optarg, MAX_THREADS, "concurrency"); break;
 		case 's': c->seconds = number(optarg, 1000000, "seconds"); break;
+		case 'm': c->milliseconds = number(optarg, 1000000000, "milliseconds"); break;
 		case 'l': c->stall_ms = number(optarg, 3600000, "stall"); break;
 		case 'a': c->source = optarg; break;
 		default: exit(2);
