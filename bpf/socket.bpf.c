@@ -60,30 +60,31 @@ static __always_inline bool sock_has_services(const struct bpf_sock_addr *ctx)
 	return proto == IPPROTO_TCP || proto == IPPROTO_UDP || proto == IPPROTO_SCTP;
 }
 
-/* A connecting socket takes any backend; one that names its peer with every datagram keeps the one it had. */
-static __always_inline const struct backend *sock_select(const struct frontend *frontend, __u64 cookie, bool connecting)
+/* A connecting socket takes any backend; one that names its peer with every datagram keeps the one it had. With
+ * affinity the whole network namespace does. */
+static __always_inline int sock_select(struct service_query *q, __u64 cookie, bool connecting)
 {
-	struct sock_choice_key key = {.cookie = cookie, .service = frontend->service};
-	__u32 count = frontend->count;
-	const struct backend *backend;
-	struct sock_choice *kept;
+	struct sock_choice_key key = {.cookie = cookie, .service = q->frontend.service};
 	struct sock_choice now;
+	int result;
 
-	if (count == 0)
-		return NULL;
-	now.slot = bpf_get_prandom_u32() % count;
-	if (connecting)
-		return service_slot(key.service, now.slot, &now.backend);
-	kept = bpf_map_lookup_elem(&sock_choices, &key);
-	if (kept && kept->slot < count) {
-		backend = service_slot(key.service, kept->slot, &now.backend);
-		if (backend && now.backend == kept->backend)
-			return backend;
+	if (connecting || q->frontend.flags & FRONTEND_AFFINITY)
+		return service_choose(q);
+	struct sock_choice *kept = bpf_map_lookup_elem(&sock_choices, &key);
+
+	if (kept) {
+		q->slot = kept->slot;
+		q->backend = kept->backend;
+		if (service_kept(q) == SERVICE_FOUND)
+			return SERVICE_FOUND;
 	}
-	backend = service_slot(key.service, now.slot, &now.backend);
-	if (backend)
+	result = service_choose(q);
+	if (result == SERVICE_FOUND) {
+		now.slot = q->slot;
+		now.backend = q->backend;
 		bpf_map_update_elem(&sock_choices, &key, &now, BPF_ANY);
-	return backend;
+	}
+	return result;
 }
 
 static __always_inline struct sock_revnat_key revnat_key(__u64 cookie, const addr_t *addr, port_be_t port)
@@ -92,7 +93,7 @@ static __always_inline struct sock_revnat_key revnat_key(__u64 cookie, const add
 }
 
 /* Replies from `backend` shall seem to come from `to`. Steady traffic only reads. */
-static __always_inline void revnat_remember(__u64 cookie, const struct backend *backend, const struct peer *to,
+static __always_inline void revnat_remember(__u64 cookie, const struct end *backend, const struct peer *to,
 					    __u32 service)
 {
 	struct sock_revnat_key key = revnat_key(cookie, &backend->addr, backend->port);
@@ -112,54 +113,55 @@ static __always_inline void revnat_forget(__u64 cookie, const struct peer *to)
 		bpf_map_delete_elem(&sock_revnat, &key);
 }
 
-/* The backend to talk to instead of `to`; NULL with SOCK_PASS: `to` is no service's. */
-static __always_inline const struct backend *sock_forward(struct bpf_sock_addr *ctx, const struct peer *to,
-							  bool connecting, int *result)
+/* Finds the backend to talk to instead of `to`, in q->to. SERVICE_NONE: `to` is no service's. */
+static __always_inline int sock_forward(struct bpf_sock_addr *ctx, const struct peer *to, bool connecting,
+					struct service_query *q)
 {
-	struct frontend_key key = {.addr = to->addr, .port = to->port, .proto = (__u8)ctx->protocol};
-	const struct frontend *frontend;
-	const struct backend *backend;
-	__u64 cookie;
+	int result;
 
-	*result = SOCK_PASS;
 	if (!sock_has_services(ctx))
-		return NULL;
-	cookie = bpf_get_socket_cookie(ctx);
-	frontend = service_lookup(&key);
-	if (!frontend) {
+		return SERVICE_NONE;
+	__u64 cookie = bpf_get_socket_cookie(ctx);
+	__u64 space = bpf_get_netns_cookie(ctx);
+
+	q->client.w[0] = space;
+	q->client.w[1] = space >> 32;
+	q->addr = to->addr;
+	q->port = to->port;
+	q->proto = ctx->protocol;
+	q->flags = QUERY_INSIDE | QUERY_SOCKET;
+	if (service_find(q) == SERVICE_NONE || service_exempts(q)) {
 		revnat_forget(cookie, to);
-		return NULL;
+		return SERVICE_NONE;
 	}
-	backend = sock_select(frontend, cookie, connecting);
-	if (!backend) {
+	result = sock_select(q, cookie, connecting);
+	if (result == SERVICE_FOUND)
+		revnat_remember(cookie, &q->to, to, q->frontend.service);
+	else
 		bpf_set_retval(-ECONNREFUSED);
-		*result = SOCK_REFUSE;
-		return NULL;
-	}
-	revnat_remember(cookie, backend, to, frontend->service);
-	return backend;
+	return result;
 }
 
 static __always_inline int forward4(struct bpf_sock_addr *ctx, bool connecting)
 {
 	struct peer to = peer_read4(ctx);
-	int result;
-	const struct backend *backend = sock_forward(ctx, &to, connecting, &result);
+	struct service_query q = {};
+	int result = sock_forward(ctx, &to, connecting, &q);
 
-	if (backend)
-		peer_write4(ctx, &backend->addr, backend->port);
-	return result;
+	if (result == SERVICE_FOUND)
+		peer_write4(ctx, &q.to.addr, q.to.port);
+	return result <= SERVICE_FOUND ? SOCK_PASS : SOCK_REFUSE;
 }
 
 static __always_inline int forward6(struct bpf_sock_addr *ctx, bool connecting)
 {
 	struct peer to = peer_read6(ctx);
-	int result;
-	const struct backend *backend = sock_forward(ctx, &to, connecting, &result);
+	struct service_query q = {};
+	int result = sock_forward(ctx, &to, connecting, &q);
 
-	if (backend)
-		peer_write6(ctx, &backend->addr, backend->port);
-	return result;
+	if (result == SERVICE_FOUND)
+		peer_write6(ctx, &q.to.addr, q.to.port);
+	return result <= SERVICE_FOUND ? SOCK_PASS : SOCK_REFUSE;
 }
 
 static __always_inline const struct sock_revnat *sock_reverse(struct bpf_sock_addr *ctx, const struct peer *from)

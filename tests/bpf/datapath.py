@@ -97,6 +97,11 @@ DEFAULTS: dict[str, Setting] = {
     "cfg_node_addr6": bytes(16),
     "cfg_router_addr4": bytes(16),
     "cfg_router_addr6": bytes(16),
+    "cfg_nodeport_min": 30000,
+    "cfg_nodeport_max": 32767,
+    "cfg_external_cluster_ip": False,
+    "cfg_table_size": 16381,
+    "cfg_service_seed": 0,
 }
 
 

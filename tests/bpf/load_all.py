@@ -24,6 +24,8 @@ OTHER: dict[str, int | bool | bytes] = {
     "cfg_router_addr4": addr("10.0.0.1"),
     "cfg_router_addr6": addr("fd00::1"),
     "cfg_nat_port_min": 65535,
+    "cfg_table_size": 251,
+    "cfg_service_seed": 0x12345678,
 }
 
 

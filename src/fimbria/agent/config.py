@@ -9,6 +9,7 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any, Final
 
+from fimbria.compute.maglev import TABLE_SIZES
 from fimbria.model.labels import LabelFilter
 
 
@@ -37,12 +38,15 @@ class AgentConfig:
     mtu: int = 0
     masquerade: bool = True
     masquerade_ports: str = "49152-65535"
+    node_ports: str = "30000-32767"
+    external_cluster_ip: bool = False
     fast_path: bool = True
     attach: str = "auto"
     conntrack_entries: int = 131072
     nat_entries: int = 65536
     ipcache_entries: int = 524288
     service_entries: int = 131072
+    maglev_table_size: int = 16381
     policy_sets: int = 4096
     identity_entries: int = 65536
     audit_interval: float = 30.0
@@ -59,7 +63,11 @@ class AgentConfig:
             raise ConfigError(f"--routing {self.routing!r}: overlay or native")
         if self.attach not in ("auto", "tcx", "clsact"):
             raise ConfigError(f"--attach {self.attach!r}: auto, tcx or clsact")
+        if self.maglev_table_size not in TABLE_SIZES:
+            listed = ", ".join(map(str, TABLE_SIZES))
+            raise ConfigError(f"--maglev-table-size {self.maglev_table_size}: expected one of {listed}")
         port_range("--masquerade-ports", self.masquerade_ports)
+        port_range("--node-ports", self.node_ports)
         if self.log_level not in LOG_LEVELS:
             raise ConfigError(f"--log-level {self.log_level!r}: {', '.join(LOG_LEVELS)}")
         for name, (least, most) in RANGES.items():
@@ -103,12 +111,15 @@ HELP: Mapping[str, str] = {
     "mtu": "MTU of the network between nodes in bytes; 0: that of the device",
     "masquerade": "give pods' traffic to the outside the node's address",
     "masquerade_ports": "source ports for masquerading",
+    "node_ports": "ports that the API server gives to Services of type NodePort (its --service-node-port-range)",
+    "external_cluster_ip": "let clients outside the cluster use cluster IPs",
     "fast_path": "redirect past the host's stack where the kernel can",
     "attach": "how programs are attached to devices: auto, tcx or clsact",
     "conntrack_entries": "size of the connection table",
     "nat_entries": "size of the masquerading table",
     "ipcache_entries": "size of the table of the cluster's addresses",
     "service_entries": "size of the tables of frontends and backends (slots: four times as many)",
+    "maglev_table_size": "entries of each Maglev table, the same on all nodes: a prime, 100 times the backends or more",
     "policy_sets": "how many different sets of rules the pods of a node can have",
     "identity_entries": "size of the table of known identities; pods of others can't talk to pods with policies",
     "audit_interval": "seconds between two comparisons with the kernel",

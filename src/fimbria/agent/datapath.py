@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import zlib
+from collections.abc import Callable
 from importlib.resources import files
 from pathlib import Path
 from typing import Any, Final
@@ -10,6 +12,7 @@ from fimbria.agent.config import AgentConfig, port_range
 from fimbria.apply.maps import U32, ManyCodec, MapTarget, Raw
 from fimbria.apply.policy_sets import PolicySetsTarget
 from fimbria.apply.programs import Constant, Datapath
+from fimbria.apply.service_tables import ServiceTablesTarget
 from fimbria.kernel.btf import Btf
 from fimbria.kernel.codec import Codec, layout_hash
 from fimbria.kernel.maps import Map
@@ -127,6 +130,13 @@ def policy_target(datapath: Datapath, layouts: Layouts) -> PolicySetsTarget:
     return PolicySetsTarget(datapath.maps["policy_sets"], layouts["policy_key"], layouts["policy_entry"])
 
 
+def tables_target(
+    datapath: Datapath, config: AgentConfig, backend: Callable[[int], rows.Backend | None]
+) -> ServiceTablesTarget:
+    """The target of the Maglev tables; `backend` gives the desired row of a backend id."""
+    return ServiceTablesTarget(datapath.maps["service_tables"], config.maglev_table_size, backend)
+
+
 def backends_in_use(conntrack: Map, layouts: Layouts) -> set[int]:
     """The backends that connections through services name. 0.2 s for a table of 120,000."""
     keys, values = conntrack.dump()
@@ -161,11 +171,17 @@ def sizes(config: AgentConfig) -> dict[str, int]:
     }
 
 
+def arrays(config: AgentConfig) -> dict[str, int]:
+    """Entries of the arrays in maps of arrays."""
+    return {"service_tables": config.maglev_table_size}
+
+
 def constants(
     config: AgentConfig, devices: DeviceSet, node_addrs: tuple[bytes, bytes], routers: tuple[bytes, bytes]
 ) -> dict[str, Constant]:
     """All `cfg_` constants of the programs; pairs are (IPv4, IPv6), NO_ADDR if absent."""
     first, last = port_range("--masquerade-ports", config.masquerade_ports)
+    node_ports = port_range("--node-ports", config.node_ports)
     return {
         "cfg_node_addr4": node_addrs[0],
         "cfg_node_addr6": node_addrs[1],
@@ -179,6 +195,11 @@ def constants(
         "cfg_masquerade6": config.masquerade and node_addrs[1] != NO_ADDR,
         "cfg_nat_port_min": first,
         "cfg_nat_port_max": last,
+        "cfg_nodeport_min": node_ports[0],
+        "cfg_nodeport_max": node_ports[1],
+        "cfg_external_cluster_ip": config.external_cluster_ip,
+        "cfg_service_seed": zlib.crc32(config.cluster_name.encode()),
+        "cfg_table_size": config.maglev_table_size,
         "cfg_redirect_peer": config.fast_path,
         "cfg_redirect_neigh": config.fast_path,
         "cfg_events": True,
