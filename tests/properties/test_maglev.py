@@ -8,9 +8,9 @@ from collections import Counter
 import pytest
 
 from fimbria.compute import maglev
+from fimbria.compute.maglev import TableMember
 from fimbria.kernel import maglev as fast
 from fimbria.model.address import pack
-from fimbria.model.service import TableMember
 
 SIZE = maglev.DEFAULT_SIZE
 

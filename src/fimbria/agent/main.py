@@ -158,7 +158,7 @@ def build(config: AgentConfig, client: ApiClient) -> Agent:
     journal.open()
     layouts = dp.Layouts()
     netlink = NetlinkSocket()
-    datapath = Datapath(Path(config.bpffs), dp.objects_folder(), dp.sizes(config), layouts.of_map)
+    datapath = Datapath(Path(config.bpffs), dp.objects_folder(), dp.sizes(config), layouts.of_map, dp.arrays(config))
     words = vocabulary(config.label_filter, config.cluster_name)
     engine = Engine(tables, rows, numbers, node=config.node_name, cluster=config.cluster_name, overlay=config.overlay)
     identities = Identities(client, tables, words.labels)

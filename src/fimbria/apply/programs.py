@@ -14,10 +14,11 @@ import hashlib
 import logging
 import shutil
 from collections.abc import Callable, Iterable, Mapping
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Final
 
-from fimbria.kernel.bpf import BpfObject, Map, MapError, MapSpec, Program, prog_info
+from fimbria.kernel.bpf import BpfObject, Map, MapError, MapSpec, MapType, Program, create_map, prog_info
 
 log = logging.getLogger(__name__)
 OBJECTS: Final = ("pod", "host", "overlay", "socket")
@@ -26,14 +27,23 @@ Constant = int | bool | bytes
 
 
 class Datapath:
-    """The node's maps and programs. `sizes` are max_entries by map name, for maps sized by configuration."""
+    """The node's maps and programs. `sizes` are max_entries by map name, for maps sized by configuration; `arrays` are
+    those of the arrays of numbers in maps of arrays, by the outer map's name."""
 
-    def __init__(self, bpffs: Path, objects: Path, sizes: Mapping[str, int], layout: Callable[[str], str]) -> None:
+    def __init__(
+        self,
+        bpffs: Path,
+        objects: Path,
+        sizes: Mapping[str, int],
+        layout: Callable[[str], str],
+        arrays: Mapping[str, int] | None = None,
+    ) -> None:
         """`layout` gives a hash of the types in a map: part of its pin name."""
         self._root = bpffs / "fimbria"
         self._objects = objects
         self._sizes = sizes
         self._layout = layout
+        self._arrays = arrays or {}
         self.maps: dict[str, Map] = {}
         self.programs: dict[str, Program] = {}
         self.program_ids: dict[int, str] = {}
@@ -140,7 +150,11 @@ class Datapath:
                 if found is not None:
                     return found
             obj.set_constants(mine)
-            obj.load()
+            with ExitStack() as templates:
+                for outer in self._arrays.keys() & shared.keys() - reused.keys():
+                    template = create_map(MapType.ARRAY, 4, 4, self._arrays[outer], name=f"{outer[:13]}_0")
+                    obj.set_inner(outer, templates.enter_context(template))
+                obj.load()
             for n in shared.keys() - reused.keys():
                 self.maps[n] = obj.map(n)
                 self.maps[n].pin(self._map_path(n, self.maps[n].info.layout))
@@ -158,7 +172,9 @@ class Datapath:
 
     def _map_path(self, name: str, layout: tuple[int, ...]) -> Path:
         kind, key, value, entries, flags = layout
-        digest = hashlib.sha256(f"{self._layout(name)} {(kind, key, value, flags)}".encode()).hexdigest()[:12]
+        inner = f" {self._arrays[name]}" if name in self._arrays else ""
+        layout_text = f"{self._layout(name)} {(kind, key, value, flags)}{inner}"
+        digest = hashlib.sha256(layout_text.encode()).hexdigest()[:12]
         return self._root / "maps" / f"{name}-{digest}-{entries}"
 
     def _folder(self, name: str, source: bytes, constants: Mapping[str, Constant], maps: Iterable[Map]) -> Path:

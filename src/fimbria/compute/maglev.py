@@ -19,9 +19,7 @@ from __future__ import annotations
 
 import struct
 from collections.abc import Iterable, Sequence
-from typing import Final
-
-from fimbria.model.service import TableMember
+from typing import Final, NamedTuple
 
 # The usual primes, each the largest below a power of two. A prime, because then every step walks the whole table.
 TABLE_SIZES: Final = (251, 509, 1021, 2039, 4093, 8191, 16381, 32749, 65521, 131071)
@@ -30,6 +28,16 @@ DEFAULT_SIZE: Final = 16381
 _WORD: Final = (1 << 64) - 1
 _SEEDS: Final = (0x66696D62726961, 0x6D61676C6576)
 _KEY: Final = struct.Struct(">QQI")
+
+
+class TableMember(NamedTuple):
+    """Who shares a table: a backend's number, its weight, and what its permutation is computed from."""
+
+    backend: int
+    weight: int
+    addr: bytes
+    port: int
+    proto: int
 
 
 def in_order(members: Iterable[TableMember]) -> list[TableMember]:

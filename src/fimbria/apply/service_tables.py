@@ -1,0 +1,187 @@
+"""Maglev tables in the kernel: an outer map from a service's number to an array of backend ids.
+
+Rules
+1. A connection reads one entry, and each entry is written in one piece. So a table that is there is changed in place,
+   entry by entry, and only where it differs: every connection sees the old backend or the new one, both of which exist
+   (new backends are written before, old ones removed after).
+2. A table that isn't there is filled before it goes into the outer map, all new ones by one batch: each system call
+   that changes a map of maps waits for the programs that read it, some 10 ms.
+3. What a table holds is compared with what was written by a digest; nobody keeps the entries. After a restart every
+   table is computed once and compared with the kernel's.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import struct
+import sys
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import ExitStack, suppress
+from dataclasses import dataclass
+from typing import Final
+
+from fimbria.apply.maps import BATCH, U32
+from fimbria.apply.rows import Delta
+from fimbria.compute.maglev import TableMember, in_order
+from fimbria.kernel import maglev
+from fimbria.kernel.bpf import BpfError, Map, MapError, MapType, create_map
+from fimbria.model.rows import Backend
+from fimbria.model.service import TableContent
+
+OPEN_AT_ONCE: Final = 256  # new tables, each an open file
+_ENTRY: Final = 4
+
+
+@dataclass(frozen=True, slots=True)
+class ForeignTable:
+    """A table that isn't known to be what was wanted."""
+
+    digest: str
+
+
+@dataclass(frozen=True, slots=True)
+class _Written:
+    content: TableContent
+    digest: bytes
+
+
+class ServiceTablesTarget:
+    """Tables by service id. `created` counts tables, `amended` entries written in place.
+
+    `backend(id)` gives the row of a backend that is wanted. A member without one is left out: its service is about to
+    change, and its table with it.
+    """
+
+    name = "service_tables"
+
+    def __init__(self, outer: Map, size: int, backend: Callable[[int], Backend | None]) -> None:
+        """`size`: entries of every table, one of `compute.maglev.TABLE_SIZES`."""
+        self._outer = outer
+        self._size = size
+        self._backend = backend
+        self._written: dict[int, _Written] = {}
+        self.created = 0
+        self.amended = 0
+
+    def read(self) -> dict[int, TableContent | ForeignTable]:
+        """What each table was made from, as far as it is still what this process wrote."""
+        found: dict[int, TableContent | ForeignTable] = {}
+        for number, map_id in self._inner_ids().items():
+            with suppress(BpfError), Map.by_id(map_id) as inner:
+                digest = _digest(inner.dump()[1])
+                known = self._written.get(number)
+                found[number] = known.content if known and known.digest == digest else ForeignTable(digest.hex())
+        return found
+
+    def write(self, delta: Delta[int, TableContent], *, order: str) -> Mapping[int, str]:
+        """Create, change or remove tables."""
+        if order == "in":
+            return self._upsert(list(delta.upserts.items()))
+        if order == "out" and delta.deletes:
+            return self._remove(list(delta.deletes))
+        return {}
+
+    def _upsert(self, rows: Sequence[tuple[int, TableContent]]) -> dict[int, str]:
+        failures: dict[int, str] = {}
+        there = self._inner_ids(n for n, _ in rows)
+        new = []
+        for number, content in rows:
+            if number not in there or not self._amend(number, there[number], content):
+                new.append((number, content))
+        for at in range(0, len(new), OPEN_AT_ONCE):
+            failures |= self._create(new[at : at + OPEN_AT_ONCE])
+        return failures
+
+    def _inner_ids(self, wanted: Iterable[int] | None = None) -> dict[int, int]:
+        if wanted is None:
+            return dict(zip(*map(U32().decode_many, self._outer.dump()), strict=True))
+        found = ((n, self._outer.lookup(struct.pack("=I", n))) for n in wanted)
+        return {n: int.from_bytes(raw, sys.byteorder) for n, raw in found if raw is not None}
+
+    def _table(self, content: TableContent) -> bytes:
+        rows = ((number, weight, self._backend(number)) for number, weight in content.backends)
+        members = [TableMember(n, weight, row.addr, row.port, row.proto) for n, weight, row in rows if row is not None]
+        return maglev.fill(in_order(members), self._size)
+
+    # --- in place ----------------------------------------------------------------------------------------------------
+
+    def _amend(self, number: int, map_id: int, content: TableContent) -> bool:
+        """False if there is no table of the right kind to change, or it can't be changed."""
+        table = self._table(content)
+        try:
+            with Map.by_id(map_id) as inner:
+                if (inner.type, inner.max_entries, inner.value_size) != (MapType.ARRAY, self._size, _ENTRY):
+                    return False
+                before = inner.dump()[1]
+                changed = _differences(before, table)
+                _write(inner, changed, b"".join(table[i * _ENTRY : (i + 1) * _ENTRY] for i in changed))
+        except BpfError:
+            return False
+        self.amended += len(changed)
+        self._written[number] = _Written(content, _digest(table))
+        return True
+
+    # --- whole -------------------------------------------------------------------------------------------------------
+
+    def _create(self, rows: Sequence[tuple[int, TableContent]]) -> dict[int, str]:
+        failures: dict[int, str] = {}
+        with ExitStack() as stack:
+            made: list[tuple[int, _Written, Map]] = []
+            for number, content in rows:
+                table = self._table(content)
+                try:
+                    inner = stack.enter_context(_inner_map(number, self._size))
+                    _write(inner, range(self._size), table)
+                    made.append((number, _Written(content, _digest(table)), inner))
+                except MapError as error:
+                    failures[number] = _explain(number, error)
+            while made:
+                done = len(made)
+                try:
+                    numbers, maps = [n for n, _, _ in made], [m.fd for _, _, m in made]
+                    self._outer.update_batch(U32().encode_many(numbers), U32().encode_many(maps), len(made))
+                except MapError as error:
+                    done = error.done
+                    failures[made[done][0]] = _explain(made[done][0], error)
+                self._written.update((n, written) for n, written, _ in made[:done])
+                self.created += done
+                made = made[done + 1 :]
+        return failures
+
+    def _remove(self, numbers: list[int]) -> dict[int, str]:
+        for number in numbers:
+            self._written.pop(number, None)
+        failures: dict[int, str] = {}
+        while numbers:
+            try:
+                self._outer.delete_batch(U32().encode_many(numbers), len(numbers))
+                break
+            except MapError as error:
+                failures[numbers[error.done]] = _explain(numbers[error.done], error)
+                numbers = numbers[error.done + 1 :]
+        return failures
+
+
+def _inner_map(number: int, size: int) -> Map:
+    return create_map(MapType.ARRAY, 4, _ENTRY, size, name=f"table_{number}")
+
+
+def _differences(before: bytes, after: bytes) -> list[int]:
+    if before == after:
+        return []
+    pairs = zip(memoryview(before).cast("I"), memoryview(after).cast("I"), strict=True)
+    return [i for i, (old, new) in enumerate(pairs) if old != new]
+
+
+def _write(inner: Map, indexes: Sequence[int], values: bytes) -> None:
+    for at in range(0, len(indexes), BATCH):
+        part = indexes[at : at + BATCH]
+        inner.update_batch(U32().encode_many(list(part)), values[at * _ENTRY : (at + len(part)) * _ENTRY], len(part))
+
+
+def _digest(table: bytes) -> bytes:
+    return hashlib.blake2b(table, digest_size=16).digest()
+
+
+def _explain(number: int, error: MapError) -> str:
+    return f"Maglev table of service {number}: {error}; connections go by the table before, if there is one"
