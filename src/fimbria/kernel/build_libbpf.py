@@ -18,6 +18,7 @@ from cffi import FFI
 
 HERE = Path(__file__).resolve().parent
 HELPERS = HERE / "libbpf_helpers.c"
+SWEEP = HERE / "sweep_helpers.c"
 TARGET = HERE / "_libbpf.abi3.so"
 
 CDEF = """
@@ -87,6 +88,28 @@ void fim_dump_free(struct fim_dump *d);
 int bpf_map_freeze(int fd);
 int libbpf_num_possible_cpus(void);
 
+int fim_walk(int fd, char *in, char *out, char *keys, char *values, uint32_t *count);
+struct fim_rows {
+    char *keys; char *values; uint64_t *before; uint32_t count, key_size, value_size, stamp;
+};
+struct fim_groups {
+    uint32_t offset, count; const uint32_t *numbers; const uint64_t *before; uint64_t other;
+};
+void fim_keep_expired(struct fim_rows *rows, const struct fim_groups *groups);
+void fim_keep_numbers(struct fim_rows *rows, uint32_t offset, const uint32_t *numbers, uint32_t count);
+int fim_take(int fd, const struct fim_rows *rows, char *value, uint32_t *renewed);
+struct fim_nat {
+    int nat_fd, ct_fd;
+    uint32_t saddr, daddr, sport, dport, proto, direction;
+    uint32_t addr, port, flags, frontend, frontend_port;
+    uint32_t local, remote, local_port, remote_port, ct_proto, scope;
+    uint32_t ct_key_size, ct_value_size, expires;
+    uint32_t of_service, scope_service, direction_in;
+    uint64_t now, recent, lonely;
+};
+struct fim_tally { uint32_t counts[65536]; uint32_t most, rows, orphans; char key[256]; };
+int fim_nat_keep_over(const struct fim_nat *n, struct fim_rows *rows, struct fim_tally *t);
+
 int fim_link_create(int prog_fd, int target, int attach_type, uint32_t flags, uint32_t relative, uint64_t revision);
 int fim_link_update(int link_fd, int prog_fd, int old_prog_fd);
 int bpf_link_detach(int link_fd);
@@ -143,7 +166,8 @@ def emit(path: Path) -> None:
     """Writes the generated C source to `path`."""
     ffi = FFI()
     ffi.cdef(CDEF)
-    ffi.set_source("fimbria.kernel._libbpf", f'#include "{HELPERS.name}"\n', py_limited_api=True)
+    source = "".join(f'#include "{p.name}"\n' for p in (HELPERS, SWEEP))
+    ffi.set_source("fimbria.kernel._libbpf", source, py_limited_api=True)
     ffi.emit_c_code(str(path))
 
 
@@ -178,10 +202,10 @@ def build(target: Path = TARGET) -> Path:
 
 
 def up_to_date(target: Path = TARGET) -> bool:
-    """True when the extension is newer than the two files it is made from."""
+    """True when the extension is newer than the files it is made from."""
     if not target.exists():
         return False
-    return target.stat().st_mtime >= max(p.stat().st_mtime for p in (HELPERS, Path(__file__)))
+    return target.stat().st_mtime >= max(p.stat().st_mtime for p in (HELPERS, SWEEP, Path(__file__)))
 
 
 if __name__ == "__main__":
