@@ -86,7 +86,7 @@ class Layouts:
 
     def __init__(self) -> None:
         """Raises LayoutError if a dataclass and its struct differ, OSError if the object isn't there."""
-        btf = Btf.from_elf((objects_folder() / "layout.bpf.o").read_bytes())
+        self.btf = btf = Btf.from_elf((objects_folder() / "layout.bpf.o").read_bytes())
         self._codecs = {name: Codec(btf, f"struct {name}", cls) for name, cls in STRUCTS.items()}
         self._hashes = {name: layout_hash(btf, f"struct {name}") for names in MAP_STRUCTS.values() for name in names}
 
@@ -163,9 +163,11 @@ def sizes(config: AgentConfig) -> dict[str, int]:
         "conntrack": config.conntrack_entries,
         "nat": config.nat_entries,
         "ipcache": config.ipcache_entries,
-        "frontends": config.service_entries,
+        "frontends": config.service_entries * 2,
         "service_slots": config.service_entries * 4,
         "backends": config.service_entries * 2,
+        "service_members": config.service_entries * 2,
+        "source_ranges": config.service_entries // 2 or 1,
         "policy_sets": config.policy_sets,
         "identities": config.identity_entries,
     }

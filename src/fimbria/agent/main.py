@@ -32,6 +32,7 @@ from fimbria.agent.identities import Identities
 from fimbria.agent.install import install_cni
 from fimbria.agent.journal import Journal
 from fimbria.agent.keeper import Keeper
+from fimbria.agent.learned import Learned
 from fimbria.agent.node import NodeRegistration
 from fimbria.agent.publisher import Publisher
 from fimbria.agent.sources import Sources, vocabulary
@@ -41,6 +42,7 @@ from fimbria.apply.devices import NodeDevices
 from fimbria.apply.loop import ApplyLoop, Stage
 from fimbria.apply.network import NeighbourTarget, RouteTarget, SysctlTarget
 from fimbria.apply.programs import Constant, Datapath
+from fimbria.compute.service_frontends import Defaults
 from fimbria.decide.ipam import AddressPool
 from fimbria.kernel import probe
 from fimbria.kernel.grace import GracePeriod
@@ -94,12 +96,14 @@ class Agent:
     ready: asyncio.Event = field(default_factory=asyncio.Event)
     epoch: Epoch = field(init=False)
     keeper: Keeper = field(init=False)
+    learned: Learned = field(init=False)
     _next_id: int = 1
     _reserved_ids: int = 0
     _saved_numbers: dict[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         self.keeper = Keeper(self)
+        self.learned = Learned(self)
         self.epoch = Epoch(self._write_epoch, GracePeriod().wait)
 
     def sweep(self) -> None:
@@ -160,7 +164,10 @@ def build(config: AgentConfig, client: ApiClient) -> Agent:
     netlink = NetlinkSocket()
     datapath = Datapath(Path(config.bpffs), dp.objects_folder(), dp.sizes(config), layouts.of_map, dp.arrays(config))
     words = vocabulary(config.label_filter, config.cluster_name)
-    engine = Engine(tables, rows, numbers, node=config.node_name, cluster=config.cluster_name, overlay=config.overlay)
+    engine = Engine(
+        tables, rows, numbers, node=config.node_name, cluster=config.cluster_name, overlay=config.overlay,
+        services=Defaults(config.forwarding, config.load_balancing),
+    )  # fmt: skip
     identities = Identities(client, tables, words.labels)
     engine.on_labels = identities.labels_changed
     agent = Agent(
@@ -222,7 +229,7 @@ def stages(agent: Agent) -> list[Stage]:
     cgroup = agent.config.cgroup or probe.cgroup2_mount()
     found = [
         Stage(SysctlTarget(lambda: list(rows.sysctls.desired)), rows.sysctls, quick=True),
-        plain("backends"), plain("service_slots"), plain("frontends"),
+        plain("backends"), plain("service_members"), plain("source_ranges"), plain("service_slots"), plain("frontends"),
         Stage(dp.policy_target(datapath, layouts), rows.policy_sets), identities,
         plain("cidrs"), plain("ipcache"),
         Stage(links, rows.device_links, quick=True, swaps=True),
@@ -378,6 +385,7 @@ async def run(config: AgentConfig) -> None:
             group.create_task(save(agent), name="save")
             group.create_task(promote(agent), name="promote")
             group.create_task(agent.keeper.run(), name="keeper")
+            group.create_task(agent.learned.run(), name="learned")
 
 
 async def _serve_cni(agent: Agent, request: Request) -> bytes:

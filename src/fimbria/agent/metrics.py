@@ -30,6 +30,7 @@ class _Collector:
     def collect(self) -> Iterator[Metric]:
         yield from self._datapath()
         yield from self._apply()
+        yield from self._agent.learned.metrics()
         yield from self._sources()
         yield from self._endpoints()
 
@@ -56,7 +57,6 @@ class _Collector:
 
     def _apply(self) -> Iterator[Metric]:
         loop = self._agent.loop
-        pressure = GaugeMetricFamily("fimbria_bpf_map_pressure", "Wanted rows / room in the map", labels=["map_name"])
         wanted = GaugeMetricFamily("fimbria_desired_rows", "Rows wanted in the kernel", labels=["target"])
         failed = GaugeMetricFamily("fimbria_failed_rows", "Rows that can't be written", labels=["target"])
         repaired = CounterMetricFamily("fimbria_drift_repaired", "What others changed, repaired", labels=["target"])
@@ -67,12 +67,9 @@ class _Collector:
             failed.add_metric([name], len(stage.rows.failed))
             repaired.add_metric([name], stage.repaired)
             writes.add_metric([name], stage.writes)
-            bpf_map = self._agent.datapath.maps.get(name)
-            if bpf_map is not None:
-                pressure.add_metric([name], len(stage.rows.desired) / bpf_map.max_entries)
         for kind, count in self._agent.keeper.repaired.items():
             repaired.add_metric([kind], count)
-        yield from (pressure, wanted, failed, repaired, writes)
+        yield from (wanted, failed, repaired, writes)
         yield GaugeMetricFamily("fimbria_policy_epoch", "Policy epoch in the kernel", value=self._agent.epoch.value)
         labels = ["hook", "program"]
         foreign = GaugeMetricFamily("fimbria_foreign_programs", "Programs of others at our hooks", labels=labels)

@@ -63,11 +63,19 @@ def status(agent: Agent) -> Row:
         "nodes": len(agent.tables.nodes),
         "services": len(agent.tables.services),
         "rows": {s.rows.name: len(s.rows.desired) for s in agent.loop.stages},
+        "pressure": _pressure(agent),
         "failures": {k: [str(r) for r in v.values()] for k, v in agent.loop.failures().items()},
         "repaired": {s.rows.name: s.repaired for s in agent.loop.stages if s.repaired},
         "policy_problems": {str(p): [str(x) for x in found] for p, found in agent.sources.problems.items() if found},
         "foreign_programs": foreign(agent),
     }
+
+
+def _pressure(agent: Agent) -> dict[str, Row]:
+    """How full each table is, and the source ports towards the destination that has most in use."""
+    found: dict[str, Row] = {n: {"used": u, "room": r} for n, (u, r) in agent.learned.pressure().items()}
+    used, room, fullest = agent.learned.ports
+    return found | ({"nat ports": {"used": used, "room": room, "fullest": fullest}} if room else {})
 
 
 def foreign(agent: Agent) -> dict[str, list[str]]:

@@ -13,6 +13,8 @@ from fimbria.cli.show import Row, bad, count, dim, dump, duration, fields, good,
 
 POLL: Final = 0.3
 MOST_FAILURES: Final = 5
+NEARLY_FULL: Final = 0.8
+LEARNED: Final = ("conntrack", "nat", "nat ports")
 
 
 @click.command(
@@ -114,6 +116,7 @@ def _lines(s: Row, observer: Row | None, verbose: bool) -> list[tuple[str, str]]
         ("Addresses", _addresses(s["ipam"])),
         ("Cluster", _cluster(s)),
         ("Datapath", _datapath(s)),
+        ("Tables", _tables(s["pressure"])),
         ("Repaired", warn(", ".join(f"{k} {n}" for k, n in s["repaired"].items())) if s["repaired"] else ""),
         ("Observer", _observed(observer)),
         ("Failures", "\n".join(_failures(s["failures"]))),
@@ -171,6 +174,18 @@ def _cluster(s: Row) -> str:
 def _datapath(s: Row) -> str:
     failing = sum(len(rows) for rows in s["failures"].values())
     return f"{sum(s['rows'].values())} rows, " + (bad(f"{failing} failing") if failing else "none failing")
+
+
+def _tables(pressure: dict[str, Row]) -> str:
+    """Those that traffic fills, and any other that is nearly full."""
+    found = []
+    for name, p in pressure.items():
+        share = p["used"] / p["room"]
+        if share >= NEARLY_FULL:
+            found.append(bad(f"{name} {share:.0%} of {p['room']}" + (f" ({p['fullest']})" if p.get("fullest") else "")))
+        elif name in LEARNED:
+            found.append(f"{name} {share:.0%} of {p['room']}")
+    return ", ".join(found)
 
 
 def _failures(failures: dict[str, list[str]]) -> list[str]:

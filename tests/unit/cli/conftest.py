@@ -37,6 +37,7 @@ STATUS: dict[str, Any] = {
     "nodes": 3,
     "services": 1,
     "rows": {"ipcache": 18, "endpoints": 2},
+    "pressure": {"conntrack": {"used": 3000, "room": 100000}, "frontends": {"used": 5, "room": 100}},
     "failures": {},
     "repaired": {},
     "policy_problems": {},

@@ -50,6 +50,17 @@ def test_warnings_do_not_make_it_unwell(call, agent) -> None:
         assert text in result.stdout
 
 
+def test_nearly_full_tables_are_shown_with_what_fills_them(call, agent) -> None:
+    agent.answers["status"]["pressure"] |= {
+        "frontends": {"used": 85, "room": 100},
+        "nat ports": {"used": 15000, "room": 16384, "fullest": "TCP 192.0.2.1:443"},
+    }
+    shown = call("status").stdout
+    assert "conntrack 3% of 100000" in shown
+    assert "frontends 85% of 100" in shown
+    assert "nat ports 92% of 16384 (TCP 192.0.2.1:443)" in shown
+
+
 def test_json_is_the_agents_answer_with_problems(call, agent) -> None:
     agent.answers["status"]["node_problem"] = "two pod CIDRs overlap"
     result = call("status", "-o", "json")
