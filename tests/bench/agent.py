@@ -12,7 +12,7 @@ from typing import Final
 from tests.bench import cluster_data
 from tests.bench.cni import GRACE
 from tests.bench.enforce import Enforcement
-from tests.bench.labs import agent_metrics, bench_lab, settle
+from tests.bench.labs import agent_metrics, bench_lab, load, settle
 from tests.bench.measure import HERE, BenchError, Settings
 from tests.bench.pods import AT_ONCE, Pods, bridge_rates
 from tests.bench.report import Figure, Goal, explain, figure, tail
@@ -212,12 +212,8 @@ def _large_cluster(
 def fill(lab: Lab, nodes: int, pods: int, *, ipv6: bool) -> float:
     """Put a large cluster into the API server's database while it is down; seconds from its start until the agent has
     every address in the kernel. Raises LabError."""
-    for process in ("control/operator", "control/controllers", "control/apiserver"):
-        if pid_if_running(lab, process):
-            lab.kill(process)  # what exists nowhere would be collected
-    cluster_data.load(lab.paths.database, cluster_data.everything(nodes, pods, cluster_data.IDENTITIES, ipv6=ipv6))
-    began = time.monotonic()
-    lab.restart("control/apiserver")
+    took = load(lab, cluster_data.everything(nodes, pods, cluster_data.IDENTITIES, ipv6=ipv6))
+    began = time.monotonic() - took
     wanted = pods * (2 if ipv6 else 1)
 
     def written() -> bool:

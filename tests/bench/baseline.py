@@ -22,6 +22,7 @@ from fimbria.lab.errors import LabError
 NETNS: Final = Path("/run/netns")
 PREFIX: Final = "fimb"
 OVERHEAD: Final = 50  # bytes that VXLAN over IPv4 adds
+GATEWAY: Final = "169.254.1.1"
 QUIET: Final = {f"net/ipv6/conf/{s}/{k}": "0" for s in ("all", "default") for k in ("accept_dad", "accept_ra")}
 ROUTER: Final = {"net/ipv4/ip_forward": "1", "net/ipv4/conf/all/rp_filter": "1", "net/ipv4/conf/default/rp_filter": "1"}
 HOST: Final = {"net/ipv4/ip_forward": "1"}
@@ -138,6 +139,18 @@ def one_node_routed(n: Net) -> str:
         n.ip(pod, f"address add 10.9.{i}.2/24 dev eth0", f"route add default via 10.9.{i}.1")
     n.serve("b")
     return "10.9.2.2"
+
+
+def one_node_as(n: Net, client: str, server: str) -> None:
+    """Pods a and b with given addresses, each on a cable of its own to a host that routes; b serves."""
+    n.add("host", HOST)
+    for pod, address in (("a", client), ("b", server)):
+        n.add(pod, {})
+        n.cable("host", f"v{pod}", pod, "eth0")
+        n.ip("host", f"address add {GATEWAY}/32 dev v{pod}", f"route add {address} dev v{pod}")
+        n.ip(pod, f"address add {address}/32 dev eth0", f"route add {GATEWAY} dev eth0",
+             f"route add default via {GATEWAY}")  # fmt: skip
+    n.serve("b")
 
 
 def one_node_bridged(n: Net, services: int = 10) -> str:

@@ -20,7 +20,7 @@ GROUPS: Final[Mapping[str, Callable[[Settings], list[Figure]]]] = {
 }
 TITLES: Final[Mapping[str, str]] = {
     "pods": "Pod to pod",
-    "services": "Services",
+    "services": "Services: connections through cluster IPs",
     "cni": "CNI plugin",
     "agent": "Agent: start, memory, enforcement, a large cluster",
     "crowd": "Agent: many pods on one node",
@@ -34,7 +34,8 @@ WORDS: Final[Mapping[str, tuple[str, ...]]] = {
     ),
     "services": (
         "Selector-less Services with one backend each, the one measured created last; client and backend on one node.",
-        "kube-proxy's shape: the same number of Services as iptables rules (legacy back end) on a routing host.",
+        "kube-proxy is the real one of Kubernetes 1.36 in each mode (iptables: legacy back end), following the same",
+        "API server in a node of its own that is like ours but for us: plain veth pairs, routing, the same addresses.",
     ),
     "cni": (
         "Whole processes as a runtime starts them: fork, exec, configuration in, result out, exit; a fresh",

@@ -5,13 +5,15 @@ from __future__ import annotations
 import asyncio
 import os
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
 
 import aiohttp
+from tests.bench import cluster_data
+from tests.bench.cluster_data import Row
 from tests.bench.measure import Place, server_command
 
 from fimbria.lab import access, cluster, state
@@ -84,6 +86,19 @@ def settle(lab: Lab, patience: float = 60.0) -> None:
         if (now - before) / os.sysconf("SC_CLK_TCK") < 0.1 * CALM:
             return
         before = now
+
+
+def load(lab: Lab, rows: Iterable[Row]) -> float:
+    """Put objects into the API server's database while it is down; returns the seconds that it needed to be up again.
+    What would tidy them up because they exist nowhere is ended for good. Raises LabError."""
+    for process in ("control/operator", "control/controllers", "control/apiserver"):
+        known = state.recall(lab.paths, process)
+        if known is not None and known.alive():
+            lab.kill(process)
+    cluster_data.load(lab.paths.database, rows)
+    began = time.monotonic()
+    lab.restart("control/apiserver")
+    return time.monotonic() - began
 
 
 def _ticks(lab: Lab) -> int:

@@ -71,11 +71,11 @@ def server_command() -> str:
     )
 
 
-def rate(place: Place, mode: str, host: str, port: int = TCP_PORT, seconds: int = 1) -> float:
+def rate(place: Place, mode: str, host: str, port: int = TCP_PORT, seconds: float = 1) -> float:
     """Operations per second of `rr` (one connection) or `crr` (a connection each). Raises BenchError, also for errors
     under way: a rate with losses would compare something else."""
     command = ("taskset", "-c", CLIENT_CPU, kernel.binary("labtool"), mode, "tcp", host, str(port))
-    answer: dict[str, Any] = json.loads(place.run(*command, "--seconds", str(seconds)))
+    answer: dict[str, Any] = json.loads(place.run(*command, "--milliseconds", str(round(seconds * 1000))))
     return float(answer["per_second"])
 
 
