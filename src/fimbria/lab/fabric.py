@@ -155,7 +155,7 @@ def balancer_changes(spec: LabSpec, before: Balancing, after: Balancing) -> list
     A group of next hops is resilient: connections stay with their node for as long as it is in the group, whoever else
     comes or goes (kernel documentation, networking/nexthop-group-resilient). An address without nodes is unreachable.
     """
-    lines = [] if before else [line for node in spec.node_names for line in _hops(spec, node)]
+    lines = [] if before or not after else [line for node in spec.node_names for line in _hops(spec, node)]
     for address in sorted(before.keys() - {a for a, nodes in after.items() if nodes}):
         if before[address]:
             lines.append(f"nexthop del id {_group(address)}")  # the route goes with it

@@ -1,0 +1,547 @@
+"""Every kind of frontend, from everywhere, by both routings and families: who answers, and whom the server sees.
+
+Servers are `near` (node1) and `far` (node2); node3 has none. Clients are the pod `client` (node1), the host node1, and
+the outside world.
+"""
+
+import json
+from collections.abc import Callable, Iterator
+
+import pytest
+from balance import (
+    EXTERNAL,
+    FAMILIES,
+    TCP,
+    UDP,
+    Front,
+    ask,
+    node_address,
+    node_addresses,
+    script,
+    server,
+    service,
+    wait_answers,
+    world_address,
+)
+from traffic import pod, wait_settled
+
+from fimbria.lab.handle import Lab
+
+NODES = ("node1", "node2", "node3")
+CLIENTS = {"pod": "client", "host": "node/node1", "world": "node/world"}
+PROTOCOLS = {"tcp": TCP, "udp": UDP}
+MANY = [198 - n for n in range(12)]  # last bytes of more addresses of the world
+
+
+def host_port_pod(name: str, node: str) -> str:
+    container = {"name": "main", "image": "fimbria/labtool", "ports": [
+        {"containerPort": 9000, "hostPort": 8181}, {"containerPort": 9001, "hostPort": 8181, "protocol": "UDP"},
+    ]}  # fmt: skip
+    spec = {"nodeName": node, "terminationGracePeriodSeconds": 0, "containers": [container]}
+    body = {"apiVersion": "v1", "kind": "Pod", "metadata": {"name": name, "labels": {"app": name}}, "spec": spec}
+    return json.dumps(body) + "\n---\n"
+
+
+MANIFESTS = (
+    pod("client", "node1", sleeps=True)
+    + pod("client2", "node1", sleeps=True)
+    + server("near", "node1")
+    + server("far", "node2")
+    + server("alone", "node2", "alone")
+    + service("both", type="LoadBalancer", externalIPs=list(EXTERNAL.values()))
+    + service("local", type="LoadBalancer", externalTrafficPolicy="Local")
+    + service("inside", internalTrafficPolicy="Local")
+    + service("empty", app="nobody", type="LoadBalancer")
+    + service("one", app="alone", type="NodePort")
+    + service("two", app="alone", type="NodePort")
+    + service("ranged", type="LoadBalancer", loadBalancerSourceRanges=["198.51.100.10/32", "2001:db8::10/128"])
+    + service(
+        "barred", type="LoadBalancer", loadBalancerSourceRanges=["198.51.100.10/32", "2001:db8::10/128"],
+        annotations={"service.cilium.io/src-ranges-policy": "deny"},
+    )
+    + service(
+        "sticky", type="NodePort", sessionAffinity="ClientIP",
+        sessionAffinityConfig={"clientIP": {"timeoutSeconds": 3}},
+    )
+)  # fmt: skip
+
+
+@pytest.fixture(scope="module", params=["overlay", "native"])
+def lab(request: pytest.FixtureRequest, make_lab: Callable[..., Lab]) -> Lab:
+    lab = make_lab(nodes=3, routing=request.param)
+    lab.apply(MANIFESTS)
+    lab.wait_ready(["client", "client2", "near", "far", "alone"])
+    for family, address in EXTERNAL.items():
+        route = ["route", "add", address, "via", node_address(lab, "node3", family)]
+        assert lab.run("node/fabric", "ip", *route).returncode == 0
+    for number in MANY:
+        lab.run("node/world", "ip", "address", "add", f"198.51.100.{number}/24", "dev", "eth0")
+        lab.run("node/world", "ip", "-6", "address", "add", f"2001:db8::{number}/64", "dev", "eth0", "nodad")
+    front = Front(lab, "both")
+    for client in CLIENTS.values():
+        wait_answers(lab, client, node_address(lab, "node3", 4), front.node_port(TCP), names=("near", "far"))
+    return lab
+
+
+@pytest.fixture(autouse=True)
+def _settled(lab: Lab) -> Iterator[None]:
+    yield
+    wait_settled(lab)
+
+
+def frontend(lab: Lab, kind: str, family: int, port: int) -> tuple[str, int]:
+    """Address and port of the Service `both` of a kind; of a node port also at which node."""
+    front = Front(lab, "both")
+    what, _, node = kind.partition("@")
+    if what == "ClusterIP":
+        return front.cluster_ip(family), port
+    if what == "NodePort":
+        address = {4: "127.0.0.1", 6: "::1"}[family] if node == "loopback" else node_address(lab, node, family)
+        return address, front.node_port(port)
+    return (front.balancer(family) if what == "LoadBalancer" else EXTERNAL[family]), port
+
+
+# Where a connection enters the cluster, if that is known: the node there sees to the translation.
+KINDS = ["ClusterIP", "NodePort@node1", "NodePort@node2", "NodePort@node3", "LoadBalancer", "ExternalIP"]
+WAYS = [(client, kind) for client in CLIENTS for kind in KINDS if (client, kind) != ("world", "ClusterIP")]
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("proto", PROTOCOLS)
+@pytest.mark.parametrize(("client", "kind"), WAYS)
+def test_every_kind_from_everywhere(lab: Lab, client: str, kind: str, proto: str, family: int) -> None:
+    host, port = frontend(lab, kind, family, PROTOCOLS[proto])
+    got = ask(lab, CLIENTS[client], proto, host, port)
+    assert got.ok, got
+    assert set(got.names) == {"near", "far"}, got
+    nodes = {n: node_addresses(lab, n) for n in NODES}
+    if client == "pod":
+        assert set(got.peers) == {lab.addresses("client")[family == 6]}
+    elif client == "host":
+        assert set(got.peers) <= nodes["node1"], got
+    else:
+        world = {world_address(lab, family)}
+        entry = "node3" if kind == "ExternalIP" else kind.partition("@")[2]
+        for name, node in (("near", "node1"), ("far", "node2")):
+            if entry == node:
+                assert got.seen(name) == world, (name, got)
+            elif entry:
+                assert got.seen(name) <= nodes[entry], (name, got)
+            else:
+                assert got.seen(name) <= world.union(*nodes.values()), (name, got)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("proto", PROTOCOLS)
+def test_node_ports_answer_on_the_hosts_loopback_only(lab: Lab, proto: str, family: int) -> None:
+    host, port = frontend(lab, "NodePort@loopback", family, PROTOCOLS[proto])
+    assert set(ask(lab, "node/node3", proto, host, port).names) == {"near", "far"}
+    assert not ask(lab, "client", proto, host, port, count=1, timeout=500).names
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_cluster_ips_are_not_served_to_the_world(lab: Lab, family: int) -> None:
+    address = Front(lab, "both").cluster_ip(family)
+    gateway = lab.spec.world.gateway4 if family == 4 else lab.spec.world.gateway6
+    lab.run("node/world", "ip", "route", "add", address, "via", gateway)
+    lab.run("node/fabric", "ip", "route", "add", address, "via", node_address(lab, "node1", family))
+    try:
+        assert not ask(lab, "node/world", "tcp", address, TCP, count=1, timeout=500).names
+    finally:
+        lab.run("node/world", "ip", "route", "del", address)
+        lab.run("node/fabric", "ip", "route", "del", address)
+
+
+# --- host ports ----------------------------------------------------------------------------------------------------
+
+
+def test_host_ports(lab: Lab) -> None:
+    """From a pod, the node itself, another node and the world; both protocols; and nothing once the pod is gone."""
+    lab.apply(host_port_pod("hosted", "node2"))
+    lab.wait_ready(["hosted"])
+    for family in FAMILIES:
+        address = node_address(lab, "node2", family)
+        wait_answers(lab, "node/world", address, 8181)
+        for client in (*CLIENTS.values(), "node/node2"):
+            for proto in PROTOCOLS:
+                got = ask(lab, client, proto, address, 8181, count=2)
+                assert got.ok and set(got.names) == {"hosted"}, (client, proto, got)
+        assert set(ask(lab, "node/world", "tcp", address, 8181, count=1).peers) == {world_address(lab, family)}
+        # Another node has no such port.
+        assert not ask(lab, "node/world", "tcp", node_address(lab, "node3", family), 8181, count=1, timeout=300).names
+    lab.delete(host_port_pod("hosted", "node2"))
+
+    def gone() -> bool:
+        results = ask(lab, "node/world", "tcp", node_address(lab, "node2", 4), 8181, count=1, timeout=500).results
+        return results == ("refused",)
+
+    lab.wait("the port is the node's own again", gone)
+
+
+# --- traffic policies -----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("proto", PROTOCOLS)
+def test_external_traffic_policy_local(lab: Lab, proto: str, family: int) -> None:
+    """From outside each node serves its own endpoints and keeps the client's address; from inside all serve."""
+    front = Front(lab, "local")
+    port = front.node_port(PROTOCOLS[proto])
+    for node, name in (("node1", "near"), ("node2", "far")):
+        got = ask(lab, "node/world", proto, node_address(lab, node, family), port)
+        assert got.ok and set(got.names) == {name} and set(got.peers) == {world_address(lab, family)}, (node, got)
+    nothing = ask(lab, "node/world", proto, node_address(lab, "node3", family), port, count=1, timeout=500)
+    assert nothing.results == ("timeout",), nothing
+    for client in ("client", "node/node1"):
+        for where in (node_address(lab, "node1", family), node_address(lab, "node3", family)):
+            assert set(ask(lab, client, proto, where, port).names) == {"near", "far"}, (client, where)
+        inside = ask(lab, client, proto, front.balancer(family), PROTOCOLS[proto])
+        assert set(inside.names) == {"near", "far"}, (client, inside)
+    balanced = ask(lab, "node/world", proto, front.balancer(family), PROTOCOLS[proto])
+    assert balanced.ok and set(balanced.peers) == {world_address(lab, family)}, balanced
+
+
+HEALTH = """
+import json, sys, urllib.error, urllib.request
+for url in sys.argv[1:]:
+    try:
+        with urllib.request.urlopen(url, timeout=3) as answer:
+            code, body = answer.status, answer.read()
+    except urllib.error.HTTPError as error:
+        code, body = error.code, error.read()
+    print(json.dumps([code, json.loads(body)]))
+"""
+
+
+def test_the_health_check_port_tells_which_nodes_have_endpoints(lab: Lab) -> None:
+    front = Front(lab, "local")
+    urls = [f"http://{node_address(lab, n, 4)}:{front.health_port}/healthz" for n in NODES]
+    urls.append(f"http://[{node_address(lab, 'node1', 6)}]:{front.health_port}/")
+    answers = script(lab, "node/world", HEALTH, *urls)
+    assert [code for code, _ in answers] == [200, 200, 503, 200]
+    assert [body["localEndpoints"] for _, body in answers] == [1, 1, 0, 1]
+    assert answers[0][1]["service"] == {"namespace": "default", "name": "local"}
+
+
+def test_terminating_endpoints_serve_when_nobody_else_does(lab: Lab) -> None:
+    """The only endpoint of a node that is told to end: the node answers the world on, and its health check says no."""
+    lab.apply(server("lingers", "node3", "lingers", linger=6))
+    lab.apply(service("lingering", app="lingers", type="LoadBalancer", externalTrafficPolicy="Local"))
+    front = Front(lab, "lingering")
+    node, port = node_address(lab, "node3", 4), front.node_port(TCP)
+    lab.wait_ready(["lingers"])
+    wait_answers(lab, "node/world", node, port)
+    lab.request("DELETE", "/api/v1/namespaces/default/pods/lingers")
+    url = f"http://{node}:{front.health_port}/"
+    lab.wait("the health check says no", lambda: script(lab, "node/world", HEALTH, url)[0][0] == 503, 4)
+    got = ask(lab, "node/world", "tcp", node, port, count=20)
+    assert got.ok and set(got.peers) == {world_address(lab, 4)}, got
+    assert ask(lab, "client", "tcp", front.cluster_ip(4), TCP, count=3).ok
+
+    def refused() -> bool:
+        return ask(lab, "client", "tcp", front.cluster_ip(4), TCP, count=1, timeout=500).results == ("refused",)
+
+    lab.wait("it is gone", refused, 15)
+    lab.delete(service("lingering", app="lingers"))
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_internal_traffic_policy_local(lab: Lab, family: int) -> None:
+    front = Front(lab, "inside")
+    assert set(ask(lab, "client", "tcp", front.cluster_ip(family), TCP).names) == {"near"}
+    assert set(ask(lab, "node/node2", "tcp", front.cluster_ip(family), TCP).names) == {"far"}
+    nobody = ask(lab, "node/node3", "tcp", front.cluster_ip(family), TCP, count=1)
+    assert not nobody.names and nobody.results[0] in ("refused", "prohibited", "timeout"), nobody
+
+
+# --- session affinity -----------------------------------------------------------------------------------------------
+
+
+def by_source(lab: Lab, family: int, host: str, port: int) -> dict[int, tuple[str, ...]]:
+    """Who answered three connections from each of the world's addresses."""
+    sources = {n: f"198.51.100.{n}" if family == 4 else f"2001:db8::{n}" for n in MANY}
+    return {
+        n: ask(lab, "node/world", "tcp", host, port, count=3, options=("--source", a)).names for n, a in sources.items()
+    }
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_session_affinity_outside(lab: Lab, family: int) -> None:
+    front = Front(lab, "sticky")
+    host, port = node_address(lab, "node3", family), front.node_port(TCP)
+    first = by_source(lab, family, host, port)
+    assert all(len(names) == 3 and len(set(names)) == 1 for names in first.values()), first
+    assert {names[0] for names in first.values()} == {"near", "far"}
+    assert by_source(lab, family, host, port) == first
+    script(lab, "node/world", "import time; time.sleep(3.5)")
+    later = by_source(lab, family, host, port)
+    assert later != first, "no client got another backend after the timeout: one run of 4,096 by chance"
+
+
+def test_session_affinity_inside(lab: Lab) -> None:
+    front = Front(lab, "sticky")
+    for client in ("client", "client2", "node/node1", "node/node3"):
+        names = set(ask(lab, client, "tcp", front.cluster_ip(4), TCP).names)
+        assert len(names) == 1, (client, names)
+        # Another frontend of the same port of the Service remembers the same choice.
+        assert set(ask(lab, client, "tcp", node_address(lab, "node1", 4), front.node_port(TCP), count=4).names) == names
+
+
+def test_affinity_ends_with_its_backend(lab: Lab) -> None:
+    lab.apply(server("third", "node3", "fading") + server("fourth", "node2", "fading"))
+    lab.apply(service("fading", app="fading", type="NodePort", sessionAffinity="ClientIP"))
+    lab.wait_ready(["third", "fourth"])
+    front = Front(lab, "fading")
+    places = {"client": (front.cluster_ip(4), TCP), "node/world": (node_address(lab, "node1", 4), front.node_port(TCP))}
+    for client, where in places.items():
+        wait_answers(lab, client, *where)
+    before = {client: set(ask(lab, client, "tcp", *where).names) for client, where in places.items()}
+    assert all(len(names) == 1 for names in before.values()), before
+    for client, (name,) in before.items():
+        lab.delete(pod(name, ""))
+        other = {"third": "fourth", "fourth": "third"}[name]
+        lab.apply(server(other, {"third": "node3", "fourth": "node2"}[other], "fading"))
+        lab.wait_ready([other])
+
+        def moved(client: str = client, other: str = other) -> bool:
+            return set(ask(lab, client, "tcp", *places[client], timeout=300).names) == {other}
+
+        lab.wait(f"{client} is served by {other}", moved)
+    lab.delete(server("third", "node3") + server("fourth", "node2") + service("fading"))
+
+
+# --- nobody there ---------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("proto", PROTOCOLS)
+def test_without_backends_connections_are_refused_at_once(lab: Lab, proto: str, family: int) -> None:
+    front, port = Front(lab, "empty"), PROTOCOLS[proto]
+    fronts = {
+        "ClusterIP": (front.cluster_ip(family), port),
+        "NodePort": (node_address(lab, "node2", family), front.node_port(port)),
+        "LoadBalancer": (front.balancer(family), port),
+    }
+    for place, client in CLIENTS.items():
+        for kind, where in fronts.items():
+            if (place, kind) != ("world", "ClusterIP"):
+                got = ask(lab, client, proto, *where, count=2, timeout=900)
+                assert got.results == ("refused", "refused"), (place, kind, got)
+
+
+# An echo of what is sent every 20 ms from one socket; prints when an answer came, until the deadline.
+FLOW = """
+import json, socket, sys, time
+host, port, seconds, connected = sys.argv[1], int(sys.argv[2]), float(sys.argv[3]), sys.argv[4] == "connected"
+family = socket.AF_INET6 if ":" in host else socket.AF_INET
+s = socket.socket(family, socket.SOCK_DGRAM)
+s.settimeout(0.02)
+if connected:
+    s.connect((host, port))
+start, last, errors, first = time.monotonic(), 0.0, [], None
+while (now := time.monotonic() - start) < seconds:
+    try:
+        s.send(b"x") if connected else s.sendto(b"x", (host, port))
+        s.recv(100)
+        last = now
+        if first is None:
+            print(json.dumps("begun"), flush=True)
+            first = now
+    except TimeoutError:
+        pass
+    except OSError as e:
+        if not errors or errors[-1][1] != e.errno:
+            errors.append((now, e.errno))
+    time.sleep(0.02)
+print(json.dumps({"last": last, "errors": errors, "seconds": seconds}))
+"""
+
+
+def test_a_deleted_service_stops_answering_also_those_who_talked_to_it(lab: Lab) -> None:
+    """UDP sockets and packet flows of before: from a pod and the host (connected or not), and from the world."""
+    text = service("doomed", type="LoadBalancer")
+    lab.apply(text)
+    front = Front(lab, "doomed")
+    node, port = node_address(lab, "node3", 4), front.node_port(UDP)
+    wait_answers(lab, "client", front.cluster_ip(4), UDP, "udp")
+    wait_answers(lab, "node/world", node, port, "udp")
+    places = {
+        ("client", "connected"): (front.cluster_ip(4), UDP),
+        ("client", "loose"): (front.cluster_ip(6), UDP),
+        ("node/node1", "connected"): (node, port),
+        ("node/node1", "loose"): (front.cluster_ip(4), UDP),
+        ("node/world", "connected"): (node, port),
+        ("node/world", "loose"): (node_address(lab, "node1", 6), port),
+    }
+    running = {
+        key: lab.start(key[0], "python3", "-c", FLOW, where[0], str(where[1]), "5", key[1])
+        for key, where in places.items()
+    }
+    try:
+        for key, process in running.items():
+            assert process.stdout is not None and json.loads(process.stdout.readline()) == "begun", key
+        lab.delete(text)
+        outcomes = {key: json.loads(p.communicate(timeout=20)[0].splitlines()[-1]) for key, p in running.items()}
+    finally:
+        for process in running.values():
+            process.kill()
+    late = {key: o for key, o in outcomes.items() if o["last"] > 4.0}
+    assert not late, f"answers went on after the Service was deleted: {late}"
+
+
+# --- hairpin ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_pod_reaches_itself_through_its_own_service(lab: Lab, family: int) -> None:
+    """`alone` is the only backend of the Service `one`."""
+    front = Front(lab, "one")
+    for proto, port in PROTOCOLS.items():
+        for where in (
+            (front.cluster_ip(family), port),
+            (node_address(lab, "node2", family), front.node_port(port)),
+            (node_address(lab, "node1", family), front.node_port(port)),
+        ):
+            got = ask(lab, "alone", proto, *where, count=3)
+            assert got.ok and set(got.names) == {"alone"}, (proto, where, got)
+
+
+# --- source ranges ---------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("name", ["ranged", "barred"])
+def test_source_ranges(lab: Lab, name: str, family: int) -> None:
+    front = Front(lab, name)
+    listed = world_address(lab, family)
+    other = f"198.51.100.{MANY[0]}" if family == 4 else f"2001:db8::{MANY[0]}"
+    welcome, unwelcome = (listed, other) if name == "ranged" else (other, listed)
+    for proto, port in PROTOCOLS.items():
+        where = (front.balancer(family), port)
+        assert ask(lab, "node/world", proto, *where, count=4, options=("--source", welcome)).ok
+        dropped = ask(lab, "node/world", proto, *where, count=1, timeout=400, options=("--source", unwelcome))
+        assert dropped.results == ("timeout",), dropped
+        # Neither node ports nor clients inside are restricted.
+        by_node = ask(lab, "node/world", proto, node_address(lab, "node3", family), front.node_port(port), count=2)
+        assert by_node.ok, by_node
+        assert ask(lab, "client", proto, *where, count=2).ok
+
+
+# --- one client port, two Services, one backend --------------------------------------------------------------------
+
+TWINS = """
+import json, socket, sys
+kind, targets = sys.argv[1], [(sys.argv[n], int(sys.argv[n + 1])) for n in range(2, len(sys.argv), 2)]
+family = socket.AF_INET6 if ":" in targets[0][0] else socket.AF_INET
+socks, port = [], 0
+for target in targets:
+    s = socket.socket(family, socket.SOCK_STREAM if kind == "tcp" else socket.SOCK_DGRAM)
+    s.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    s.bind(("", port))
+    port = s.getsockname()[1]
+    s.settimeout(3)
+    s.connect(target)
+    socks.append(s)
+for round in range(20):
+    for n, s in enumerate(socks):
+        s.send(b"%d.%d" % (n, round))
+    for n, s in enumerate(socks):
+        got = s.recv(100)
+        assert got == b"%d.%d" % (n, round), (n, round, got)
+print(json.dumps(port))
+"""
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("proto", PROTOCOLS)
+def test_two_services_with_one_backend_from_one_client_port(lab: Lab, proto: str, family: int) -> None:
+    one, two, port = Front(lab, "one"), Front(lab, "two"), PROTOCOLS[proto]
+    for node in ("node1", "node2"):  # the backend is on another node, and on the same one
+        host = node_address(lab, node, family)
+        script(lab, "node/world", TWINS, proto, host, one.node_port(port), host, two.node_port(port))
+    # Through two nodes: what comes to the backend differs by the node at most.
+    hosts = [node_address(lab, node, family) for node in ("node1", "node3")]
+    script(lab, "node/world", TWINS, proto, hosts[0], one.node_port(port), hosts[1], one.node_port(port))
+
+
+# --- UDP whose backend goes ----------------------------------------------------------------------------------------
+
+RESOLVER = """
+import json, socket, sys, time
+host, port, seconds = sys.argv[1], int(sys.argv[2]), float(sys.argv[3])
+family = socket.AF_INET6 if ":" in host else socket.AF_INET
+start, longest, names, s = time.monotonic(), 0.0, [], None
+last = start
+print(json.dumps("begun"), flush=True)
+while time.monotonic() - start < seconds:
+    try:
+        if s is None:
+            s = socket.socket(family, socket.SOCK_DGRAM)
+            s.settimeout(30)  # far beyond what is allowed: only an error can end the wait in time
+            s.connect((host, port))
+        s.send(b"who")
+        name = json.loads(s.recv(500))["name"]
+        if not names or names[-1] != name:
+            names.append(name)
+        longest, last = max(longest, time.monotonic() - last), time.monotonic()
+    except OSError as e:
+        names.append(e.errno)
+        s.close()
+        s = None
+    time.sleep(0.01)
+print(json.dumps({"longest": longest, "names": names}))
+"""
+
+
+@pytest.mark.parametrize("client", ["client", "node/node1"])
+def test_a_connected_udp_client_does_not_hang_on_a_removed_backend(lab: Lab, client: str) -> None:
+    """As a resolver that keeps its socket: the answer that never comes is an error at once."""
+    manifest = server("dns1", "node2", "dns") + server("dns2", "node3", "dns")
+    lab.apply(manifest + service("dns", app="dns"))
+    lab.wait_ready(["dns1", "dns2"])
+    front = Front(lab, "dns")
+    wait_answers(lab, client, front.cluster_ip(4), UDP, "udp", names=("dns1", "dns2"))
+    running = [
+        lab.start(client, "python3", "-c", RESOLVER, front.cluster_ip(family), str(UDP), "6")
+        for family in (4, 6) for _ in range(4)
+    ]  # fmt: skip
+    try:
+        for process in running:
+            assert process.stdout is not None and json.loads(process.stdout.readline()) == "begun"
+        lab.wait("they talk", lambda: script(lab, client, "import time; time.sleep(0.5); print(1)"))
+        lab.delete(server("dns1", "node2", "dns"))
+        outcomes = [json.loads(p.communicate(timeout=40)[0].splitlines()[-1]) for p in running]
+    finally:
+        for process in running:
+            process.kill()
+    lab.delete(server("dns2", "node3", "dns") + service("dns", app="dns"))
+    assert all(o["longest"] < 2.0 and o["names"][-1] == "dns2" for o in outcomes), outcomes
+
+
+# --- fragments -------------------------------------------------------------------------------------------------------
+
+LARGE = """
+import json, os, socket, sys
+host, port = sys.argv[1], int(sys.argv[2])
+family = socket.AF_INET6 if ":" in host else socket.AF_INET
+done = 0
+for size in (1400, 2000, 4000, 9000) * 3:
+    s = socket.socket(family, socket.SOCK_DGRAM)
+    s.settimeout(3)
+    s.connect((host, port))
+    data = os.urandom(size)
+    s.send(data)
+    try:
+        done += s.recv(65536) == data
+    except TimeoutError:
+        pass
+print(json.dumps(done))
+"""
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("entry", NODES)
+def test_fragments_through_node_ports(lab: Lab, entry: str, family: int) -> None:
+    """Datagrams larger than the MTU, both ways, from the world, wherever the backend is."""
+    port = Front(lab, "both").node_port(UDP)
+    assert script(lab, "node/world", LARGE, node_address(lab, entry, family), port) == [12]
