@@ -46,6 +46,8 @@ class AgentConfig:
     nat_entries: int = 65536
     ipcache_entries: int = 524288
     service_entries: int = 131072
+    forwarding: str = "snat"
+    load_balancing: str = "random"
     maglev_table_size: int = 16381
     policy_sets: int = 4096
     identity_entries: int = 65536
@@ -67,6 +69,10 @@ class AgentConfig:
             listed = ", ".join(map(str, TABLE_SIZES))
             raise ConfigError(f"--maglev-table-size {self.maglev_table_size}: expected one of {listed}")
         port_range("--masquerade-ports", self.masquerade_ports)
+        if self.forwarding not in ("snat", "dsr", "hybrid"):
+            raise ConfigError(f"--forwarding {self.forwarding!r}: snat, dsr or hybrid")
+        if self.load_balancing not in ("random", "maglev"):
+            raise ConfigError(f"--load-balancing {self.load_balancing!r}: random or maglev")
         port_range("--node-ports", self.node_ports)
         if self.log_level not in LOG_LEVELS:
             raise ConfigError(f"--log-level {self.log_level!r}: {', '.join(LOG_LEVELS)}")
@@ -118,7 +124,9 @@ HELP: Mapping[str, str] = {
     "conntrack_entries": "size of the connection table",
     "nat_entries": "size of the masquerading table",
     "ipcache_entries": "size of the table of the cluster's addresses",
-    "service_entries": "size of the tables of frontends and backends (slots: four times as many)",
+    "service_entries": "size of the tables of services: twice as many frontends and backends, four times as many slots",
+    "forwarding": "service traffic from outside to other nodes: snat, dsr (they answer directly), hybrid (dsr for TCP)",
+    "load_balancing": "how connections from outside are spread: random or maglev (consistent on all nodes)",
     "maglev_table_size": "entries of each Maglev table, the same on all nodes: a prime, 100 times the backends or more",
     "policy_sets": "how many different sets of rules the pods of a node can have",
     "identity_entries": "size of the table of known identities; pods of others can't talk to pods with policies",

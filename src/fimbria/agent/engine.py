@@ -17,7 +17,10 @@ from fimbria.compute.ipcache import IpcacheCompute
 from fimbria.compute.policy import PolicyEngine, SetChange
 from fimbria.compute.policy_set import SetKey
 from fimbria.compute.policy_shapes import Ports
+from fimbria.compute.service import Delta as ServiceDelta
 from fimbria.compute.service import ServiceCompute
+from fimbria.compute.service_frontends import Defaults
+from fimbria.compute.service_rows import MAPS
 from fimbria.decide.numbers import Numbers
 from fimbria.model.address import Prefix
 from fimbria.model.endpoint import EndpointIdentity, LocalEndpoint, NamedPort
@@ -27,7 +30,7 @@ from fimbria.model.network import DeviceSet, NeighbourKey, Route
 from fimbria.model.node import Node
 from fimbria.model.policy import Policy, PolicyId
 from fimbria.model.rows import Cidr, Endpoint, LocalAddr, PrefixKey, Remote
-from fimbria.model.service import ServiceKey
+from fimbria.model.service import NodeTopology, ServiceKey, TableContent
 from fimbria.tables import ObjectKey, Tables
 from fimbria.tables.table import Changes
 
@@ -43,6 +46,9 @@ class DesiredRows:
 
     sysctls: Rows[str, str] = field(default_factory=lambda: Rows("sysctls"))
     backends: Rows[int, Any] = field(default_factory=lambda: Rows("backends"))
+    service_members: Rows[Any, int] = field(default_factory=lambda: Rows("service_members"))
+    source_ranges: Rows[Any, int] = field(default_factory=lambda: Rows("source_ranges"))
+    service_tables: Rows[int, TableContent] = field(default_factory=lambda: Rows("service_tables"))
     service_slots: Rows[Any, int] = field(default_factory=lambda: Rows("service_slots"))
     frontends: Rows[Any, Any] = field(default_factory=lambda: Rows("frontends"))
     ipcache: Rows[PrefixKey, Remote] = field(default_factory=lambda: Rows("ipcache"))
@@ -91,6 +97,7 @@ class Engine:
         node: str,
         cluster: str,
         overlay: bool,
+        services: Defaults = Defaults(),  # noqa: B008 frozen
     ) -> None:
         self.tables = tables
         self.rows = rows
@@ -103,7 +110,7 @@ class Engine:
         self.policy = PolicyEngine(
             lambda origin: numbers.rules.take(str(origin)), lambda prefix: numbers.cidrs.take(str(prefix))
         )
-        self.services = ServiceCompute(node, numbers.services, numbers.backends)
+        self.services = ServiceCompute(node, numbers.services, numbers.backends, services)
         self._policies_of: dict[tuple[str, Any], PolicyId] = {}
         self._networks: dict[tuple[str, Any], tuple[tuple[Prefix, Route], ...]] = {}
         self._routes_to: dict[Prefix, dict[tuple[str, Any], Route]] = {}
@@ -136,6 +143,8 @@ class Engine:
             self._policies(name, dirty.get(name, ()))
         self._remotes(dirty.get("remote_endpoints", ()))
         self._nodes(dirty.get("nodes", ()))
+        if "own_node" in dirty or "nodes" in dirty:
+            self._topology()
         self._services(dirty.get("services", ()), dirty.get("endpoint_slices", ()))
         self._locals(self._touched_endpoints(dirty))
         self._apply_policy()
@@ -341,12 +350,23 @@ class Engine:
             keys |= self._slice_services(key)
         if API_SERVICE in keys:
             self._api_servers()
-        for service_key in keys:
+        for service_key in sorted(keys):
             found = (self.tables.endpoint_slices.get(k) for k in self.tables.endpoint_slices.by("service", service_key))
-            delta = self.services.update(service_key, self.tables.services.get(service_key), [s for s in found if s])
-            for target in (self.rows.backends, self.rows.service_slots, self.rows.frontends):
-                target.put_many(delta.upserts[target.name])
-                target.drop_many(delta.deletes[target.name])
+            service = self.tables.services.get(service_key)
+            self.put_services(self.services.update(service_key, service, [s for s in found if s]))
+
+    def _topology(self) -> None:
+        """Where this node is, and which addresses are nodes' own."""
+        here = self.tables.own_node.get(self.node) or NodeTopology()
+        addrs = (a for node in self.tables.nodes.values() for a in (*node.addrs, *node.routers))
+        self.put_services(self.services.set_topology(here, addrs))
+
+    def put_services(self, delta: ServiceDelta) -> None:
+        """Want what a change of Services, or of what others ask of them, brought about."""
+        for name in MAPS:
+            target: Rows[Any, Any] = getattr(self.rows, name)
+            target.put_many(delta.upserts[name])
+            target.drop_many(delta.deletes[name])
 
     def _api_servers(self) -> None:
         """Policies name the API servers as an entity: it is the endpoints of Service default/kubernetes."""

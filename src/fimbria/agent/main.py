@@ -229,7 +229,9 @@ def stages(agent: Agent) -> list[Stage]:
     cgroup = agent.config.cgroup or probe.cgroup2_mount()
     found = [
         Stage(SysctlTarget(lambda: list(rows.sysctls.desired)), rows.sysctls, quick=True),
-        plain("backends"), plain("service_members"), plain("source_ranges"), plain("service_slots"), plain("frontends"),
+        plain("backends"), plain("service_members"), plain("source_ranges"),
+        Stage(dp.tables_target(datapath, agent.config, rows.backends.desired.get), rows.service_tables),
+        plain("service_slots"), plain("frontends"),
         Stage(dp.policy_target(datapath, layouts), rows.policy_sets), identities,
         plain("cidrs"), plain("ipcache"),
         Stage(links, rows.device_links, quick=True, swaps=True),

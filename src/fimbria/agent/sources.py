@@ -50,6 +50,8 @@ class Sources:
         self._add(r.PODS, t.pods, rows.pod, fields=f"spec.nodeName={self.node}")
         self._add(r.CILIUM_IDENTITIES, t.identities, rows.identity, key=rows.identity_key)
         self._add(r.CILIUM_ENDPOINTS, t.remote_endpoints, rows.remote_endpoint)
+        named = f"metadata.name={self.node}"
+        self._add(r.NODES, t.own_node, services.to_topology, key=lambda m: m.name, fields=named)
         self._add(r.SERVICES, t.services, _service)
         self._add(r.ENDPOINT_SLICES, t.endpoint_slices, _slice)
         self._add(r.NETWORK_POLICIES, t.network_policies, self._convert(policies.network_policy))

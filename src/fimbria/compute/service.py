@@ -1,130 +1,129 @@
-"""Services: rows of `frontends`, `service_slots` and `backends`.
+"""Services: rows of every map that balances load, from Services, their EndpointSlices, and what others ask for.
 
 Rules
-1. A frontend (cluster IP, port, protocol) leads to the ready endpoints of its service; if there are none, to those that
-   still serve while terminating; if there are none either, it stays and refuses.
+1. A frontend leads to the endpoints of its service port that `service_choice` chooses. If there are none, it stays and
+   refuses; a Local policy's drops silently as long as other nodes have some, as kube-proxy does.
 2. Every endpoint that a slice lists keeps its backend row, ready or not: connections that chose it go on. One that no
    slice lists any more has none. A backend that several frontends lead to is one row.
-3. Slots are dense, and stable: a backend that goes is replaced by a new one, or else by the last. Which backend is in
+3. Frontends of one service port that lead to the same endpoints share a service id and slots (a `Group`).
+4. Slots are dense, and stable: a backend that goes is replaced by a new one, or else by the last. Which backend is in
    which slot therefore depends on what came before, so it is restored, like the numbers.
-4. A frontend that several services claim belongs to the first of them by name; the others wait for it, and say so.
+5. A frontend that several claim belongs to one of them: a local redirect before Services before host ports, and among
+   equals the first by name. The others wait for it, and say so.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass, field
-from typing import Any, Final
+from dataclasses import dataclass, field, replace
+from typing import Any, Final, NamedTuple
 
+from fimbria.compute import service_frontends as front
+from fimbria.compute.service_choice import GOING_ON, READY, SERVING, Place, Standing, standing
+from fimbria.compute.service_frontends import Defaults, PortKey, Want
+from fimbria.compute.service_group import Group, Members
+from fimbria.compute.service_rows import (
+    BACKENDS,
+    FRONTENDS,
+    MEMBERS,
+    RANGES,
+    SLOTS,
+    TABLES,
+    BackendKey,
+    Delta,
+    no_rows,
+)
 from fimbria.decide.numbers import Numbers
 from fimbria.model.address import is_v4, unpack
-from fimbria.model.rows import Backend, Frontend, FrontendKey, SlotKey
-from fimbria.model.service import EndpointSlice, Service, ServiceKey, ServicePort
+from fimbria.model.rows import Backend, Frontend, FrontendKey, MemberKey, SlotKey
+from fimbria.model.service import (
+    DEFAULT_WEIGHT,
+    EndpointSlice,
+    NodeTopology,
+    Service,
+    ServiceKey,
+    ServicePort,
+    TableContent,
+)
 
-BACKENDS: Final = "backends"
-SLOTS: Final = "service_slots"
-FRONTENDS: Final = "frontends"
-FRONTEND_CLUSTER_IP: Final = 1
+__all__ = ("BACKENDS", "FRONTENDS", "MEMBERS", "RANGES", "SLOTS", "TABLES", "BackendKey", "Delta", "Extra", "Owner",
+           "ServiceCompute")  # fmt: skip
 
-BackendKey = tuple[bytes, int, int]  # address, port, protocol
-Presence = tuple[int, int, int]  # in how many slices: listed, ready, serving while terminating
-
-_LISTED: Final[Presence] = (1, 0, 0)
-_READY: Final[Presence] = (1, 1, 0)
-_TERMINATING: Final[Presence] = (1, 0, 1)
-_ABSENT: Final[Presence] = (0, 0, 0)
-
-
-def _three_maps() -> dict[str, dict[Any, Any]]:
-    return {BACKENDS: {}, SLOTS: {}, FRONTENDS: {}}
-
-
-def _three_sets() -> dict[str, set[Any]]:
-    return {BACKENDS: set(), SLOTS: set(), FRONTENDS: set()}
+_PROTOCOLS: Final = {6: "TCP", 17: "UDP", 132: "SCTP"}
+_SERVES: Final[Standing] = GOING_ON | READY | SERVING
+REDIRECT: Final = 0
+SERVICE: Final = 1
+HOST_PORT: Final = 2
 
 
-@dataclass(slots=True)
-class Delta:
-    """Changed rows by map name. No key is both in `upserts` and in `deletes` of a map."""
+class Owner(NamedTuple):
+    """Who claims frontends. Of several the lowest wins: `rank` is REDIRECT, SERVICE or HOST_PORT; `kind` is for people
+    ("service", "pod", ...)."""
 
-    upserts: dict[str, dict[Any, Any]] = field(default_factory=_three_maps)
-    deletes: dict[str, set[Any]] = field(default_factory=_three_sets)
+    rank: int
+    kind: str
+    namespace: str
+    name: str
 
-    def __bool__(self) -> bool:
-        return any(self.upserts.values()) or any(self.deletes.values())
-
-    def __len__(self) -> int:
-        return sum(map(len, self.upserts.values())) + sum(map(len, self.deletes.values()))
-
-    def put(self, name: str, key: Any, row: Any) -> None:
-        """Want a row."""
-        self.upserts[name][key] = row
-        self.deletes[name].discard(key)
-
-    def drop(self, name: str, key: Any) -> None:
-        """Want none."""
-        self.deletes[name].add(key)
-        self.upserts[name].pop(key, None)
-
-    def merge(self, later: Delta) -> None:
-        """Add what changed after this."""
-        for name, rows in later.upserts.items():
-            self.upserts[name].update(rows)
-            self.deletes[name] -= rows.keys()
-        for name, keys in later.deletes.items():
-            self.deletes[name] |= keys
-            for key in keys:
-                self.upserts[name].pop(key, None)
+    def __str__(self) -> str:
+        return f"{self.kind} {self.namespace}/{self.name}"
 
 
-class _Target:
-    """What one frontend leads to: its members with their presence, and the slots that `order` names by position."""
+@dataclass(frozen=True, slots=True)
+class Extra:
+    """Frontends that lead to given backends: a pod's hostPort, a local redirect.
 
-    __slots__ = ("index", "members", "number", "order", "ready", "row", "served_ready")
+    `frontends` are of SCOPE_ALL and of one family and protocol, as are the backends (address, port, protocol); they
+    share a service id. `flags`: enum frontend_flag (HOST_PORT, EXEMPT, ...), for each of them. Without backends they
+    refuse: to leave a frontend to the next in line, don't name it.
+    """
 
-    def __init__(self, number: int, order: Iterable[BackendKey]) -> None:
-        self.number = number
-        self.members: dict[BackendKey, Presence] = {}
-        self.ready = 0  # members that are ready
-        self.served_ready = False  # the slots are filled with ready members, not with terminating ones
-        self.order = list(dict.fromkeys(order))
-        self.index = {backend: slot for slot, backend in enumerate(self.order)}
-        self.row: Frontend | None = None
-
-    def wants(self, backend: BackendKey) -> bool:
-        presence = self.members.get(backend, _ABSENT)
-        return (presence[1] if self.ready else presence[2]) > 0
-
-    def set_members(self, members: dict[BackendKey, Presence]) -> None:
-        self.members = members
-        self.ready = sum(1 for presence in members.values() if presence[1])
+    frontends: tuple[FrontendKey, ...]
+    backends: tuple[BackendKey, ...]
+    flags: int
+    port_name: str = ""
 
 
 @dataclass(slots=True)
 class _State:
+    """What an owner claims (`plan`), and the endpoints of each of its ports that has at least one frontend."""
+
     service: Service
-    slices: dict[str, EndpointSlice]
-    ports: dict[FrontendKey, ServicePort]
-
-
-_NO_STATE: Final = _State(Service(ServiceKey("", "")), {}, {})
+    slices: dict[str, EndpointSlice] = field(default_factory=dict)
+    extras: tuple[Extra, ...] = ()
+    plan: dict[FrontendKey, Want] = field(default_factory=dict)
+    ports: dict[PortKey, ServicePort] = field(default_factory=dict)
+    members: dict[PortKey, Members] = field(default_factory=dict)
 
 
 class ServiceCompute:
-    """Incremental by service: `update` returns what changed, `all_rows` the whole; both always agree."""
+    """Incremental by service: `update`, `set_extra` and `set_topology` return what changed, `all_rows` the whole; both
+    always agree."""
 
-    def __init__(self, node: str, services: Numbers[FrontendKey], backends: Numbers[BackendKey]) -> None:
+    def __init__(
+        self,
+        node: str,
+        services: Numbers[Any],
+        backends: Numbers[BackendKey],
+        defaults: Defaults = Defaults(),  # noqa: B008 frozen
+    ) -> None:
         """`node` is this node's name, as endpoints state it."""
-        self.node = node
+        self.place = Place(node)
         self.services = services
         self.backends = backends
-        self._states: dict[ServiceKey, _State] = {}
-        self._claims: dict[FrontendKey, tuple[ServiceKey, ...]] = {}
-        self._targets: dict[FrontendKey, _Target] = {}
-        self._users: dict[BackendKey, int] = {}
-        self._unlisted: set[BackendKey] = set()
-        self._restored: dict[int, list[BackendKey]] = {}
-        self._presences: dict[Presence, Presence] = {}
+        self.defaults = defaults
+        self.topology = NodeTopology()
+        self._node_addrs: frozenset[bytes] = frozenset()
+        self._states: dict[Owner, _State] = {}
+        self._owners: dict[FrontendKey, Owner] = {}
+        self._waiting: dict[FrontendKey, list[Owner]] = {}
+        self._groups: dict[int, tuple[Owner, Group]] = {}
+        self._frontends: dict[FrontendKey, Frontend] = {}
+        self._addresses: dict[bytes, list[int]] = {}  # of Services: how many have it as cluster IP, as another one
+        self._users: dict[int, int] = {}
+        self._unlisted: set[int] = set()
+        self._restored: dict[int, list[int]] = {}
+        self._adoptable: dict[FrontendKey, int] = {}
 
     # --- decided state -------------------------------------------------------------------------------------------
 
@@ -137,229 +136,523 @@ class ServiceCompute:
     ) -> None:
         """Take over numbers and slots from rows read back from the kernel, before the first `update`.
 
-        `spent_backends`: ids that connections may still name. Rows that contradict each other are left out, and with
-        that written anew. Raises ValueError after the first `update`.
+        A service id is known again by the first of its frontends. `spent_backends`: ids that connections may still
+        name. Rows that contradict each other are left out, and with that written anew. Raises ValueError after the
+        first `update`.
         """
-        self.services.restore((key, row.service) for key, row in frontends.items())
+        first: dict[int, FrontendKey] = {}
+        for key, row in frontends.items():
+            known = first.get(row.service)
+            if row.service and (known is None or _rank(key, row.flags) < _rank(known, frontends[known].flags)):
+                first[row.service] = key
+        self.services.restore((key, number) for number, key in first.items())
+        self._adoptable = {key: number for number, key in first.items()}
         rows = (((row.addr, row.port, row.proto), number) for number, row in backends.items())
         self.backends.restore(rows, spent_backends)
         for slot in sorted(slots, key=lambda s: (s.service, s.slot)):
-            backend = self.backends.key(slots[slot])
-            if backend is not None:
-                self._restored.setdefault(slot.service, []).append(backend)
+            if self.backends.key(slots[slot]) is not None:
+                self._restored.setdefault(slot.service, []).append(slots[slot])
 
     def settle(self) -> None:
         """Every source has delivered: forget restored numbers and slots that no service came for."""
         self.services.settle()
         self.backends.settle()
         self._restored.clear()
+        self._adoptable.clear()
 
     # --- what is wanted ------------------------------------------------------------------------------------------
 
     def update(self, key: ServiceKey, service: Service | None, slices: Iterable[EndpointSlice] = ()) -> Delta:
         """A service or its slices (all of them) changed; None: it is gone. An unchanged slice costs next to nothing
         if it is the same object as before."""
-        delta = Delta()
-        old = self._states.pop(key, _NO_STATE)
-        new = _NO_STATE
-        if service is not None:
-            same = old.service == service
-            new = _State(service, {s.name: s for s in slices}, old.ports if same else _frontends(service))
-            self._states[key] = new
-        if new is not _NO_STATE and old.service == new.service:
-            self._refresh(key, old.slices, new, delta)
+        delta, owner = Delta(), Owner(SERVICE, "service", *key)
+        old = self._states.get(owner)
+        now = {s.name: s for s in slices}
+        if old is not None and service is not None and (old.service is service or old.service == service):
+            before, old.slices = old.slices, now
+            self._refresh(old, before, delta)
         else:
-            self._replace(key, old, new, delta)
+            new = self._planned(service, now) if service is not None else None
+            if new is not None and old is not None:
+                new.members = old.members
+            self._count_addresses(old, new, delta)
+            self._replace(owner, old, new, delta)
+        self._sweep(delta)
+        return delta
+
+    def set_extra(self, owner: Owner, extras: Iterable[Extra]) -> Delta:
+        """Everything that `owner` claims beside Services, in place of what it claimed before; nothing: it is gone.
+
+        A REDIRECT owner takes frontends over from Services for as long as it claims them; a HOST_PORT one gets those
+        that no Service has. `claimed` says who has a frontend, `number` its service id.
+        """
+        delta, wanted = Delta(), tuple(extras)
+        old = self._states.get(owner)
+        if wanted and old is not None and old.extras == wanted:
+            return delta
+        new = _extra_state(owner, wanted) if wanted else None
+        if new is not None and old is not None:
+            new.members = old.members
+        self._replace(owner, old, new, delta)
+        self._sweep(delta)
+        return delta
+
+    def set_topology(self, topology: NodeTopology, node_addrs: Iterable[bytes] = ()) -> Delta:
+        """This node's labels changed, or the addresses of nodes (of all of them): what depends on them is done again.
+
+        An address of a node belongs to that node, whatever Services say.
+        """
+        delta = Delta()
+        zone, former = topology.zone, self.topology
+        addrs = frozenset(node_addrs) | frozenset(topology.addrs)
+        changed, self._node_addrs = addrs ^ self._node_addrs, addrs
+        for addr in changed & self._addresses.keys():
+            self._address_row(addr, delta)
+        self.topology, self.place = topology, self.place._replace(zone=zone)
+        for owner, state in list(self._states.items()):
+            hinted = zone != former.zone and any(e.zones for s in state.slices.values() for e in s.endpoints)
+            selected = former.labels != topology.labels and state.service.nodes is not None
+            if owner.rank == SERVICE and (hinted or selected):
+                new = self._planned(state.service, state.slices)
+                new.members = state.members
+                self._count_addresses(state, new, delta)
+                self._replace(owner, state, new, delta)
         self._sweep(delta)
         return delta
 
     def all_rows(self) -> dict[str, dict[Any, Any]]:
         """Every row, by map name."""
-        rows = _three_maps()
-        number = self.backends.get
-        for backend in self._users:
-            rows[BACKENDS][number(backend)] = Backend(*backend)
-        for frontend, target in self._targets.items():
-            rows[FRONTENDS][frontend] = target.row
-            for slot, backend in enumerate(target.order):
-                rows[SLOTS][SlotKey(target.number, slot)] = number(backend)
+        rows = no_rows()
+        for number in self._users:
+            key = self.backends.key(number)
+            assert key is not None
+            rows[BACKENDS][number] = Backend(*key)
+        rows[FRONTENDS].update(self._frontends)
+        for number, (_, group) in self._groups.items():
+            rows[SLOTS].update((SlotKey(number, slot), backend) for slot, backend in enumerate(group.order))
+            if group.affinity:
+                rows[MEMBERS].update((MemberKey(number, backend), 1) for backend in group.order)
+            rows[RANGES].update((front.source_key(number, prefix), 1) for prefix in group.ranges)
+            if group.table is not None:
+                rows[TABLES][number] = group.table
         return rows
 
-    # --- for people ----------------------------------------------------------------------------------------------
+    # --- for people and for others -------------------------------------------------------------------------------
 
     def warnings(self, key: ServiceKey) -> tuple[str, ...]:
         """What a service asks for and doesn't get, a sentence each."""
-        state = self._states.get(key, _NO_STATE)
+        owner = Owner(SERVICE, "service", *key)
+        state = self._states.get(owner)
+        if state is None:
+            return ()
         found = [*state.service.warnings]
         for slice_ in state.slices.values():
             found += (f"EndpointSlice {slice_.name}: {text}" for text in slice_.warnings)
-        for frontend, port in state.ports.items():
-            owner = self._claims[frontend][0]
-            if owner != key:
-                found.append(f"port {port.port} of {unpack(frontend.addr)} already belongs to service {owner}")
-        wanted = len({ip for ip in state.service.cluster_ips}) * len(state.service.ports)
-        if len(state.ports) < wanted:
+        found += self._lost(owner, state)
+        if len(state.ports) < len(state.service.ports) * len(front.families(state.service)):
             found.append("it names the same port and protocol more than once; only the first counts")
         return tuple(found)
 
+    def conflicts(self, owner: Owner) -> tuple[str, ...]:
+        """Which frontends an owner of extras asks for and doesn't get, a sentence each."""
+        state = self._states.get(owner)
+        return tuple(self._lost(owner, state)) if state is not None else ()
+
     def service_of(self, number: int) -> tuple[ServiceKey, ServicePort] | None:
-        """Which service, and which port of it, a service id in an event or a connection stands for."""
-        frontend = self.services.key(number)
-        if frontend is None or frontend not in self._claims:
+        """Which service, and which port of it, a service id in an event or a connection stands for. For extras the
+        name is their owner's."""
+        found = self._groups.get(number)
+        if found is None:
             return None
-        owner = self._claims[frontend][0]
-        return owner, self._states[owner].ports[frontend]
+        owner, group = found
+        return ServiceKey(owner.namespace, owner.name), self._members_of(owner, group).port
 
-    # --- whole services ------------------------------------------------------------------------------------------
+    def owner_of(self, number: int) -> Owner | None:
+        """Who has the frontends of a service id."""
+        found = self._groups.get(number)
+        return found[0] if found else None
 
-    def _replace(self, key: ServiceKey, old: _State, new: _State, delta: Delta) -> None:
-        rebuild = {key} if new is not _NO_STATE else set()
-        for frontend in old.ports.keys() - new.ports.keys():
-            claims = tuple(k for k in self._claims[frontend] if k != key)
-            if not claims:
-                del self._claims[frontend]
-                continue
-            if claims[0] > key:
-                rebuild.add(claims[0])
-            self._claims[frontend] = claims
-        for frontend in new.ports.keys() - old.ports.keys():
-            self._claims[frontend] = tuple(sorted((*self._claims.get(frontend, ()), key)))
-        for each in sorted(rebuild):
-            self._rebuild(each, delta)
-        for frontend in [f for f in old.ports if f not in self._claims]:
-            self._remove(frontend, delta)
+    def claimed(self, frontend: FrontendKey) -> Owner | None:
+        """Who has a frontend (of SCOPE_ALL)."""
+        return self._owners.get(frontend)
 
-    def _rebuild(self, key: ServiceKey, delta: Delta) -> None:
-        state = self._states[key]
-        for frontend, port in state.ports.items():
-            if self._claims[frontend][0] != key:
-                continue
-            target = self._targets.get(frontend) or self._new_target(frontend, delta)
-            members: dict[BackendKey, Presence] = {}
-            for slice_ in state.slices.values():
-                for backend, step in self._contributions(state.service, frontend, port, slice_):
-                    members[backend] = self._add(members.get(backend, _ABSENT), step, 1)
-            for backend in sorted(members.keys() - target.members.keys()):
-                self._list(backend, delta)
-            for backend in target.members.keys() - members.keys():
-                self._unlist(backend)
-            target.set_members(members)
-            self._arrange(frontend, target, None, delta)
+    def number(self, frontend: FrontendKey) -> int | None:
+        """The service id of a frontend."""
+        row = self._frontends.get(frontend)
+        return row.service if row else None
 
-    def _new_target(self, frontend: FrontendKey, delta: Delta) -> _Target:
-        number = self.services.take(frontend)
-        target = self._targets[frontend] = _Target(number, self._restored.pop(number, ()))
-        # Restored slots are news to whoever collects the deltas; those of no use go again when it is arranged.
-        for slot, backend in enumerate(target.order):
-            delta.put(SLOTS, SlotKey(number, slot), self.backends.get(backend))
-        return target
+    def local_ready(self, key: ServiceKey) -> int:
+        """How many endpoints a health check of this node counts: those of this node that serve."""
+        state = self._states.get(Owner(SERVICE, "service", *key))
+        found: set[bytes] = set()
+        for members in state.members.values() if state else ():
+            wanted = members.wanted(True)
+            for backend, stands in members.standings.items():
+                name = self.backends.key(backend) if stands in wanted and stands & READY else None
+                if name is not None:
+                    found.add(name[0])
+        return len(found)
 
-    def _remove(self, frontend: FrontendKey, delta: Delta) -> None:
-        target = self._targets.pop(frontend)
-        for backend in target.members:
-            self._unlist(backend)
-        for slot in range(len(target.order)):
-            delta.drop(SLOTS, SlotKey(target.number, slot))
-        delta.drop(FRONTENDS, frontend)
-        self.services.release(frontend)
+    def _lost(self, owner: Owner, state: _State) -> Iterator[str]:
+        for frontend in state.plan:
+            winner = self._owners[frontend]
+            if winner != owner and (winner.rank != REDIRECT or owner.rank == REDIRECT):
+                yield f"{_named(frontend)} already belongs to {winner}"
 
-    # --- changed slices ------------------------------------------------------------------------------------------
+    def _members_of(self, owner: Owner, group: Group) -> Members:
+        want = next(iter(group.frontends.values()))
+        return self._states[owner].members[want.port]
 
-    def _refresh(self, key: ServiceKey, before: dict[str, EndpointSlice], state: _State, delta: Delta) -> None:
-        now = state.slices
-        gone = [s for name, s in before.items() if now.get(name) is not s and now.get(name) != s]
-        come = [s for name, s in now.items() if before.get(name) is not s and before.get(name) != s]
-        if not gone and not come:
-            return
-        for frontend, port in state.ports.items():
-            if self._claims[frontend][0] != key:
-                continue
-            target = self._targets[frontend]
-            touched: set[BackendKey] = set()
-            for slices, sign in ((gone, -1), (come, 1)):
-                for slice_ in slices:
-                    for backend, step in self._contributions(state.service, frontend, port, slice_):
-                        self._adjust(target, backend, step, sign, delta)
-                        touched.add(backend)
-            if touched:
-                self._arrange(frontend, target, touched, delta)
+    # --- claims --------------------------------------------------------------------------------------------------
 
-    def _adjust(self, target: _Target, backend: BackendKey, step: Presence, sign: int, delta: Delta) -> None:
-        before = target.members.get(backend, _ABSENT)
-        after = self._add(before, step, sign)
-        target.ready += (after[1] > 0) - (before[1] > 0)
-        if after is not _ABSENT:
-            target.members[backend] = after
-            if before is _ABSENT:
-                self._list(backend, delta)
+    def _planned(self, service: Service, slices: dict[str, EndpointSlice]) -> _State:
+        if service.nodes is not None and not service.nodes(dict(self.topology.labels)):
+            return _State(service, slices)
+        return _State(service, slices, (), front.frontends(service, self.defaults), front.ports(service))
+
+    def _replace(self, owner: Owner, old: _State | None, new: _State | None, delta: Delta) -> None:
+        """Another state of an owner: settle who has which frontend, then take from the losers, then give."""
+        before = old.plan if old is not None else {}
+        after = new.plan if new is not None else {}
+        losers, winners = {owner: None}, {owner: None}
+        for frontend in before.keys() - after.keys() if before else ():
+            heir = self._unclaim(frontend, owner)
+            if heir is not None:
+                winners[heir] = None
+        for frontend in after:
+            if frontend not in before:
+                loser = self._claim(frontend, owner)
+                if loser is not None:
+                    losers[loser] = None
+        if new is not None:
+            self._states[owner] = new
+        elif old is not None:
+            self._states[owner] = replace(old, plan={})
+        for each in losers:
+            self._shed(each, self._states.get(each), delta)
+        if new is None:
+            self._states.pop(owner, None)
+        for each in winners:
+            if each in self._states:
+                self._fill(each, self._states[each], delta)
+
+    def _claim(self, frontend: FrontendKey, owner: Owner) -> Owner | None:
+        """Returns who lost it."""
+        holder = self._owners.get(frontend)
+        if holder is None:
+            self._owners[frontend] = owner
+            return None
+        if holder < owner:
+            self._waiting.setdefault(frontend, []).append(owner)
+            return None
+        self._waiting.setdefault(frontend, []).append(holder)
+        self._owners[frontend] = owner
+        return holder
+
+    def _unclaim(self, frontend: FrontendKey, owner: Owner) -> Owner | None:
+        """Returns who has it now, if that has changed."""
+        waiting = self._waiting.get(frontend)
+        if self._owners[frontend] != owner:
+            assert waiting is not None
+            waiting.remove(owner)
+            heir = None
+        elif waiting:
+            heir = self._owners[frontend] = min(waiting)
+            waiting.remove(heir)
         else:
-            del target.members[backend]
+            del self._owners[frontend]
+            return None
+        if not waiting:
+            del self._waiting[frontend]
+        return heir
+
+    # --- addresses -----------------------------------------------------------------------------------------------
+
+    def _count_addresses(self, old: _State | None, new: _State | None, delta: Delta) -> None:
+        before = front.service_addresses(old.service) if old is not None and old.plan else {}
+        after = front.service_addresses(new.service) if new is not None and new.plan else {}
+        if before == after:
+            return
+        for addresses, step in ((before, -1), (after, 1)):
+            for addr, flags in addresses.items():
+                counts = self._addresses.setdefault(addr, [0, 0])
+                counts[0 if flags else 1] += step
+        for addr in before | after:
+            if not any(self._addresses[addr]):
+                del self._addresses[addr]
+            self._address_row(addr, delta)
+
+    def _address_row(self, addr: bytes, delta: Delta) -> None:
+        counts = None if addr in self._node_addrs else self._addresses.get(addr)
+        key = FrontendKey(addr, 0, 0)
+        if counts is None:
+            if self._frontends.pop(key, None) is not None:
+                delta.drop(FRONTENDS, key)
+            return
+        row = Frontend(0, 0, front.ADDRESS | (0 if counts[1] else front.CLUSTER_IP))
+        if self._frontends.get(key) != row:
+            self._frontends[key] = row
+            delta.put(FRONTENDS, key, row)
+
+    # --- groups --------------------------------------------------------------------------------------------------
+
+    def _shed(self, owner: Owner, state: _State | None, delta: Delta) -> None:
+        """Give up frontends that aren't planned any more or have become another's."""
+        if state is None:
+            return
+        for key, members in list(state.members.items()):
+            for local, group in list(members.groups.items()):
+                for frontend in [f for f in group.frontends if not self._has(owner, state, f, key, local)]:
+                    del group.frontends[frontend], self._frontends[frontend]
+                    delta.drop(FRONTENDS, frontend)
+                if not group.frontends:
+                    del members.groups[local]
+                    self._dissolve(group, delta)
+            if not members.groups:
+                del state.members[key]
+                for backend in members.standings:
+                    self._unlist(backend)
+
+    def _has(self, owner: Owner, state: _State, frontend: FrontendKey, port: PortKey, local: bool) -> bool:
+        """Whether a row belongs where it is."""
+        known = frontend if frontend.scope == 0 else replace(frontend, scope=0)
+        want = state.plan.get(known)
+        if want is None or want.port != port or self._owners[known] != owner:
+            return False
+        if frontend.scope:
+            return not local and want.flags & front.TWO_SCOPES > 0
+        return want.local == local
+
+    def _dissolve(self, group: Group, delta: Delta) -> None:
+        for slot in range(len(group.order)):
+            delta.drop(SLOTS, SlotKey(group.number, slot))
+        self._admit(group, frozenset(), delta)
+        self._set_affinity(group, 0, delta)
+        if group.table is not None:
+            delta.drop(TABLES, group.number)
+        del self._groups[group.number]
+        self.services.release(group.key)
+
+    def _fill(self, owner: Owner, state: _State, delta: Delta) -> None:
+        """Take the frontends that are planned and won, and bring everything behind them up to date."""
+        grouped: dict[tuple[PortKey, bool], dict[FrontendKey, Want]] = {}
+        for frontend, want in state.plan.items():
+            if self._owners[frontend] == owner:
+                grouped.setdefault((want.port, want.local), {})[frontend] = want
+                if want.flags & front.TWO_SCOPES:
+                    inside = Want(want.port, False, want.flags & ~front.OUTSIDE_ONLY)
+                    grouped.setdefault((want.port, False), {})[replace(frontend, scope=front.SCOPE_INTERNAL)] = inside
+        for port in dict.fromkeys(port for port, _ in grouped):
+            members = state.members.get(port)
+            if members is None:
+                members = state.members[port] = Members(state.ports[port])
+            members.port = state.ports[port]
+            self._relist(state, port, members, delta)
+        for (port, local), frontends in grouped.items():
+            members = state.members[port]
+            group = members.groups.get(local)
+            if group is None:
+                group = members.groups[local] = self._new_group(owner, port, local, frontends)
+            group.frontends = frontends
+            self._arrange(members, group, local, None, delta)
+            self._set_affinity(group, state.service.affinity_seconds, delta)
+            limited = any(want.flags & front.SOURCE_RANGES for want in frontends.values())
+            self._admit(group, front.ranges(state.service, port.v4) if limited else frozenset(), delta)
+            self._finish(members, group, local, delta)
+
+    def _new_group(self, owner: Owner, port: PortKey, local: bool, frontends: Iterable[FrontendKey]) -> Group:
+        key = (owner, port, local)
+        for frontend in frontends if self._adoptable else ():
+            number = self._adoptable.get(frontend)
+            if number is not None and self.services.adopt(key, number):
+                del self._adoptable[frontend]
+                break
+        number = self.services.take(key)
+        group = Group(key, number, self._restored.pop(number, ()))
+        self._groups[number] = owner, group
+        return group
+
+    def _admit(self, group: Group, ranges: frozenset[Any], delta: Delta) -> None:
+        if ranges != group.ranges:
+            for prefix in group.ranges - ranges:
+                delta.drop(RANGES, front.source_key(group.number, prefix))
+            for prefix in ranges - group.ranges:
+                delta.put(RANGES, front.source_key(group.number, prefix), 1)
+            group.ranges = ranges
+
+    def _set_affinity(self, group: Group, seconds: int, delta: Delta) -> None:
+        """`arrange` keeps the rows of a group that had affinity before."""
+        if bool(seconds) != bool(group.affinity):
+            for backend in group.order:
+                key = MemberKey(group.number, backend)
+                if seconds:
+                    delta.put(MEMBERS, key, 1)
+                else:
+                    delta.drop(MEMBERS, key)
+        group.affinity = seconds
+
+    # --- endpoints -----------------------------------------------------------------------------------------------
+
+    def _relist(self, state: _State, port: PortKey, members: Members, delta: Delta) -> None:
+        """All listings anew: whatever decides about standings may have changed."""
+        former, weights = members.standings, dict[int, int]()
+        members.standings, members.more, members.counts = {}, {}, {}
+        for found, weight in self._listings(state, port):
+            for key, stands in found.items():
+                backend = self.backends.take(key)
+                members.add(backend, stands)
+                weights[backend] = max(weight, weights.get(backend, 0))
+                if backend not in former:
+                    former[backend] = stands
+                    self._list(backend, key, delta)
+        members.weights = {b: weight for b, weight in weights.items() if weight not in (0, DEFAULT_WEIGHT)}
+        for backend in former.keys() - members.standings.keys():
             self._unlist(backend)
 
-    def _add(self, presence: Presence, step: Presence, sign: int) -> Presence:
-        if presence is _ABSENT and sign > 0:
-            return step
-        total = (presence[0] + sign * step[0], presence[1] + sign * step[1], presence[2] + sign * step[2])
-        # There are few different ones, so each exists once: a million members would otherwise be a million tuples.
-        return self._presences.setdefault(total, total) if total[0] else _ABSENT
+    def _refresh(self, state: _State, former: dict[str, EndpointSlice], delta: Delta) -> None:
+        """Only slices changed: only what differs in them is looked at."""
+        now = state.slices
+        changed: list[tuple[EndpointSlice | None, EndpointSlice | None]] = [
+            (s, now.get(name)) for name, s in former.items() if now.get(name) is not s and now.get(name) != s
+        ]
+        changed += [(None, s) for name, s in now.items() if name not in former]
+        if not changed:
+            return
+        weighed = any(s is not None and s.weight != DEFAULT_WEIGHT for pair in changed for s in pair)
+        for port, members in state.members.items():
+            touched: list[int] = []
+            if weighed or members.weights:
+                self._relist(state, port, members, delta)
+            else:
+                for old, new in changed:
+                    before = self._contributions(state, port, old)
+                    touched += self._exchange(members, before, self._contributions(state, port, new), delta)
+                if not touched:
+                    continue
+            stable = members.decide()
+            for local, group in members.groups.items():
+                moved = not touched or (group.serves ^ members.wanted(local)) & stable
+                self._arrange(members, group, local, None if moved else touched, delta)
+                self._finish(members, group, local, delta)
+
+    def _exchange(
+        self, members: Members, before: dict[BackendKey, Standing], after: dict[BackendKey, Standing], delta: Delta
+    ) -> Iterator[int]:
+        """One slice says something else now. Yields the backends that it is about."""
+        for key, stands in before.items():
+            if after.get(key) != stands:
+                backend = self.backends.take(key)
+                yield backend
+                if members.remove(backend, stands):
+                    self._unlist(backend)
+        for key, stands in after.items():
+            if before.get(key) != stands:
+                backend = self.backends.take(key)
+                yield backend
+                if members.add(backend, stands):
+                    self._list(backend, key, delta)
+
+    def _listings(self, state: _State, port: PortKey) -> Iterator[tuple[dict[BackendKey, Standing], int]]:
+        for slice_ in state.slices.values():
+            yield self._contributions(state, port, slice_), slice_.weight
+        if state.extras:
+            yield dict.fromkeys(state.extras[port.port].backends, _SERVES), DEFAULT_WEIGHT
 
     def _contributions(
-        self, service: Service, frontend: FrontendKey, port: ServicePort, slice_: EndpointSlice
-    ) -> Iterator[tuple[BackendKey, Presence]]:
-        if slice_.v4 != is_v4(frontend.addr):
-            return
-        numbers = [p.port for p in slice_.ports if p.name == port.name and p.proto == port.proto]
-        for endpoint in slice_.endpoints:
-            if service.internal_local and endpoint.node != self.node:
-                continue
-            if endpoint.ready or service.publish_not_ready:
-                step = _READY
-            else:
-                step = _TERMINATING if endpoint.serving and endpoint.terminating else _LISTED
-            for number in numbers:
-                yield (endpoint.addr, number, port.proto), step
+        self, state: _State, key: PortKey, slice_: EndpointSlice | None
+    ) -> dict[BackendKey, Standing]:
+        """The backends that a slice lists for a port. One that it lists twice stands as its best listing."""
+        found: dict[BackendKey, Standing] = {}
+        if slice_ is None or slice_.v4 != key.v4:
+            return found
+        name, proto, place = state.ports[key].name, key.proto, self.place
+        numbers = [p.port for p in slice_.ports if p.name == name and p.proto == proto]
+        publish, drained = state.service.publish_not_ready, slice_.weight == 0
+        for number in numbers:
+            for endpoint in slice_.endpoints:
+                stands = standing(endpoint, place, publish_not_ready=publish, drained=drained)
+                backend = (endpoint.addr, number, proto)
+                if stands > found.get(backend, -1):
+                    found[backend] = stands
+        return found
 
     # --- slots and backends --------------------------------------------------------------------------------------
 
     def _arrange(
-        self, frontend: FrontendKey, target: _Target, touched: Iterable[BackendKey] | None, delta: Delta
+        self, members: Members, group: Group, local: bool, touched: Iterable[int] | None, delta: Delta
     ) -> None:
-        order, index = target.order, target.index
-        if touched is None or (target.ready > 0) != target.served_ready:
-            touched = {*order, *target.members}
-        target.served_ready = target.ready > 0
-        gone = sorted(index[b] for b in touched if b in index and not target.wants(b))
-        come = sorted(b for b in touched if b not in index and target.wants(b))
+        """Bring the slots up to date; `touched` None: every endpoint may serve or not serve now."""
+        if touched is None:
+            members.decide()
+            touched = (*group.order, *members.standings)
+        group.serves = serves = members.wanted(local)
+        order, index, stands = group.order, group.index, members.standings
+        touched = dict.fromkeys(touched)
+        gone = sorted(index[b] for b in touched if b in index and stands.get(b) not in serves)
+        come = [b for b in touched if b not in index and stands.get(b) in serves]
         both = min(len(gone), len(come))
         for slot, backend in zip(gone[:both], come[:both], strict=True):
-            del index[order[slot]]
-            self._place(target, slot, backend, delta)
+            self._leave(group, order[slot], delta)
+            order[slot] = backend
+            self._place(group, slot, backend, delta)
         for slot in reversed(gone[both:]):
-            del index[order[slot]]
+            self._leave(group, order[slot], delta)
             last = order.pop()
             if slot < len(order):
-                self._place(target, slot, last, delta)
-            delta.drop(SLOTS, SlotKey(target.number, len(order)))
+                order[slot] = last
+                index[last] = slot
+                if not group.fresh:
+                    delta.put(SLOTS, SlotKey(group.number, slot), last)
+            if not group.fresh:
+                delta.drop(SLOTS, SlotKey(group.number, len(order)))
         for backend in come[both:]:
             order.append(backend)
-            self._place(target, len(order) - 1, backend, delta)
-        row = Frontend(target.number, len(order), FRONTEND_CLUSTER_IP)
-        if row != target.row:
-            target.row = row
-            delta.put(FRONTENDS, frontend, row)
+            self._place(group, len(order) - 1, backend, delta)
+        if group.fresh:
+            # Restored slots are news to whoever collects the deltas.
+            delta.upserts[SLOTS].update((SlotKey(group.number, slot), b) for slot, b in enumerate(order))
+            group.fresh = False
 
-    def _place(self, target: _Target, slot: int, backend: BackendKey, delta: Delta) -> None:
-        target.order[slot] = backend
-        target.index[backend] = slot
-        delta.put(SLOTS, SlotKey(target.number, slot), self.backends.take(backend))
+    def _place(self, group: Group, slot: int, backend: int, delta: Delta) -> None:
+        group.index[backend] = slot
+        if not group.fresh:
+            delta.put(SLOTS, SlotKey(group.number, slot), backend)
+        if group.affinity:
+            delta.put(MEMBERS, MemberKey(group.number, backend), 1)
 
-    def _list(self, backend: BackendKey, delta: Delta) -> None:
+    def _leave(self, group: Group, backend: int, delta: Delta) -> None:
+        del group.index[backend]
+        if group.affinity:
+            delta.drop(MEMBERS, MemberKey(group.number, backend))
+
+    def _finish(self, members: Members, group: Group, local: bool, delta: Delta) -> None:
+        """The rows that follow from the slots: frontends, and the table."""
+        count = len(group.order)
+        more = front.SILENT if not count and local and members.choice.anywhere else 0
+        more |= front.TABLE if members.weights else 0
+        tabled = False
+        for frontend, want in group.frontends.items():
+            row = Frontend(group.number, count, want.flags | more, group.affinity)
+            tabled = tabled or row.flags & front.TABLE > 0
+            if self._frontends.get(frontend) != row:
+                self._frontends[frontend] = row
+                delta.put(FRONTENDS, frontend, row)
+        if tabled:
+            table = _table(members, group)
+            if group.table != table:
+                delta.put(TABLES, group.number, table)
+            group.table = table
+        elif group.table is not None:
+            delta.drop(TABLES, group.number)
+            group.table = None
+
+    def _list(self, backend: int, key: BackendKey, delta: Delta) -> None:
         users = self._users.get(backend, 0)
         self._users[backend] = users + 1
         if users == 0 and backend not in self._unlisted:
-            delta.put(BACKENDS, self.backends.take(backend), Backend(*backend))
+            delta.put(BACKENDS, backend, Backend(*key))
 
-    def _unlist(self, backend: BackendKey) -> None:
+    def _unlist(self, backend: int) -> None:
         self._users[backend] -= 1
         if self._users[backend] == 0:
             self._unlisted.add(backend)
@@ -369,15 +662,40 @@ class ServiceCompute:
         for backend in self._unlisted:
             if self._users[backend] == 0:
                 del self._users[backend]
-                number = self.backends.release(backend)
-                if number is not None:
-                    delta.drop(BACKENDS, number)
+                key = self.backends.key(backend)
+                assert key is not None
+                self.backends.release(key)
+                delta.drop(BACKENDS, backend)
         self._unlisted.clear()
 
 
-def _frontends(service: Service) -> dict[FrontendKey, ServicePort]:
-    found: dict[FrontendKey, ServicePort] = {}
-    for addr in service.cluster_ips:
-        for port in service.ports:
-            found.setdefault(FrontendKey(addr, port.port, port.proto), port)
-    return found
+def _table(members: Members, group: Group) -> TableContent:
+    weights = members.weights
+    return TableContent(tuple((b, weights.get(b, DEFAULT_WEIGHT)) for b in sorted(group.order)))
+
+
+def _extra_state(owner: Owner, extras: tuple[Extra, ...]) -> _State:
+    """Extras are numbered: that number stands in the place of a service's port."""
+    state = _State(Service(ServiceKey(owner.namespace, owner.name)), extras=extras)
+    for number, extra in enumerate(extras):
+        if not extra.frontends:
+            continue
+        first = extra.frontends[0]
+        key = PortKey(number, first.proto, is_v4(first.addr))
+        state.ports[key] = ServicePort(extra.port_name, first.port, first.proto)
+        for frontend in extra.frontends:
+            state.plan.setdefault(frontend, Want(key, False, extra.flags))
+    return state
+
+
+def _rank(key: FrontendKey, flags: int) -> tuple[int, int, bytes, int, int]:
+    """Which frontend of a group its number is known by after a restart: the steadiest."""
+    kind = 0 if flags & front.CLUSTER_IP else 1 if flags & front.NODE_PORT else 2
+    return kind, key.scope, key.addr, key.port, key.proto
+
+
+def _named(frontend: FrontendKey) -> str:
+    if frontend.addr in front.UNSPECIFIED.values():
+        family = "IPv4" if is_v4(frontend.addr) else "IPv6"
+        return f"port {frontend.port}/{_PROTOCOLS.get(frontend.proto, frontend.proto)} of the nodes ({family})"
+    return f"port {frontend.port} of {unpack(frontend.addr)}"

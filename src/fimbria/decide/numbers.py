@@ -87,6 +87,18 @@ class Numbers(Generic[K]):
             self._waiting.discard(key)
         return number
 
+    def adopt(self, key: K, number: int) -> bool:
+        """Give `key` a restored number that its own key has not come for: it is known by another name now.
+
+        False, and nothing changes, if the number doesn't wait or `key` has one already.
+        """
+        former = self._keys.get(number)
+        if former is None or former not in self._waiting or key in self._numbers:
+            return False
+        self.release(former)
+        self._set(key, number)
+        return True
+
     def release(self, key: K) -> int | None:
         """Free the number of `key` and return it; None if it has none."""
         number = self._numbers.pop(key, None)

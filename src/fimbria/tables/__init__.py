@@ -8,6 +8,7 @@ from typing import Any
 
 from fimbria.model.endpoint import ClusterIdentity, EndpointIdentity, LocalEndpoint, Pod, RemoteEndpoint
 from fimbria.model.node import Node
+from fimbria.model.service import EndpointSlice, NodeTopology, Service
 from fimbria.tables.table import Table
 
 ObjectKey = tuple[str, str]
@@ -26,8 +27,9 @@ class Tables:
     pods: Table[ObjectKey, Pod] = field(default_factory=lambda: Table("pods"))
     identities: Table[int, ClusterIdentity] = field(default_factory=lambda: Table("identities"))
     remote_endpoints: Table[ObjectKey, RemoteEndpoint] = field(default_factory=lambda: Table("remote_endpoints"))
-    services: Table[ObjectKey, Any] = field(default_factory=lambda: Table("services"))
-    endpoint_slices: Table[ObjectKey, Any] = field(default_factory=lambda: Table("endpoint_slices"))
+    own_node: Table[str, NodeTopology] = field(default_factory=lambda: Table("own_node"))  # this node's Node object
+    services: Table[ObjectKey, Service] = field(default_factory=lambda: Table("services"))
+    endpoint_slices: Table[ObjectKey, EndpointSlice] = field(default_factory=lambda: Table("endpoint_slices"))
     network_policies: Table[ObjectKey, Any] = field(default_factory=lambda: Table("network_policies"))
     cilium_policies: Table[ObjectKey, Any] = field(default_factory=lambda: Table("cilium_policies"))
     clusterwide_policies: Table[ObjectKey, Any] = field(default_factory=lambda: Table("clusterwide_policies"))
