@@ -6,6 +6,7 @@
 
 #include "include/packet.h"
 #include "lib/parse.h"
+#include "lib/sctp.h"
 
 enum which_end {
 	END_SOURCE,
@@ -71,9 +72,8 @@ static __always_inline int rewrite_l4(struct __sk_buff *skb, struct packet *p, _
 		bpf_csum_update(skb, diff);
 	if (from == to)
 		return 0;
-	/* Its CRC covers the ports, and can't be had incrementally. */
 	if (p->t.proto == IPPROTO_SCTP)
-		return DROP_NAT_UNSUPPORTED_PROTOCOL;
+		return sctp_change_ports(skb, p, which == END_SOURCE ? from ^ to : (__u32)(from ^ to) << 16);
 	if (bpf_l4_csum_replace(skb, p->l4 + csum, from, to, flags | sizeof(to)) < 0)
 		return DROP_L4_CHECKSUM;
 	if (bpf_skb_store_bytes(skb, p->l4 + port_offset(p->t.proto, which), &to, sizeof(to), 0) < 0)
@@ -89,10 +89,9 @@ __noinline int rewrite(struct __sk_buff *skb, struct packet *p, struct end *to, 
 		return DROP_WRITE_ERROR;
 	bool v6 = is_v6(p);
 	bool source = which == END_SOURCE;
-	addr_t old = source ? p->t.saddr : p->t.daddr;
 	/* An echo's identifier is one field, whichever side's port it counts as. */
 	port_be_t port = source ? p->t.sport : p->t.dport;
-	__s64 diff = addr_diff(v6, &old, &to->addr);
+	__s64 diff = addr_diff(v6, source ? &p->t.saddr : &p->t.daddr, &to->addr);
 	int reason = 0;
 
 	if (!v6 && bpf_l3_csum_replace(skb, L3_OFFSET + offsetof(struct iphdr, check), 0, diff, 0) < 0)

@@ -3,9 +3,10 @@
 import subprocess
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
-from datapath import DEFAULTS, DROP, addr
+from datapath import DEFAULTS, DROP, Setting, addr
 from record import Wire, syn, udp
 from scapy.layers.inet import IP, IPOption
 from scapy.layers.inet6 import IPv6ExtHdrDestOpt, IPv6ExtHdrFragment, IPv6ExtHdrHopByHop, PadN
@@ -17,6 +18,7 @@ from fimbria.kernel.bpf import BpfObject, Program, prog_test_run
 HERE = Path(__file__).parent
 FRONT = {4: "203.0.113.80", 6: "2001:db8::80"}
 PORT = 8443
+ETHER = Ether(src="02:00:00:00:0e:01", dst="02:00:00:00:0e:01")
 NONE, TAKEN = 0, -1
 OTHER_FRONTEND = -11
 PAYLOADS = {"udp": udp(), "empty": udp(data=b""), "syn": syn(), "large": udp(data=b"x" * 1400)}
@@ -34,7 +36,11 @@ def compile_object(source: Path, target: Path) -> Path:
 def programs(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, Program]]:
     path = compile_object(HERE / "dsr_test.bpf.c", tmp_path_factory.mktemp("bpf") / "dsr_test.bpf.o")
     with BpfObject(path) as obj:
-        mine = {"cfg_frontend4": addr(FRONT[4]), "cfg_frontend6": addr(FRONT[6]), "cfg_frontend_port": PORT}
+        mine: dict[str, Setting] = {
+            "cfg_frontend4": addr(FRONT[4]),
+            "cfg_frontend6": addr(FRONT[6]),
+            "cfg_frontend_port": PORT,
+        }
         wanted = {**DEFAULTS, **mine}
         obj.set_constants({name: wanted[name] for name in obj.constants})
         obj.load()
@@ -60,7 +66,7 @@ def carrying(family: int, payload: Packet) -> Packet:
     """What `plain` becomes."""
     w = Wire(family)
     if family == 4:
-        return Ether(src="02:00:00:00:0e:01", dst="02:00:00:00:0e:01") / w.ip(
+        return ETHER / w.ip(
             "world", "c", options=[option4()]) / payload  # fmt: skip
     whole = bytes(plain(6, payload))
     packet = Ether(whole[:54]) / header6(following=whole[20]) / Raw(whole[54:])
@@ -97,7 +103,7 @@ def test_what_it_says_is_read(programs: dict[str, Program], family: int) -> None
 
 
 def with_options(*options: IPOption) -> Packet:
-    return Ether() / IP(src="203.0.113.9", dst="10.2.0.10", options=list(options)) / udp()
+    return ETHER / IP(src="203.0.113.9", dst="10.2.0.10", options=list(options)) / udp()
 
 
 OTHER = [IPOption(b"\x94\x04\x00\x00"), IPOption(b"\x88\x04\x00\x01"), IPOption(b"\x07\x0b\x04" + bytes(8) + b"\x00")]
@@ -126,9 +132,9 @@ def test_an_option_of_another_length_is_not_ours(programs: dict[str, Program], l
 
 @pytest.mark.parametrize("flags", [1, 0])
 def test_fragments4(programs: dict[str, Program], flags: int) -> None:
-    def made(**kw: object) -> bytes:
+    def made(**kw: Any) -> bytes:
         ip = IP(src="203.0.113.9", dst="10.2.0.10", id=7, flags=flags, proto=17, **kw)
-        return bytes(Ether() / ip / Raw(bytes(udp(data=b"x" * 16))))
+        return bytes(ETHER / ip / Raw(bytes(udp(data=b"x" * 16))))
 
     before, after = made(), made(options=[option4()])
     assert run(programs["add"], before) == (0, after)
@@ -138,7 +144,7 @@ def test_fragments4(programs: dict[str, Program], flags: int) -> None:
 def test_a_fragment6_gets_it_before_the_fragment_header(programs: dict[str, Program]) -> None:
     w = Wire(6)
     fragment = IPv6ExtHdrFragment(nh=17, id=9, m=1) / Raw(bytes(udp(data=b"x" * 16)))
-    before = bytes(Ether() / w.ip("world", "c") / fragment)
+    before = bytes(ETHER / w.ip("world", "c") / fragment)
     status, after = run(programs["add"], before)
     assert (status, after[20], after[54], len(after)) == (0, 60, 44, len(before) + 24)
     assert run(programs["take"], after) == (TAKEN, before)
@@ -149,7 +155,7 @@ def test_destination_options_of_others_stay(programs: dict[str, Program]) -> Non
     theirs = IPv6ExtHdrDestOpt(options=[PadN(optdata=bytes(4))])
     large = IPv6ExtHdrDestOpt(options=[PadN(optdata=bytes(20))])
     for header in (theirs, large):
-        before = bytes(Ether() / w.ip("world", "c") / header / udp())
+        before = bytes(ETHER / w.ip("world", "c") / header / udp())
         assert run(programs["take"], before) == (NONE, before)
         status, after = run(programs["add"], before)
         assert (status, after[54]) == (0, 60)
@@ -157,7 +163,7 @@ def test_destination_options_of_others_stay(programs: dict[str, Program]) -> Non
 
 
 def test_hop_by_hop_options_stay_first(programs: dict[str, Program]) -> None:
-    packet = bytes(Ether() / Wire(6).ip("world", "c") / IPv6ExtHdrHopByHop() / udp())
+    packet = bytes(ETHER / Wire(6).ip("world", "c") / IPv6ExtHdrHopByHop() / udp())
     assert run(programs["add"], packet) == (DROP["DROP_INVALID_IPV6_EXTENSION"], packet)
 
 
