@@ -1,38 +1,33 @@
 // SPDX-License-Identifier: (BSD-2-Clause OR GPL-2.0-only)
-/* lib/service.h by itself: selects by the packet, whose bytes are a frontend key and a random number. */
+/* lib/service.h by itself: a packet is a struct service_query, and comes back with the answer in it. */
 #include "lib/service.h"
 
-struct question {
-	struct frontend_key key;
-	__u32 random;
-};
+#define TOO_SHORT -1
 
-enum answer {
-	ANSWER_NO_FRONTEND = -1,
-	ANSWER_NO_BACKEND = -2,
-	ANSWER_SHORT = -3,
-};
-
-/* Returns the backend's id, and puts its row where the key was. */
+/* Returns enum service_result. */
 SEC("tc")
-int service_test(struct __sk_buff *skb)
+int select_test(struct __sk_buff *skb)
 {
-	struct question q;
-	__u32 id = 0;
+	struct service_query q;
+	int result;
 
 	if (bpf_skb_load_bytes(skb, 0, &q, sizeof(q)))
-		return ANSWER_SHORT;
+		return TOO_SHORT;
+	result = service_select(&q);
+	return bpf_skb_store_bytes(skb, 0, &q, sizeof(q), 0) ? TOO_SHORT : result;
+}
 
-	const struct frontend *frontend = service_lookup(&q.key);
+/* The same for who remembers the backend and its slot. */
+SEC("tc")
+int kept_test(struct __sk_buff *skb)
+{
+	struct service_query q;
+	int result;
 
-	if (!frontend)
-		return ANSWER_NO_FRONTEND;
-
-	const struct backend *backend = service_select(frontend, q.random, &id);
-
-	if (!backend)
-		return ANSWER_NO_BACKEND;
-	return bpf_skb_store_bytes(skb, 0, backend, sizeof(*backend), 0) ? ANSWER_SHORT : (int)id;
+	if (bpf_skb_load_bytes(skb, 0, &q, sizeof(q)))
+		return TOO_SHORT;
+	result = service_find(&q) == SERVICE_FOUND ? service_kept(&q) : SERVICE_NONE;
+	return bpf_skb_store_bytes(skb, 0, &q, sizeof(q), 0) ? TOO_SHORT : result;
 }
 
 char _license[] SEC("license") = "Dual BSD/GPL";

@@ -81,6 +81,18 @@ def chosen(dp: Datapath, w: Wire) -> None:
     dp.put("service_slots", rows.SlotKey(7, 0), 701)
 
 
+def dead(dp: Datapath, w: Wire) -> None:
+    """The connection's backend is gone; another one has come."""
+    chosen(dp, w)
+    assert dp.maps["backends"].delete((700).to_bytes(4, "little"))
+
+
+def replaced(dp: Datapath, w: Wire) -> None:
+    """Another service has the connection's frontend now."""
+    removed(dp, w)
+    dp.service(27, w.addr("front"), 80, TCP, [(w.addr("c"), 8080)])
+
+
 def removed(dp: Datapath, w: Wire) -> None:
     """The service is gone, its backend still there."""
     service("b")(dp, w)
@@ -107,15 +119,16 @@ def sctp(w: Wire, dst: str) -> Packet:
     return packet
 
 
-def answered(w: Wire, payload: Packet) -> Packet:
-    """Our own answer to pod a, in the name of `empty`."""
-    return w.delivered("a", "empty", payload, ttl=64) if w.family == 6 else plain(w, payload)
-
-
-def plain(w: Wire, payload: Packet) -> Packet:
-    packet = w.delivered("a", "empty", payload, ttl=64)
-    packet.payload.id = 0
+def answered(w: Wire, payload: Packet, by: str = "empty") -> Packet:
+    """Our own answer to pod a, in the name of `by`."""
+    packet = w.delivered("a", by, payload, ttl=64)
+    if w.family == 4:
+        packet.payload.id = 0
     return packet
+
+
+def acked() -> Packet:
+    return TcpHeader(sport=40000, dport=80, flags="A", seq=1000, ack=555)
 
 
 def refused(w: Wire, seq: int, ack: int, flags: str) -> Packet:
@@ -158,8 +171,19 @@ RECORDS = [
     Record("an attempt after its end chooses anew", CALL[1], REDIRECT, rows=chosen,
            before=[("from_pod", lambda w: w.sent("front", syn(flags="FA")))],
            gives=lambda w: w.sent("c", syn(dport=8080), ttl=63)),
-    Record("a connection outlives its service", lambda w: w.sent("front", syn(flags="A")), REDIRECT, rows=removed,
-           gives=lambda w: w.delivered("b", "a", syn(dport=8080, flags="A"))),
+    Record("a connection ends with its service", lambda w: w.sent("front", acked()), REDIRECT, rows=removed,
+           gives=lambda w: answered(w, TcpHeader(sport=80, dport=40000, flags="R", seq=555, window=0), "front"),
+           mark=0xF4, drop="DROP_SERVICE_NO_BACKEND"),
+    Record("another service's frontend in its place ends it too", lambda w: w.sent("front", acked()), REDIRECT,
+           rows=replaced, gives=lambda w: answered(w, TcpHeader(sport=80, dport=40000, flags="R", seq=555, window=0),
+           "front"), drop="DROP_SERVICE_NO_BACKEND"),
+    Record("a new attempt goes to the new service", CALL[1], REDIRECT, rows=replaced,
+           gives=lambda w: w.sent("c", syn(dport=8080), ttl=63)),
+    Record("a connection ends with its backend", lambda w: w.sent("front", acked()), REDIRECT, rows=dead,
+           gives=lambda w: answered(w, TcpHeader(sport=80, dport=40000, flags="R", seq=555, window=0), "front"),
+           drop="DROP_SERVICE_NO_BACKEND"),
+    Record("a new attempt gets another backend", CALL[1], REDIRECT, rows=dead,
+           gives=lambda w: w.sent("c", syn(dport=8080), ttl=63)),
     Record("a connection without its backend gets another", ASK[1], REDIRECT, rows=moved,
            gives=lambda w: w.sent("c", udp(dport=9000), ttl=63)),
     Record("policy is about the backend", CALL[1], REDIRECT,
@@ -169,8 +193,7 @@ RECORDS = [
     Record("another backend's identity counts", CALL[1], REDIRECT,
            rows=with_policy(rule(C_IDENTITY, EGRESS), backend="c")),
     Record("SCTP goes to the same port", lambda w: sctp(w, "front"), REDIRECT, rows=service("b", port=80)),
-    Record("SCTP to another port can't be translated", lambda w: sctp(w, "front"), SHOT, rows=service("b"),
-           drop="DROP_NAT_UNSUPPORTED_PROTOCOL"),
+    Record("or to another one", lambda w: sctp(w, "front"), REDIRECT, rows=service("b")),
     Record("the backend's error comes from the service", lambda w: w.routed("b", "a", w.unreachable(
            w.ip("a", "b") / udp(dport=8080))), TCX_NEXT, program="to_pod", rows=service("b"), before=[ASK],
            gives=lambda w: w.routed("front", "a", w.unreachable(w.ip("a", "front") / udp()))),
