@@ -10,11 +10,14 @@ from typing import TYPE_CHECKING, Any, Final
 
 from fimbria.agent.datapath import map_codecs
 from fimbria.apply.attach import DeviceHook
+from fimbria.compute import service_frontends as front
+from fimbria.compute.service import SERVICE, Description, ServiceCompute
 from fimbria.kernel.maps import Map, MapType
 from fimbria.model.address import Prefix, is_v4, pack, unpack
 from fimbria.model.identity import RESERVED_LABELS
 from fimbria.model.policy import Direction
-from fimbria.model.rows import NO_ADDR, PrefixKey, Remote
+from fimbria.model.rows import NO_ADDR, Backend, Frontend, FrontendKey, PrefixKey, Remote, SlotKey
+from fimbria.model.service import ServiceKey
 from fimbria.observe.names import drop_reason_name
 from fimbria.release import RELEASE
 
@@ -166,27 +169,56 @@ def ipcache_row(key: PrefixKey, row: Remote) -> Row:
 
 
 def services(agent: Agent) -> list[Row]:
-    """Frontends with their backends."""
-    found = []
+    """Frontends with their backends; a service that has none, but something to say about it, is a row without one."""
+    compute = agent.engine.services
     backends, slots = agent.rows.backends.desired, agent.rows.service_slots.desired
-    by_service: dict[int, list[int]] = {}
-    for slot, backend in slots.items():
-        by_service.setdefault(slot.service, []).append(backend)
-    for key, frontend in agent.rows.frontends.desired.items():
-        named = agent.engine.services.service_of(frontend.service)
-        members = [backends[b] for b in by_service.get(frontend.service, ()) if b in backends]
-        found.append(
-            {
-                "id": frontend.service,
-                "service": str(named[0]) if named else "",
-                "port": named[1].name if named else "",
-                "frontend": _addr_port(key.addr, key.port),
-                "protocol": _PROTOCOLS.get(key.proto, str(key.proto)),
-                "backends": sorted(_addr_port(b.addr, b.port) for b in members),
-                "warnings": list(agent.engine.services.warnings(named[0])) if named else [],
-            }
-        )
-    return sorted(found, key=lambda r: (r["service"], r["frontend"]))
+    found = []
+    for key, row in agent.rows.frontends.desired.items():
+        about = compute.describe(key)
+        if about is not None:
+            ids = (slots.get(SlotKey(row.service, slot)) for slot in range(row.count))
+            found.append(
+                _frontend(compute, key, row, about) | {"backends": _backends(b and backends.get(b) for b in ids)}
+            )
+    for name in compute.unserved():
+        found.append(dict.fromkeys(found[0] if found else (), "") | _unserved(compute, name))
+    return sorted(found, key=lambda r: (r["service"], r["frontend"], r["scope"]))
+
+
+def _frontend(compute: ServiceCompute, key: FrontendKey, row: Frontend, about: Description) -> Row:
+    owner, flags = about.owner, row.flags
+    name = f"{owner.namespace}/{owner.name}"
+    outside = not flags & front.CLUSTER_IP and not key.scope
+    return {
+        "id": row.service,
+        "service": name,
+        "owner": str(owner),
+        "port": about.port.name,
+        "frontend": _addr_port(key.addr, key.port),
+        "protocol": _PROTOCOLS.get(key.proto, str(key.proto)),
+        "type": about.kind,
+        # Whom this row is for: frontends with externalTrafficPolicy Local have two, others one for everybody.
+        "scope": "inside" if key.scope else "outside" if flags & front.TWO_SCOPES else "all",
+        "policy": "Local" if about.local else "Cluster",
+        "affinity_seconds": row.affinity_seconds if flags & front.AFFINITY else 0,
+        "forwarding": ("dsr" if flags & front.DIRECT_RETURN else "snat") if outside else "",
+        "algorithm": "maglev" if flags & front.HASH else "weighted" if flags & front.TABLE else "random",
+        "source_ranges": sorted(map(str, about.ranges)) if flags & front.SOURCE_RANGES else [],
+        "source_policy": ("deny" if flags & front.SOURCE_DENY else "allow") if flags & front.SOURCE_RANGES else "",
+        # What a client gets when there are no backends.
+        "without_backends": "drop" if flags & front.SILENT else "refuse",
+        "warnings": list(compute.warnings(ServiceKey(owner.namespace, owner.name)) if owner.rank == SERVICE
+                         else compute.conflicts(owner)),
+    }  # fmt: skip
+
+
+def _unserved(compute: ServiceCompute, key: ServiceKey) -> Row:
+    return {"id": 0, "service": str(key), "owner": f"service {key}", "port": "", "frontend": "", "scope": "",
+            "backends": [], "warnings": list(compute.warnings(key))}  # fmt: skip
+
+
+def _backends(rows: Iterable[Backend | int | None]) -> list[str]:
+    return sorted(_addr_port(b.addr, b.port) for b in rows if isinstance(b, Backend))
 
 
 def policies(agent: Agent) -> list[Row]:
@@ -343,7 +375,7 @@ def _texts(items: Iterable[tuple[str, str]]) -> Iterable[str]:
 
 
 def _addr_port(addr: bytes, port: int) -> str:
-    text = unpack(addr)
+    text = unpack(addr) or "::"
     return f"[{text}]:{port}" if ":" in text else f"{text}:{port}"
 
 

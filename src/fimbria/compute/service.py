@@ -34,7 +34,7 @@ from fimbria.compute.service_rows import (
     no_rows,
 )
 from fimbria.decide.numbers import Numbers
-from fimbria.model.address import is_v4, unpack
+from fimbria.model.address import Prefix, is_v4, unpack
 from fimbria.model.rows import Backend, Frontend, FrontendKey, MemberKey, SlotKey
 from fimbria.model.service import (
     DEFAULT_WEIGHT,
@@ -46,10 +46,13 @@ from fimbria.model.service import (
     TableContent,
 )
 
-__all__ = ("BACKENDS", "FRONTENDS", "MEMBERS", "RANGES", "SLOTS", "TABLES", "BackendKey", "Delta", "Extra", "Owner",
-           "ServiceCompute")  # fmt: skip
+__all__ = (
+    "BACKENDS", "FRONTENDS", "MEMBERS", "RANGES", "SLOTS", "TABLES",
+    "BackendKey", "Delta", "Description", "Extra", "Owner", "ServiceCompute",
+)  # fmt: skip
 
 _PROTOCOLS: Final = {6: "TCP", 17: "UDP", 132: "SCTP"}
+_KINDS: Final = {front.CLUSTER_IP: "ClusterIP", front.NODE_PORT: "NodePort", front.HOST_PORT: "HostPort"}
 _SERVES: Final[Standing] = GOING_ON | READY | SERVING
 REDIRECT: Final = 0
 SERVICE: Final = 1
@@ -82,6 +85,16 @@ class Extra:
     backends: tuple[BackendKey, ...]
     flags: int
     port_name: str = ""
+
+
+class Description(NamedTuple):
+    """A frontend for people: `kind` is ClusterIP, NodePort, LoadBalancer, ExternalIP, HostPort or LocalRedirect."""
+
+    owner: Owner
+    port: ServicePort
+    kind: str
+    local: bool
+    ranges: frozenset[Prefix]
 
 
 @dataclass(slots=True)
@@ -266,6 +279,29 @@ class ServiceCompute:
             return None
         owner, group = found
         return ServiceKey(owner.namespace, owner.name), self._members_of(owner, group).port
+
+    def describe(self, frontend: FrontendKey) -> Description | None:
+        """What a frontend is, for people; None for one that isn't there, and for rows of whole addresses."""
+        row = self._frontends.get(frontend)
+        if row is None or row.flags & front.ADDRESS:
+            return None
+        owner, group = self._groups[row.service]
+        want, state = group.frontends[frontend], self._states[owner]
+        kind = "ExternalIP"
+        if owner.rank == REDIRECT:
+            kind = "LocalRedirect"
+        elif frontend.addr in state.service.load_balancer_ips:
+            kind = "LoadBalancer"
+        for flag, name in _KINDS.items():
+            kind = name if want.flags & flag and owner.rank != REDIRECT else kind
+        return Description(owner, self._members_of(owner, group).port, kind, want.local, group.ranges)
+
+    def unserved(self) -> list[ServiceKey]:
+        """Services without any frontend that have something to say about it."""
+        found = (
+            ServiceKey(o.namespace, o.name) for o, s in self._states.items() if o.rank == SERVICE and not s.members
+        )
+        return [key for key in found if self.warnings(key)]
 
     def owner_of(self, number: int) -> Owner | None:
         """Who has the frontends of a service id."""
@@ -558,9 +594,7 @@ class ServiceCompute:
         if state.extras:
             yield dict.fromkeys(state.extras[port.port].backends, _SERVES), DEFAULT_WEIGHT
 
-    def _contributions(
-        self, state: _State, key: PortKey, slice_: EndpointSlice | None
-    ) -> dict[BackendKey, Standing]:
+    def _contributions(self, state: _State, key: PortKey, slice_: EndpointSlice | None) -> dict[BackendKey, Standing]:
         """The backends that a slice lists for a port. One that it lists twice stands as its best listing."""
         found: dict[BackendKey, Standing] = {}
         if slice_ is None or slice_.v4 != key.v4:

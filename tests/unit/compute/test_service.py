@@ -2,7 +2,9 @@
 
 from typing import Any
 
+from fimbria.compute import service_frontends as front
 from fimbria.compute.service import BACKENDS, FRONTENDS, SLOTS, Delta, ServiceCompute
+from fimbria.compute.service_rows import no_rows
 from fimbria.decide.numbers import Numbers
 from fimbria.model.address import pack
 from fimbria.model.rows import Backend, Frontend, FrontendKey, SlotKey
@@ -12,6 +14,7 @@ KEY = ServiceKey("default", "web")
 IP = pack("10.96.0.1")
 WEB = Service(KEY, (IP,), (ServicePort("http", 80, 6),))
 FRONTEND = FrontendKey(IP, 80, 6)
+ADDRESS = {FrontendKey(IP, 0, 0): Frontend(0, 0, front.ADDRESS | front.CLUSTER_IP)}
 READY, NOT_READY = Endpoint(b""), Endpoint(b"", ready=False, serving=False)
 DRAINING = Endpoint(b"", ready=False, serving=True, terminating=True)
 
@@ -37,10 +40,10 @@ def slots(rows: dict[str, dict[Any, Any]], frontend: FrontendKey = FRONTEND) -> 
 def test_rows_of_one_service() -> None:
     c = compute()
     delta = c.update(KEY, WEB, (part(pod(1), pod(2)),))
-    assert delta.upserts == c.all_rows() == {
+    assert delta.upserts == c.all_rows() == no_rows() | {
         BACKENDS: {1: Backend(pod(1).addr, 8080, 6), 2: Backend(pod(2).addr, 8080, 6)},
         SLOTS: {SlotKey(1, 0): 1, SlotKey(1, 1): 2},
-        FRONTENDS: {FRONTEND: Frontend(1, 2, 1)},
+        FRONTENDS: {FRONTEND: Frontend(1, 2, 1)} | ADDRESS,
     }  # fmt: skip
     assert c.service_of(1) == (KEY, ServicePort("http", 80, 6))
     assert c.service_of(2) is None
@@ -49,7 +52,7 @@ def test_rows_of_one_service() -> None:
 def test_no_endpoints_refuses() -> None:
     c = compute()
     c.update(KEY, WEB)
-    assert c.all_rows() == {BACKENDS: {}, SLOTS: {}, FRONTENDS: {FRONTEND: Frontend(1, 0, 1)}}
+    assert c.all_rows() == no_rows() | {FRONTENDS: {FRONTEND: Frontend(1, 0, 1)} | ADDRESS}
 
 
 def test_headless_has_no_rows() -> None:
@@ -84,7 +87,7 @@ def test_endpoints_that_do_not_serve_keep_their_backend_row_while_listed() -> No
     assert set(c.all_rows()[BACKENDS]) == {1, 2}
     assert not delta.deletes[BACKENDS]
     delta = c.update(KEY, WEB, (part(pod(1)),))
-    assert delta.deletes == {BACKENDS: {2}, SLOTS: set(), FRONTENDS: set()}
+    assert {name: keys for name, keys in delta.deletes.items() if keys} == {BACKENDS: {2}}
 
 
 def test_publish_not_ready_addresses() -> None:
@@ -138,14 +141,14 @@ def test_removing_one_of_many_moves_the_last_into_its_slot() -> None:
     c.update(KEY, WEB, parts)
     flapping = part(*parts[3].endpoints[1:], name="s3")
     delta = c.update(KEY, WEB, [*parts[:3], flapping, *parts[4:]])
-    assert delta.upserts == {
+    assert delta.upserts == no_rows() | {
         BACKENDS: {},
         SLOTS: {SlotKey(1, 300): 10_000},
         FRONTENDS: {FRONTEND: Frontend(1, 9999, 1)},
     }
-    assert delta.deletes == {BACKENDS: {301}, SLOTS: {SlotKey(1, 9999)}, FRONTENDS: set()}
+    assert {name: keys for name, keys in delta.deletes.items() if keys} == {BACKENDS: {301}, SLOTS: {SlotKey(1, 9999)}}
     delta = c.update(KEY, WEB, parts)
-    assert delta.upserts == {
+    assert delta.upserts == no_rows() | {
         BACKENDS: {10_001: Backend(pod(300).addr, 8080, 6)},
         SLOTS: {SlotKey(1, 9999): 10_001},
         FRONTENDS: {FRONTEND: Frontend(1, 10_000, 1)},
@@ -235,10 +238,10 @@ def test_damaged_rows_are_not_restored() -> None:
     )
     again.update(KEY, WEB, (part(pod(1), pod(2)),))
     again.settle()
-    assert again.all_rows() == {
+    assert again.all_rows() == no_rows() | {
         BACKENDS: {5: Backend(pod(1).addr, 8080, 6), 7: Backend(pod(2).addr, 8080, 6)},
         SLOTS: {SlotKey(1, 0): 5, SlotKey(1, 1): 7},
-        FRONTENDS: {FRONTEND: Frontend(1, 2, 1)},
+        FRONTENDS: {FRONTEND: Frontend(1, 2, 1)} | ADDRESS,
     }
 
 

@@ -46,21 +46,8 @@ def test_dual_stack_and_protocols() -> None:
 def test_what_has_no_cluster_ip() -> None:
     assert service(clusterIP="None", clusterIPs=["None"]).cluster_ips == ()
     assert service(clusterIP="", ports=None) == Service(WEB)
-    assert service(type="ExternalName", externalName="example.org") == Service(WEB)
+    assert service(type="ExternalName", externalName="example.org") == Service(WEB, kind="ExternalName")
     assert service({"service.kubernetes.io/service-proxy-name": "other"}) == Service(WEB)
-
-
-def test_what_is_not_supported_yet_still_gets_its_cluster_ip() -> None:
-    row = service(
-        type="LoadBalancer", externalIPs=["192.0.2.1"], sessionAffinity="ClientIP", trafficDistribution="PreferClose"
-    )
-    assert row.cluster_ips == (pack("10.96.0.1"),)
-    assert [w.split(":")[0] for w in row.warnings] == [
-        "type LoadBalancer",
-        "externalIPs",
-        "sessionAffinity ClientIP",
-        "trafficDistribution PreferClose",
-    ]
 
 
 def test_bad_parts_are_named_and_the_rest_counts() -> None:
