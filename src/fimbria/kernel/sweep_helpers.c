@@ -178,57 +178,57 @@ static void tally(const struct fim_nat *n, struct fim_tally *t, const char *key,
 	}
 }
 
-// The row of the other direction, if it is this one's. What leaves is looked up by its own source; the answer comes
-// from there to the address and port it left with.
-static bool nat_has_partner(const struct fim_nat *n, const char *key, const char *value, bool in, uint32_t key_size)
+// One row, and what its bits say.
+struct nat_row {
+	const char *key, *value;
+	bool in, service;
+};
+
+// The row of the other direction, if it is this one's. The way out is keyed by what the packet carries: the frontend,
+// towards a service. From there the backend can't be told, so that `out` rows of services are not asked about.
+static bool nat_has_partner(const struct fim_nat *n, const struct nat_row *r)
 {
 	char other[FIM_ROW] = {}, found[FIM_ROW];
-	const char *addr = value + n->addr, *port = value + n->port;
+	const char *addr = r->value + n->addr, *port = r->value + n->port;
 
-	memcpy(other + n->proto, key + n->proto, 1);
-	other[n->direction] = in ? !n->direction_in : n->direction_in;
-	memcpy(other + n->saddr, in ? addr : key + n->daddr, FIM_ADDR);
-	memcpy(other + n->sport, in ? port : key + n->dport, 2);
-	memcpy(other + n->daddr, in ? key + n->saddr : addr, FIM_ADDR);
-	memcpy(other + n->dport, in ? key + n->sport : port, 2);
-	if (key_size > sizeof(other) || bpf_map_lookup_elem(n->nat_fd, other, found))
+	other[n->proto] = r->key[n->proto];
+	other[n->direction] = (char)(r->in ? !n->direction_in : n->direction_in);
+	memcpy(other + n->saddr, r->in ? addr : r->key + n->daddr, FIM_ADDR);
+	memcpy(other + n->sport, r->in ? port : r->key + n->dport, 2);
+	memcpy(other + n->daddr, r->service ? r->value + n->frontend : r->in ? r->key + n->saddr : addr, FIM_ADDR);
+	memcpy(other + n->dport, r->service ? r->value + n->frontend_port : r->in ? r->key + n->sport : port, 2);
+	if (bpf_map_lookup_elem(n->nat_fd, other, found))
 		return false;
-	return !memcmp(found + n->addr, in ? key + n->daddr : key + n->saddr, FIM_ADDR) &&
-	       !memcmp(found + n->port, in ? key + n->dport : key + n->sport, 2);
+	return !memcmp(found + n->addr, r->in ? r->key + n->daddr : r->key + n->saddr, FIM_ADDR) &&
+	       !memcmp(found + n->port, r->in ? r->key + n->dport : r->key + n->sport, 2);
 }
 
-// When the connection that an ingress row serves expires; 0: none is known.
-static uint64_t nat_owner_expires(const struct fim_nat *n, const char *key, const char *value)
+// When the connection that a row serves expires; 0: none is known.
+static uint64_t nat_owner_expires(const struct fim_nat *n, const struct nat_row *r)
 {
 	char owner[FIM_ROW] = {}, found[FIM_ROW];
-	uint16_t flags;
 
-	memcpy(&flags, value + n->flags, sizeof(flags));
-	bool service = flags & n->of_service;
-
-	memcpy(owner + n->local, value + n->addr, FIM_ADDR);
-	memcpy(owner + n->local_port, value + n->port, 2);
-	memcpy(owner + n->remote, service ? value + n->frontend : key + n->saddr, FIM_ADDR);
-	memcpy(owner + n->remote_port, service ? value + n->frontend_port : key + n->sport, 2);
-	owner[n->ct_proto] = key[n->proto];
-	owner[n->scope] = service ? (char)n->scope_service : 0;
+	memcpy(owner + n->local, r->in ? r->value + n->addr : r->key + n->saddr, FIM_ADDR);
+	memcpy(owner + n->local_port, r->in ? r->value + n->port : r->key + n->sport, 2);
+	memcpy(owner + n->remote, r->service ? r->value + n->frontend : r->key + n->saddr, FIM_ADDR);
+	memcpy(owner + n->remote_port, r->service ? r->value + n->frontend_port : r->key + n->sport, 2);
+	owner[n->ct_proto] = r->key[n->proto];
+	owner[n->scope] = (char)(r->service ? n->scope_service : 0);
 	return bpf_map_lookup_elem(n->ct_fd, owner, found) ? 0 : stamp_at(found, n->expires);
 }
 
-static bool nat_over(const struct fim_nat *n, struct fim_tally *t, const char *key, const char *value, uint64_t used,
-		     uint32_t key_size)
+static bool nat_over(const struct fim_nat *n, struct fim_tally *t, const struct nat_row *r, uint64_t used)
 {
-	bool in = (uint32_t)key[n->direction] == n->direction_in;
+	uint64_t expires;
 
-	if (!nat_has_partner(n, key, value, in, key_size)) {
+	if ((r->in || !r->service) && !nat_has_partner(n, r)) {
 		t->orphans++;
 		return true;
 	}
 	// The way out goes when the way back is gone.
-	if (!in)
+	if (!r->in && !r->service)
 		return false;
-	uint64_t expires = nat_owner_expires(n, key, value);
-
+	expires = nat_owner_expires(n, r);
 	return expires ? expires < n->now : used < n->lonely;
 }
 
@@ -240,13 +240,18 @@ int fim_nat_keep_over(const struct fim_nat *n, struct fim_rows *rows, struct fim
 	if (rows->key_size > FIM_ROW || rows->value_size > FIM_ROW || n->ct_key_size > FIM_ROW || n->ct_value_size > FIM_ROW)
 		return -EINVAL;
 	for (uint32_t i = 0; i < rows->count; i++) {
-		const char *key = rows->keys + (size_t)i * rows->key_size;
-		const char *value = rows->values + (size_t)i * rows->value_size;
-		uint64_t used = stamp_at(value, rows->stamp);
+		struct nat_row r = {
+			.key = rows->keys + (size_t)i * rows->key_size, .value = rows->values + (size_t)i * rows->value_size,
+		};
+		uint64_t used = stamp_at(r.value, rows->stamp);
+		uint16_t flags;
 
-		if ((uint32_t)key[n->direction] == n->direction_in)
-			tally(n, t, key, rows->key_size);
-		if (used < n->recent && nat_over(n, t, key, value, used, rows->key_size))
+		memcpy(&flags, r.value + n->flags, sizeof(flags));
+		r.service = flags & n->of_service;
+		r.in = (uint32_t)r.key[n->direction] == n->direction_in;
+		if (r.in)
+			tally(n, t, r.key, rows->key_size);
+		if (used < n->recent && nat_over(n, t, &r, used))
 			keep(rows, kept++, i, n->recent);
 	}
 	rows->count = kept;

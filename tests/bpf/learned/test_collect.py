@@ -87,6 +87,14 @@ def binding(used: int, port: int = 1000, *, node_port: int = 0, proto: int = UDP
     ]
 
 
+def service_binding(used: int, port: int, *, backend: bytes = BACKEND) -> list[tuple[NatKey, NatEntry]]:
+    """Both rows of a client's connection from CLIENT:port to FRONTEND:80, sent on to a backend elsewhere."""
+    return [
+        (NatKey(backend, NODE, 8080, port, TCP, IN), NatEntry(CLIENT, port, OF_SERVICE, 5, used, FRONTEND, 80)),
+        (NatKey(CLIENT, FRONTEND, port, 80, TCP, OUT), NatEntry(NODE, port, OF_SERVICE, 5, used, FRONTEND, 80)),
+    ]  # fmt: skip
+
+
 def walk(collector: ConntrackCollector | NatCollector | AffinityCollector) -> int:
     before = collector.figures.removed
     while not collector.step():
@@ -250,6 +258,19 @@ def test_a_port_that_changed_hands_leaves_an_orphan(nat: Map, conntrack: Map) ->
     put(conntrack, connection(NOW + SECOND, 1), connection(NOW + SECOND, 2))
     walk(NatCollector(nat, conntrack, BTF, 1000, clock=Clock()))
     assert keys(nat, "nat_key") == {k for k, _ in new}
+
+
+def test_a_clients_binding_goes_with_its_connection_to_the_service(nat: Map, conntrack: Map) -> None:
+    idle = NOW - NAT_RECENT - SECOND
+    over, going_on, orphan = service_binding(idle, 1), service_binding(idle, 2), service_binding(idle, 3)[0]
+    lonely, silent = service_binding(NOW - NAT_LONELY - SECOND, 4), service_binding(idle, 5)
+    put(nat, *over, *going_on, orphan, *lonely, *silent)
+    for port, expires in {1: NOW - SECOND, 2: NOW + SECOND, 3: NOW + SECOND}.items():
+        put(conntrack, connection(expires, port, local=CLIENT, remote=FRONTEND, remote_port=80, proto=TCP, scope=1))
+    collector = NatCollector(nat, conntrack, BTF, 1000, clock=Clock())
+    walk(collector)
+    walk(collector)
+    assert keys(nat, "nat_key") == {k for k, _ in going_on + silent}
 
 
 def test_ports_towards_the_fullest_destination_are_counted_and_told(
