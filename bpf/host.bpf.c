@@ -3,6 +3,8 @@
 #include "lib/forward.h"
 #include "lib/identity.h"
 #include "lib/nat.h"
+#include "lib/nodeport.h"
+#include "lib/nodeport_reply.h"
 #include "lib/parse.h"
 
 char LICENSE[] SEC("license") = "Dual BSD/GPL";
@@ -10,6 +12,13 @@ char LICENSE[] SEC("license") = "Dual BSD/GPL";
 static __always_inline bool for_node(const struct packet *p)
 {
 	return config_addr_is(is_v6(p) ? &cfg_node_addr6 : &cfg_node_addr4, &p->t.daddr);
+}
+
+static __always_inline bool is_own(const addr_t *addr)
+{
+	const struct remote *remote = ipcache_lookup(addr);
+
+	return remote && remote->identity == IDENTITY_HOST;
 }
 
 /* Nobody outside has our own address or a local pod's, and remote pods come through the tunnel where there is one. */
@@ -20,28 +29,86 @@ static __always_inline bool is_spoofed(const struct packet *p)
 	return cfg_overlay_ifindex && p->peer_flags & REMOTE_POD && p->peer_flags & REMOTE_TUNNEL;
 }
 
+/* A packet for a service from outside goes to a backend. One that now is for a pod of this node goes on as such. */
+#define SERVICE_GOES_ON -2
+
+static __always_inline int from_client(struct __sk_buff *skb, struct packet *p, struct next_hop *hop,
+				       __u32 owner)
+{
+	ifindex_t ifindex;
+	__u32 chosen = 0;
+	int reason;
+
+	if (!(p->flags & PACKET_PORTS))
+		return SERVICE_GOES_ON;
+	reason = nodeport_choose(p, owner, &chosen);
+	if (!p->service)
+		return SERVICE_GOES_ON;
+	if (chosen)
+		reason = nodeport_remember(p, chosen);
+	identify_peer(p, &p->t.saddr);
+	if (is_spoofed(p))
+		reason = DROP_INVALID_SOURCE_IP;
+	if (!reason && local_endpoint(&p->backend.addr, &ifindex)) {
+		reason = ttl_expires(p) ? DROP_TTL_EXCEEDED : nodeport_address(skb, p);
+		if (!reason)
+			return SERVICE_GOES_ON;
+	} else if (!reason && is_own(&p->backend.addr)) {
+		reason = nodeport_address(skb, p);
+		if (!reason)
+			reason = nodeport_track_node(p);
+		if (!reason) {
+			trace(skb, p, TRACE_TO_HOST);
+			return VERDICT_NEXT;
+		}
+	} else if (!reason) {
+		reason = nodeport_forward(skb, p, hop);
+		if (!reason)
+			return nodeport_leave(skb, p, hop);
+	}
+	return nodeport_drop(skb, p, reason, hop->mtu);
+}
+
+/* An answer to this node's address that is for somebody behind it. */
+static __always_inline int from_server(struct __sk_buff *skb, struct packet *p, struct next_hop *hop)
+{
+	int reason = unmasquerade(skb, p, hop);
+
+	if (reason)
+		return nodeport_drop(skb, p, reason, hop->mtu);
+	return p->flags & PACKET_UNTRANSLATE ? reply_leave(skb, p, hop) : SERVICE_GOES_ON;
+}
+
 SEC("tc")
 int from_network(struct __sk_buff *skb)
 {
 	struct packet p = {.direction = DIRECTION_INGRESS};
+	struct next_hop hop = {};
 	ifindex_t ifindex = 0;
-	int reason;
+	int verdict;
 
 	if (skb->protocol != bpf_htons(ETH_P_IP) && skb->protocol != bpf_htons(ETH_P_IPV6))
 		return VERDICT_NEXT;
 	/* What we can't read may still be the stack's. */
 	int unread = parse(skb, &p);
+	bool own = for_node(&p);
 
-	if (masquerade_on(&p) && for_node(&p)) {
-		if (unread || !unmasquerade_wanted(&p))
-			return VERDICT_NEXT;
-		reason = unmasquerade(skb, &p);
-		if (reason)
-			return drop(skb, &p, reason);
+	if (own && (unread || is_tunnel(&p)))
+		return VERDICT_NEXT;
+	if (own && unmasquerade_wanted(&p)) {
+		verdict = from_server(skb, &p, &hop);
+		if (verdict != SERVICE_GOES_ON)
+			return verdict;
 	}
 	note_epoch(&p);
 	struct endpoint *ep = local_endpoint(&p.t.daddr, &ifindex);
 
+	if (!ep && !unread) {
+		verdict = from_client(skb, &p, &hop, own ? OWNER_THIS_NODE : OWNER_ASK);
+		if (verdict != SERVICE_GOES_ON)
+			return verdict;
+		ep = local_endpoint(&p.t.daddr, &ifindex);
+	}
 	if (!ep)
 		return VERDICT_NEXT;
 	identify_peer(&p, &p.t.saddr);
@@ -52,26 +119,41 @@ int from_network(struct __sk_buff *skb)
 	return deliver(skb, &p, ep, ifindex, p.peer);
 }
 
+static __always_inline int from_stack(struct __sk_buff *skb, struct packet *p, __u32 mark, int unread)
+{
+	ifindex_t ifindex;
+	struct endpoint *ep = local_endpoint(&p->t.saddr, &ifindex);
+
+	if (ep) {
+		p->endpoint = ep->id;
+		p->identity = ep->identity;
+		if (!unread && (mark & MARK_MASK) == MARK_REPLY)
+			return reply_from_stack(skb, p, ep->id);
+		if (!masquerade_on(p))
+			return 0;
+		return unread ? unread : masquerade(skb, p);
+	}
+	if (unread || is_tunnel(p))
+		return 0;
+	if (p->flags & PACKET_ERROR) {
+		ep = local_endpoint(&p->inner.daddr, &ifindex);
+		int reason = reply_from_stack(skb, p, ep ? ep->id : 0);
+
+		return reason || p->service ? reason : masquerade_error(skb, p);
+	}
+	return p->flags & PACKET_PORTS ? reply_from_stack(skb, p, 0) : 0;
+}
+
 SEC("tc")
 int to_network(struct __sk_buff *skb)
 {
 	struct packet p = {.direction = DIRECTION_EGRESS};
-	ifindex_t ifindex = 0;
-	int reason;
+	__u32 mark = skb->mark;
 
-	if (skb->protocol != bpf_htons(ETH_P_IP) && skb->protocol != bpf_htons(ETH_P_IPV6))
+	if (mark == MARK_ANSWER || (skb->protocol != bpf_htons(ETH_P_IP) && skb->protocol != bpf_htons(ETH_P_IPV6)))
 		return VERDICT_NEXT;
 	int unread = parse(skb, &p);
-	struct endpoint *ep = local_endpoint(&p.t.saddr, &ifindex);
+	int reason = from_stack(skb, &p, mark, unread);
 
-	if (!masquerade_on(&p))
-		return VERDICT_NEXT;
-	if (ep) {
-		p.endpoint = ep->id;
-		p.identity = ep->identity;
-		reason = unread ? unread : masquerade(skb, &p);
-	} else {
-		reason = p.flags & PACKET_ERROR ? masquerade_error(skb, &p) : 0;
-	}
 	return reason ? drop(skb, &p, reason) : VERDICT_NEXT;
 }

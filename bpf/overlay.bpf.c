@@ -2,7 +2,9 @@
 /* Both directions of the VXLAN device. */
 #include "lib/encap.h"
 #include "lib/forward.h"
+#include "lib/hairpin.h"
 #include "lib/identity.h"
+#include "lib/nodeport_reply.h"
 #include "lib/parse.h"
 
 char LICENSE[] SEC("license") = "Dual BSD/GPL";
@@ -31,6 +33,7 @@ SEC("tc")
 int from_overlay(struct __sk_buff *skb)
 {
 	struct packet p = {.direction = DIRECTION_INGRESS};
+	struct next_hop hop = {};
 	ifindex_t ifindex = 0;
 	identity_t source = 0;
 	int reason;
@@ -52,6 +55,13 @@ int from_overlay(struct __sk_buff *skb)
 
 	if (ep)
 		return deliver(skb, &p, ep, ifindex, source);
+	if (is_router(&p.t.daddr, is_v6(&p)) && unmasquerade_wanted(&p)) {
+		reason = unmasquerade(skb, &p, &hop);
+		if (reason)
+			return drop(skb, &p, reason);
+		if (p.flags & PACKET_UNTRANSLATE)
+			return reply_leave(skb, &p, &hop);
+	}
 	return to_stack(skb, &p, source, TRACE_TO_STACK);
 }
 

@@ -4,6 +4,7 @@
 #include "lib/forward.h"
 #include "lib/hairpin.h"
 #include "lib/identity.h"
+#include "lib/nodeport_reply.h"
 #include "lib/parse.h"
 #include "lib/refuse.h"
 #include "lib/route.h"
@@ -56,6 +57,8 @@ static __always_inline int from_pod_ip(struct __sk_buff *skb, struct packet *p, 
 	reason = judge(skb, p, ep);
 	if (reason)
 		return drop(skb, p, reason);
+	if (p->flags & PACKET_UNTRANSLATE)
+		return reply_from_pod(skb, p);
 	return route(skb, p, &to);
 }
 

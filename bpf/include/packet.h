@@ -30,13 +30,23 @@ enum packet_flag {
 	PACKET_HEADLESS = 1 << 4,  /* a fragment without the transport header; ports come from the first one */
 	PACKET_V6 = 1 << 5,
 	PACKET_UNTRANSLATE = 1 << 6, /* comes from the backend of `service`: the source becomes `frontend` */
+	PACKET_OUTSIDE = 1 << 7,   /* a client outside addressed `frontend`: the backend's side puts it back */
+	PACKET_BOUND = 1 << 8,     /* the client's port is another one towards the backend: a binding of `nat` */
+	PACKET_DIRECT = 1 << 9,    /* the backend's node is to answer the client itself */
+	PACKET_SILENT = 1 << 10,   /* nobody there, and the client isn't told */
 	/* Belongs, or could belong, to a connection that conntrack knows. */
 	PACKET_TRACKED = PACKET_PORTS | PACKET_ECHO | PACKET_ERROR,
 };
 
 struct packet {
 	struct tuple t;
-	struct tuple inner;
+	union {
+		struct tuple inner;
+		struct {       /* of a packet that isn't an error, while it is translated */
+			struct end backend;
+			struct end source;     /* who calls the backend */
+		};
+	};
 	struct end frontend;   /* with service != 0: what the client addressed */
 	__u32 service;
 	__u32 len;             /* from the network header on */
@@ -50,8 +60,8 @@ struct packet {
 	__u16 l4;              /* offsets from the start of the frame */
 	__u16 inner_l3;
 	__u16 inner_l4;
+	__u16 flags;           /* enum packet_flag */
 	__u8 direction;        /* enum direction, relative to the endpoint */
-	__u8 flags;            /* enum packet_flag */
 	__u8 tcp_flags;
 	__u8 icmp_type;
 	__u8 icmp_code;
@@ -74,7 +84,8 @@ enum mark_kind {
 	MARK_MASK = 0xff,
 	MARK_IDENTITY = 0xf1,    /* mark >> 8 is the source identity */
 	MARK_TUNNEL_KEY = 0xf2,  /* on its way to the overlay device, tunnel key set */
-	MARK_ANSWER = 0xf4,      /* our own answer to a pod (ARP, ND, refusals): not judged again */
+	MARK_ANSWER = 0xf4,      /* ours and finished (ARP, ND, refusals, what a service translated): not looked at again */
+	MARK_REPLY = 0xf5,       /* a pod's to a service's client outside, by the stack; mark >> 8 is the source identity */
 };
 
 static __always_inline __u32 mark_identity(identity_t identity)

@@ -162,8 +162,9 @@ static __always_inline int ct_known(struct packet *p, struct endpoint *ep, const
 		e->rule = q.rule;
 		ct_set_judged(e, p->epoch, q.peer);
 	}
-	if (p->direction == DIRECTION_INGRESS && e->service) {
-		p->flags |= PACKET_UNTRANSLATE;
+	/* To who opened it, or an error about what he sent. */
+	if (e->service && (p->direction == DIRECTION_EGRESS) != !!(e->flags & CT_OPENED_EGRESS)) {
+		p->flags |= PACKET_UNTRANSLATE | (e->flags & CT_BOUND ? PACKET_BOUND : 0);
 		p->service = e->service;
 		p->frontend.addr = e->frontend;
 		p->frontend.port = e->frontend_port;
@@ -222,7 +223,9 @@ static __always_inline int ct_new(struct __sk_buff *skb, struct packet *p, struc
 		.tcp_flags = p->tcp_flags & (TCP_SYN | TCP_FIN),
 	};
 
-	if (egress && p->service) {
+	if (p->flags & PACKET_BOUND)
+		e.flags |= CT_BOUND;
+	if (p->service && (egress || p->flags & PACKET_OUTSIDE)) {
 		e.service = p->service;
 		e.frontend = p->frontend.addr;
 		e.frontend_port = p->frontend.port;

@@ -46,10 +46,13 @@ static __always_inline int get_tunnel_key(struct __sk_buff *skb, addr_t *node, i
 	return 0;
 }
 
-/* A peer may not claim to be this node (which may do all), nor the world. */
+/* A peer may not claim to be this node, which may do all. It may speak for the world, as it does for clients of services
+ * that it sends here: whoever could forge that could as well claim a pod's identity, and the world has no rights but those
+ * that policies give to everybody outside. */
 static __always_inline bool identity_claimable(identity_t identity)
 {
 	switch (identity) {
+	case IDENTITY_WORLD:
 	case IDENTITY_UNMANAGED:
 	case IDENTITY_HEALTH:
 	case IDENTITY_INIT:

@@ -104,13 +104,19 @@ __noinline int address_frame(struct __sk_buff *skb, struct packet *p, struct end
 static __always_inline int deliver(struct __sk_buff *skb, struct packet *p, struct endpoint *ep, ifindex_t ifindex,
 				   identity_t source)
 {
+	/* Only here it is known which frontend a client outside addressed. */
+	bool here = cfg_redirect_peer || p->flags & PACKET_OUTSIDE;
 	int reason;
 
-	if (!cfg_redirect_peer || ttl_expires(p))
+	if (!here || ttl_expires(p))
 		return to_stack(skb, p, source, TRACE_TO_STACK);
 	p->peer = source;
 	p->flags &= ~PACKET_UNTRANSLATE;
 	reason = receive(skb, p, ep);
+	if (!reason && !cfg_redirect_peer) {
+		skb->mark = MARK_ANSWER;
+		return VERDICT_NEXT;
+	}
 	if (!reason)
 		reason = address_frame(skb, p, ep);
 	if (reason)

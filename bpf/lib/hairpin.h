@@ -16,11 +16,14 @@ static __always_inline void router_addr(addr_t *to, bool v6)
 		config_addr(to, &cfg_router_addr4);
 }
 
+static __always_inline bool is_router(const addr_t *addr, bool v6)
+{
+	return config_addr_is(v6 ? &cfg_router_addr6 : &cfg_router_addr4, addr);
+}
+
 static __always_inline bool is_for_router(const struct packet *p)
 {
-	const volatile addr_t *router = is_v6(p) ? &cfg_router_addr6 : &cfg_router_addr4;
-
-	return p->flags & PACKET_PORTS && config_addr_is(router, &p->t.daddr);
+	return p->flags & PACKET_PORTS && is_router(&p->t.daddr, is_v6(p));
 }
 
 /* Remembers whom the pod called, for its own answers. The packet is already addressed to the backend. */

@@ -7,6 +7,7 @@
 #include "lib/encap.h"
 #include "lib/identity.h"
 #include "lib/rewrite.h"
+#include "lib/route.h"
 #include "maps/nat.h"
 
 const volatile bool cfg_masquerade4 = true;
@@ -57,14 +58,15 @@ static __always_inline void nat_key_of(struct nat_key *key, const struct tuple *
 	key->pad = 0;
 }
 
-/* The key under which answers to `out` find their way back from `node`. */
-static __always_inline void nat_back_key(struct nat_key *back, const struct nat_key *out, const struct end *node)
+/* The key under which answers from `remote` find their way back. */
+static __always_inline void nat_back_key(struct nat_key *back, __u8 proto, const struct end *remote,
+					 const struct end *node)
 {
-	back->saddr = out->daddr;
+	back->saddr = remote->addr;
 	back->daddr = node->addr;
-	back->sport = out->dport;
+	back->sport = remote->port;
 	back->dport = node->port;
-	back->proto = out->proto;
+	back->proto = proto;
 	back->direction = DIRECTION_INGRESS;
 	back->pad = 0;
 }
@@ -75,64 +77,73 @@ static __always_inline void nat_touch(struct nat_entry *e, __u64 now)
 		e->used = now;
 }
 
-/* Is the way back still this source's? An LRU map may have forgotten it, and somebody else have taken the port. */
-static __always_inline bool nat_back_is_ours(const struct nat_key *out, const struct nat_entry *e, __u64 now)
+/* Is the way back still this connection's? An LRU map may have forgotten it, and somebody else have taken the port. */
+static __always_inline bool nat_back_is_ours(const struct nat_key *back, const struct nat_key *out, bool service,
+					     __u64 now)
 {
-	struct nat_key back;
-	struct end node = {.addr = e->addr, .port = e->port};
+	struct nat_entry *found = bpf_map_lookup_elem(&nat, back);
 
-	nat_back_key(&back, out, &node);
-	struct nat_entry *found = bpf_map_lookup_elem(&nat, &back);
-
-	if (!found || found->port != out->sport || !addr_equal(&found->addr, &out->saddr))
+	if (!found || found->port != out->sport || !addr_equal(&found->addr, &out->saddr) ||
+	    service != !!(found->flags & NAT_SERVICE))
+		return false;
+	if (service && (found->frontend_port != out->dport || !addr_equal(&found->frontend, &out->daddr)))
 		return false;
 	nat_touch(found, now);
 	return true;
 }
 
-/* Takes the first free port of up to NAT_PROBES. Creating the ingress row is what reserves it. */
-static __always_inline bool nat_allocate(const struct nat_key *out, struct end *node, __u64 now)
+/* Takes the first free port of up to NAT_PROBES. Creating the ingress row is what reserves it. `back` lacks the port. */
+static __always_inline bool nat_allocate(struct nat_key *back, const struct nat_entry *e)
 {
-	struct nat_entry pod = {.addr = out->saddr, .port = out->sport, .used = now};
 	__u32 range = (__u32)(cfg_nat_port_max - cfg_nat_port_min) + 1;
-	__u32 port = bpf_ntohs(out->sport);
-	struct nat_key back;
+	__u32 port = bpf_ntohs(e->port);
 
 	for (int i = 0; i < NAT_PROBES; i++) {
-		/* SCTP's checksum covers its ports and can't be mended: the port stays as it is. */
-		node->port = out->proto == IPPROTO_SCTP ? out->sport : bpf_htons(cfg_nat_port_min + port % range);
-		nat_back_key(&back, out, node);
-		if (!bpf_map_update_elem(&nat, &back, &pod, BPF_NOEXIST))
+		back->dport = bpf_htons(cfg_nat_port_min + port % range);
+		if (!bpf_map_update_elem(&nat, back, e, BPF_NOEXIST))
 			return true;
-		if (out->proto == IPPROTO_SCTP)
-			return false;
 		port = i ? port + 1 : bpf_get_prandom_u32();
 	}
 	return false;
 }
 
-/* The node's end for packets of this connection; its address is given. Returns 0 or the reason to drop. */
-__noinline int nat_bind(struct packet *p, struct end *node)
+/* Finds or makes the binding of this connection towards p->backend. The address of p->source is given, its port comes out.
+ * Keyed by what the packet carries: towards a service (p->service) that is the frontend, so that two frontends with one
+ * backend are two bindings; one port serves any number of remote ends. Returns 0 or the reason to drop. */
+__noinline int nat_bind(struct packet *p)
 {
 	/* Linux 6.1 takes a map's key from this frame's stack, not from a caller's. */
-	struct nat_key out;
+	struct nat_key out, back;
+	struct nat_entry e = {};
 
-	if (!p || !node)
+	if (!p)
 		return DROP_NAT_NO_MAPPING;
+	e.used = coarse_now();
 	nat_key_of(&out, &p->t, DIRECTION_EGRESS);
-	__u64 now = coarse_now();
 	struct nat_entry *found = bpf_map_lookup_elem(&nat, &out);
 
-	if (found && nat_back_is_ours(&out, found, now)) {
-		nat_touch(found, now);
-		node->addr = found->addr;
-		node->port = found->port;
-		return 0;
+	if (found && addr_equal(&found->addr, &p->source.addr)) {
+		p->source.port = found->port;
+		nat_back_key(&back, out.proto, &p->backend, &p->source);
+		if (nat_back_is_ours(&back, &out, p->service, e.used)) {
+			nat_touch(found, e.used);
+			return 0;
+		}
 	}
-	if (!nat_allocate(&out, node, now))
+	nat_back_key(&back, out.proto, &p->backend, &p->source);
+	e.addr = out.saddr;
+	e.port = out.sport;
+	if (p->service) {
+		e.flags = NAT_SERVICE;
+		e.service = p->service;
+		e.frontend = out.daddr;
+		e.frontend_port = out.dport;
+	}
+	if (!nat_allocate(&back, &e))
 		return DROP_NAT_NO_MAPPING;
-	struct nat_entry e = {.addr = node->addr, .port = node->port, .used = now};
-
+	p->source.port = back.dport;
+	e.addr = p->source.addr;
+	e.port = p->source.port;
 	return bpf_map_update_elem(&nat, &out, &e, BPF_ANY) ? DROP_NAT_NO_MAPPING : 0;
 }
 
@@ -195,65 +206,78 @@ __noinline int masquerade(struct __sk_buff *skb, struct packet *p)
 		return masquerade_error(skb, p);
 	if (opened_from_outside(p, p->endpoint))
 		return 0;
-	node_addr(&node.addr, is_v6(p));
 	/* ICMP that no answer will come for. */
-	if (!(p->flags & PACKET_PORTS) && !is_echo_request(p))
+	if (!(p->flags & PACKET_PORTS) && !is_echo_request(p)) {
+		node_addr(&node.addr, is_v6(p));
 		return rewrite(skb, p, &node, END_SOURCE);
-	int reason = nat_bind(p, &node);
+	}
+	p->backend.addr = p->t.daddr;
+	p->backend.port = p->t.dport;
+	node_addr(&p->source.addr, is_v6(p));
+	int reason = nat_bind(p);
 
-	return reason ? reason : rewrite(skb, p, &node, END_SOURCE);
+	return reason ? reason : rewrite(skb, p, &p->source, END_SOURCE);
 }
 
-/* An ICMP error about a packet that left through a binding. */
-static __always_inline int unmasquerade_error(struct __sk_buff *skb, struct packet *p)
-{
-	struct nat_key back = {
-		.saddr = p->inner.daddr,
-		.daddr = p->inner.saddr,
-		.sport = p->inner.dport,
-		.dport = p->inner.sport,
-		.proto = p->inner.proto,
-		.direction = DIRECTION_INGRESS,
-	};
-	struct nat_entry *found = bpf_map_lookup_elem(&nat, &back);
-	struct end pod = {};
-
-	if (!found)
-		return 0;
-	pod.addr = found->addr;
-	pod.port = found->port;
-	int reason = rewrite_inner(skb, p, &pod, END_SOURCE);
-
-	return reason ? reason : rewrite(skb, p, &pod, END_DESTINATION);
-}
-
-/* Could this packet for the node's address be for a pod? Most are the node's own: let them go at once. */
+/* Could this packet for our address be for somebody behind it? Most are the node's own: let them go at once. */
 static __always_inline bool unmasquerade_wanted(const struct packet *p)
 {
 	__u16 port = bpf_ntohs(p->t.dport);
 
-	if (p->flags & PACKET_ERROR || p->t.proto == IPPROTO_SCTP)
-		return true;
-	return p->flags & (PACKET_PORTS | PACKET_ECHO) && port >= cfg_nat_port_min && port <= cfg_nat_port_max;
+	return p->flags & PACKET_ERROR || (p->flags & (PACKET_PORTS | PACKET_ECHO) && port >= cfg_nat_port_min &&
+					   port <= cfg_nat_port_max);
 }
 
-/* A packet for the node's address: is it for a pod behind it? Then it is rewritten. Returns 0 or the reason to drop. */
-__noinline int unmasquerade(struct __sk_buff *skb, struct packet *p)
+/* The binding that a packet, or the one that an ICMP error is about, came back through. */
+static __always_inline struct nat_entry *nat_came_back(const struct packet *p)
 {
 	struct nat_key back;
-	struct end pod = {};
+	const struct tuple *t = &p->inner;
 
-	if (!p)
+	if (!(p->flags & PACKET_ERROR)) {
+		nat_key_of(&back, &p->t, DIRECTION_INGRESS);
+		return bpf_map_lookup_elem(&nat, &back);
+	}
+	back.saddr = t->daddr;
+	back.daddr = t->saddr;
+	back.sport = t->dport;
+	back.dport = t->sport;
+	back.proto = t->proto;
+	back.direction = DIRECTION_INGRESS;
+	back.pad = 0;
+	return bpf_map_lookup_elem(&nat, &back);
+}
+
+/* A packet for our address: is it for somebody behind it? Then it is rewritten. One that also has to get a service's
+ * frontend as its source is marked PACKET_UNTRANSLATE, and `hop` is on its way out. Returns 0 or the reason to drop. */
+__noinline int unmasquerade(struct __sk_buff *skb, struct packet *p, struct next_hop *hop)
+{
+	struct end to = {};
+	int reason;
+
+	if (!p || !hop)
 		return DROP_NAT_NO_MAPPING;
-	if (p->flags & PACKET_ERROR)
-		return unmasquerade_error(skb, p);
-	nat_key_of(&back, &p->t, DIRECTION_INGRESS);
-	struct nat_entry *found = bpf_map_lookup_elem(&nat, &back);
+	struct nat_entry *found = nat_came_back(p);
 
 	if (!found)
 		return 0;
-	nat_touch(found, coarse_now());
-	pod.addr = found->addr;
-	pod.port = found->port;
-	return rewrite(skb, p, &pod, END_DESTINATION);
+	to.addr = found->addr;
+	to.port = found->port;
+	if (found->flags & NAT_SERVICE) {
+		p->flags |= PACKET_UNTRANSLATE;
+		p->service = found->service;
+		p->frontend.addr = found->frontend;
+		p->frontend.port = found->frontend_port;
+		reason = ttl_expires(p) ? DROP_TTL_EXCEEDED : find_next_hop(skb, p, &p->frontend.addr, &to.addr, hop);
+		if (reason)
+			return reason;
+	}
+	if (p->flags & PACKET_ERROR) {
+		reason = rewrite_inner(skb, p, &to, END_SOURCE);
+		if (reason)
+			return reason;
+	} else {
+		nat_touch(found, coarse_now());
+	}
+	return rewrite(skb, p, &to, END_DESTINATION);
 }

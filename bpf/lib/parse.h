@@ -9,6 +9,7 @@
 #include "include/packet.h"
 #include "maps/fragments.h"
 
+#define IP_DONT_FRAGMENT 0x4000
 #define IP_MORE_FRAGMENTS 0x2000
 #define IP_OFFSET_MASK 0x1fff
 #define IPV6_OFFSET_MASK 0xfff8

@@ -1,6 +1,6 @@
 /* SPDX-License-Identifier: (BSD-2-Clause OR GPL-2.0-only) */
-/* A pod that calls a service without backends is told at once: a reset for TCP (RFC 9293 3.10.7.1), port unreachable
- * for the rest (RFC 792, RFC 4443). The answer is made of the question, by the address that was called. */
+/* Who calls a service without backends is told at once: a reset for TCP (RFC 9293 3.10.7.1), port unreachable for the
+ * rest (RFC 792, RFC 4443). The answer is made of the question, by the address that was called. */
 #pragma once
 #include <linux/tcp.h>
 
@@ -9,6 +9,7 @@
 
 #define ANSWER_TTL 64
 #define ICMP_PORT_UNREACH 3
+#define ICMP_FRAG_NEEDED 4
 #define ICMPV6_PORT_UNREACH 4
 #define QUOTED_L4 8
 
@@ -102,7 +103,7 @@ struct icmp_start {
 	__u8 type;
 	__u8 code;
 	__u16 csum;
-	__be32 unused;
+	__be32 rest;
 };
 
 /* As much of the packet as the answer quotes. */
@@ -111,7 +112,31 @@ struct quote {
 	__u8 packet[sizeof(struct ipv6hdr) + QUOTED_L4];
 };
 
-__noinline int refuse_icmp(struct __sk_buff *skb, struct packet *p)
+/* What an ICMP error says. */
+enum complaint {
+	COMPLAINT_PORT,      /* port unreachable */
+	COMPLAINT_TTL,       /* time exceeded */
+	COMPLAINT_TOO_BIG,
+};
+
+static __always_inline void complaint_start(struct icmp_start *icmp, bool v6, __u32 about, __u32 mtu)
+{
+	if (about == COMPLAINT_TTL) {
+		icmp->type = v6 ? ICMPV6_TIME_EXCEED : ICMP_TIME_EXCEEDED;
+		return;
+	}
+	icmp->type = v6 ? ICMPV6_DEST_UNREACH : ICMP_DEST_UNREACH;
+	icmp->code = v6 ? ICMPV6_PORT_UNREACH : ICMP_PORT_UNREACH;
+	if (about == COMPLAINT_TOO_BIG) {
+		icmp->type = v6 ? ICMPV6_PKT_TOOBIG : ICMP_DEST_UNREACH;
+		icmp->code = v6 ? 0 : ICMP_FRAG_NEEDED;
+		/* IPv4 has it in the lower half of this word, RFC 1191 4. */
+		icmp->rest = bpf_htonl(mtu);
+	}
+}
+
+/* Makes the packet an ICMP error about itself, by the address that it was for. Returns 0, or -1: no answer. */
+__noinline int complain(struct __sk_buff *skb, struct packet *p, __u32 about, __u32 mtu)
 {
 	struct quote q = {};
 
@@ -123,11 +148,10 @@ __noinline int refuse_icmp(struct __sk_buff *skb, struct packet *p)
 	__u32 quoted = ip_len + QUOTED_L4;
 	__s64 sum = v6 ? pseudo_sum(p, proto, sizeof(q.icmp) + quoted) : 0;
 
-	/* Packets with options or extension headers get no answer: their quote would have no fixed size. */
-	if (p->l4 != L3_OFFSET + ip_len)
+	/* Packets with options or extension headers get no answer: their quote would have no fixed size. Nor do errors. */
+	if (p->l4 != L3_OFFSET + ip_len || p->flags & (PACKET_ERROR | PACKET_HEADLESS))
 		return -1;
-	q.icmp.type = v6 ? ICMPV6_DEST_UNREACH : ICMP_DEST_UNREACH;
-	q.icmp.code = v6 ? ICMPV6_PORT_UNREACH : ICMP_PORT_UNREACH;
+	complaint_start(&q.icmp, v6, about, mtu);
 	if (v6 ? bpf_skb_load_bytes(skb, L3_OFFSET, q.packet, sizeof(struct ipv6hdr) + QUOTED_L4)
 	       : bpf_skb_load_bytes(skb, L3_OFFSET, q.packet, sizeof(struct iphdr) + QUOTED_L4))
 		return -1;
@@ -140,12 +164,31 @@ __noinline int refuse_icmp(struct __sk_buff *skb, struct packet *p)
 	return bpf_skb_store_bytes(skb, L3_OFFSET + ip_len, &q.icmp, sizeof(q.icmp), 0);
 }
 
-/* The packet is already dropped and counted; what is left of it becomes the answer. */
-static __always_inline int refuse(struct __sk_buff *skb, struct packet *p, struct endpoint *ep)
+/* Makes the packet, which is already dropped and counted, the answer to itself. Returns 0, or -1: no answer. */
+static __always_inline int refusal(struct __sk_buff *skb, struct packet *p)
 {
 	if (p->flags & PACKET_FRAGMENT)
+		return -1;
+	return p->t.proto == IPPROTO_TCP ? refuse_tcp(skb, p) : complain(skb, p, COMPLAINT_PORT, 0);
+}
+
+/* To a pod. */
+static __always_inline int refuse(struct __sk_buff *skb, struct packet *p, struct endpoint *ep)
+{
+	return refusal(skb, p) ? TC_ACT_SHOT : answer(skb, ep);
+}
+
+/* Our own answer goes back to where the question came from: the other device on the wire. */
+static __always_inline int answer_back(struct __sk_buff *skb)
+{
+	struct frame_macs asked, macs;
+
+	if (bpf_skb_load_bytes(skb, 0, &asked, sizeof(asked)) < 0)
 		return TC_ACT_SHOT;
-	if (p->t.proto == IPPROTO_TCP ? refuse_tcp(skb, p) : refuse_icmp(skb, p))
+	macs.dst = asked.src;
+	macs.src = asked.dst;
+	if (bpf_skb_store_bytes(skb, 0, &macs, sizeof(macs), 0) < 0)
 		return TC_ACT_SHOT;
-	return answer(skb, ep);
+	skb->mark = MARK_ANSWER;
+	return bpf_redirect(skb->ifindex, 0);
 }

@@ -1,5 +1,5 @@
 /* SPDX-License-Identifier: (BSD-2-Clause OR GPL-2.0-only) */
-/* From a pod to where its packet goes. */
+/* From a pod to where its packet goes, and the ways out of the node. */
 #pragma once
 #include "lib/encap.h"
 #include "lib/forward.h"
@@ -29,14 +29,19 @@ __noinline int route_overlay(struct __sk_buff *skb, struct packet *p, struct rem
 	return bpf_redirect(cfg_overlay_ifindex, 0);
 }
 
-/* Whatever the kernel's routing doesn't answer at once (too big, unreachable, needs an ICMP answer) is the stack's. */
-__noinline int route_native(struct __sk_buff *skb, struct packet *p)
+struct next_hop {
+	struct bpf_redir_neigh neigh;
+	ifindex_t ifindex;
+	__u32 mtu;           /* with DROP_FRAGMENTATION_NOT_SUPPORTED: what fits */
+};
+
+/* The kernel's routing for a packet when it has these addresses. Returns 0 or the reason to drop. */
+__noinline int find_next_hop(struct __sk_buff *skb, struct packet *p, addr_t *from, addr_t *to, struct next_hop *hop)
 {
 	struct bpf_fib_lookup fib = {};
-	struct bpf_redir_neigh neigh = {};
 
-	if (!p)
-		return TC_ACT_SHOT;
+	if (!p || !from || !to || !hop)
+		return DROP_FIB_LOOKUP_FAILED;
 	fib.ifindex = skb->ifindex;
 	fib.l4_protocol = p->t.proto;
 	fib.sport = p->t.sport;
@@ -44,24 +49,47 @@ __noinline int route_native(struct __sk_buff *skb, struct packet *p)
 	fib.tot_len = p->wire_len;
 	fib.family = is_v6(p) ? AF_INET6 : AF_INET;
 	if (is_v6(p)) {
-		__builtin_memcpy(fib.ipv6_src, p->t.saddr.b, 16);
-		__builtin_memcpy(fib.ipv6_dst, p->t.daddr.b, 16);
+		__builtin_memcpy(fib.ipv6_src, from->b, 16);
+		__builtin_memcpy(fib.ipv6_dst, to->b, 16);
 	} else {
-		fib.ipv4_src = addr_to_v4(&p->t.saddr);
-		fib.ipv4_dst = addr_to_v4(&p->t.daddr);
+		fib.ipv4_src = addr_to_v4(from);
+		fib.ipv4_dst = addr_to_v4(to);
 	}
 	int found = bpf_fib_lookup(skb, &fib, sizeof(fib), 0);
 
+	if (found == BPF_FIB_LKUP_RET_FRAG_NEEDED) {
+		hop->mtu = fib.mtu_result;
+		return DROP_FRAGMENTATION_NOT_SUPPORTED;
+	}
 	if (found != BPF_FIB_LKUP_RET_SUCCESS && found != BPF_FIB_LKUP_RET_NO_NEIGH)
-		return to_stack(skb, p, p->identity, TRACE_TO_STACK);
+		return DROP_FIB_LOOKUP_FAILED;
+	/* The look-up has left the next hop where the destination was. */
+	hop->neigh.nh_family = fib.family;
+	__builtin_memcpy(hop->neigh.ipv6_nh, fib.ipv6_dst, 16);
+	hop->ifindex = fib.ifindex;
+	return 0;
+}
+
+/* Out by a device of the node. */
+static __always_inline int leave(struct __sk_buff *skb, struct packet *p, struct next_hop *hop, __u32 mark)
+{
 	if (decrement_ttl(skb, p) < 0)
 		return drop(skb, p, DROP_WRITE_ERROR);
-	/* The look-up has left the next hop where the destination was. */
-	neigh.nh_family = fib.family;
-	__builtin_memcpy(neigh.ipv6_nh, fib.ipv6_dst, 16);
 	trace(skb, p, TRACE_TO_NETWORK);
-	skb->mark = mark_identity(p->identity);
-	return bpf_redirect_neigh(fib.ifindex, &neigh, sizeof(neigh), 0);
+	skb->mark = mark;
+	return bpf_redirect_neigh(hop->ifindex, &hop->neigh, sizeof(hop->neigh), 0);
+}
+
+/* Whatever the kernel's routing doesn't answer at once (too big, unreachable, needs an ICMP answer) is the stack's. */
+__noinline int route_native(struct __sk_buff *skb, struct packet *p)
+{
+	struct next_hop hop = {};
+
+	if (!p)
+		return TC_ACT_SHOT;
+	if (find_next_hop(skb, p, &p->t.saddr, &p->t.daddr, &hop))
+		return to_stack(skb, p, p->identity, TRACE_TO_STACK);
+	return leave(skb, p, &hop, mark_identity(p->identity));
 }
 
 /* What is known of a packet's destination. */

@@ -28,6 +28,7 @@ enum ct_flag {
 	CT_FIN_FORWARD = 1 << 2,
 	CT_FIN_REPLY = 1 << 3,
 	CT_RST = 1 << 4,
+	CT_BOUND = 1 << 5,           /* a client outside has another port towards the backend: see `nat` */
 };
 
 struct ct_entry {

@@ -33,6 +33,7 @@ enum drop_reason {
 	DROP_SERVICE_SOURCE_RANGE = 177, /* the Service's source ranges don't let this client in */
 	DROP_POLICY_DENY = 181,          /* an explicit deny rule */
 	DROP_INVALID_VNI = 183,
+	DROP_TTL_EXCEEDED = 196,         /* the sender is told */
 	DROP_EP_NOT_READY = 203,
 };
 

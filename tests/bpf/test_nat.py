@@ -34,6 +34,7 @@ from record import (
 from scapy.layers.inet import UDP
 from scapy.packet import Packet, Raw
 from test_policy import enforce, rule
+from test_sctp import sctp as sctp_packet
 
 from fimbria.model import rows
 
@@ -103,7 +104,7 @@ def other_port(dp: Datapath, w: Wire) -> None:
 
 
 def sctp(sport: int = SPORT) -> Packet:
-    return Raw(sport.to_bytes(2, "big") + b"\x00\x50" + b"\0" * 20)
+    return Raw(sctp_packet(sport, 80, bytes(12)))
 
 
 def with_proto(packet: Packet, number: int) -> Packet:
@@ -131,8 +132,8 @@ RECORDS = [
            lambda w: w.routed("a", "world", UDP(sport=SPORT, dport=53, chksum=0) / Raw(b"data")), TCX_NEXT,
            program="to_network", families=(4,),
            gives=lambda w: w.routed("node", "world", UDP(sport=PORT, dport=53, chksum=0) / Raw(b"data"))),
-    Record("SCTP keeps its port, for its checksum covers it", lambda w: with_proto(w.routed("a", "world", sctp()), 132),
-           TCX_NEXT, program="to_network", gives=lambda w: with_proto(w.routed("node", "world", sctp()), 132)),
+    Record("SCTP too", lambda w: with_proto(w.routed("a", "world", sctp()), 132), TCX_NEXT, program="to_network",
+           gives=lambda w: with_proto(w.routed("node", "world", sctp(PORT)), 132)),
     Record("the answer comes back to the pod", lambda w: w.routed("world", "node", udp(53, PORT)), REDIRECT,
            program="from_network", before=SENT, gives=lambda w: w.delivered("a", "world", udp(53, SPORT))),
     Record("TCP's likewise", lambda w: w.routed("world", "node", syn(80, PORT, "SA")), REDIRECT, program="from_network",

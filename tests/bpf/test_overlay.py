@@ -68,14 +68,14 @@ def test_a_stranger_does_not(net: Lab, family: int) -> None:
     assert drops(net.nodes[0].dp) == {DROP["DROP_NO_TUNNEL_ENDPOINT"]}
 
 
-@pytest.mark.parametrize("vni", [0, 1, 2, 8, 255])
+@pytest.mark.parametrize("vni", [0, 1, 8, 255])
 def test_identities_that_nobody_may_claim(net: Lab, vni: int) -> None:
     net.nodes[0].dp.events()
     assert not received(net, 4, net.nodes[1].space, vni)
     assert drops(net.nodes[0].dp) == {DROP["DROP_INVALID_VNI"]}
 
 
-@pytest.mark.parametrize("vni", [3, 4, 5, 6, 7, 256, (1 << 24) - 1])
+@pytest.mark.parametrize("vni", [2, 3, 4, 5, 6, 7, 256, (1 << 24) - 1])
 def test_identities_that_a_peer_may_claim(net: Lab, vni: int) -> None:
     assert received(net, 4, net.nodes[1].space, vni)
 
