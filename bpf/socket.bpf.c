@@ -12,6 +12,11 @@
 #include "lib/service.h"
 #include "maps/socket.h"
 
+/* The cookie of the node's own network namespace: there, and only there, loopback addresses are the node's. */
+const volatile __u64 cfg_host_netns = 0;
+/* Translate in pods, too; otherwise theirs are translated by packet, and their sidecars see addresses as they are. */
+const volatile bool cfg_socket_pods = true;
+
 enum sock_result {
 	SOCK_PASS = 1,
 	SOCK_REFUSE = 0,
@@ -113,6 +118,25 @@ static __always_inline void revnat_forget(__u64 cookie, const struct peer *to)
 		bpf_map_delete_elem(&sock_revnat, &key);
 }
 
+static __always_inline bool addr_is_loopback(const addr_t *a)
+{
+	if (addr_is_v4(a))
+		return (addr_to_v4(a) & bpf_htonl(0xff000000)) == bpf_htonl(0x7f000000);
+	return !a->w[0] && !a->w[1] && !a->w[2] && a->w[3] == bpf_htonl(1);
+}
+
+/* False: sockets of this network namespace mean the address itself. */
+static __always_inline bool sock_may_mean_service(struct service_query *q, __u64 space)
+{
+	bool loopback = addr_is_loopback(&q->addr);
+
+	if (space != cfg_host_netns)
+		return cfg_socket_pods && !loopback;
+	if (loopback)
+		q->owner = OWNER_THIS_NODE;
+	return true;
+}
+
 /* Finds the backend to talk to instead of `to`, in q->to. SERVICE_NONE: `to` is no service's. */
 static __always_inline int sock_forward(struct bpf_sock_addr *ctx, const struct peer *to, bool connecting,
 					struct service_query *q)
@@ -130,7 +154,7 @@ static __always_inline int sock_forward(struct bpf_sock_addr *ctx, const struct 
 	q->port = to->port;
 	q->proto = ctx->protocol;
 	q->flags = QUERY_INSIDE | QUERY_SOCKET;
-	if (service_find(q) == SERVICE_NONE || service_exempts(q)) {
+	if (!sock_may_mean_service(q, space) || service_find(q) == SERVICE_NONE || service_exempts(q)) {
 		revnat_forget(cookie, to);
 		return SERVICE_NONE;
 	}

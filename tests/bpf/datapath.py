@@ -82,6 +82,8 @@ def mac(text: str) -> bytes:
 Setting = int | bool | bytes
 DEFAULTS: dict[str, Setting] = {
     "cfg_redirect_peer": True,
+    "cfg_host_netns": 0,
+    "cfg_socket_pods": True,
     "cfg_redirect_neigh": True,
     "cfg_events": True,
     "cfg_trace_interval_ns": 5 * 10**9,

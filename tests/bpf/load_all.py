@@ -18,6 +18,7 @@ from fimbria.kernel.bpf import BpfError, BpfObject, prog_info
 # Settings that aren't plain switches: the value that differs from the default.
 OTHER: dict[str, int | bool | bytes] = {
     "cfg_overlay_ifindex": 3,
+    "cfg_host_netns": 7,
     "cfg_trace_interval_ns": 0,
     "cfg_node_addr4": addr("192.0.2.1"),
     "cfg_node_addr6": addr("2001:db8::1"),

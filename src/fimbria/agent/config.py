@@ -48,6 +48,7 @@ class AgentConfig:
     service_entries: int = 131072
     forwarding: str = "snat"
     load_balancing: str = "random"
+    socket_services: str = "all"
     maglev_table_size: int = 16381
     policy_sets: int = 4096
     identity_entries: int = 65536
@@ -65,6 +66,8 @@ class AgentConfig:
             raise ConfigError(f"--routing {self.routing!r}: overlay or native")
         if self.attach not in ("auto", "tcx", "clsact"):
             raise ConfigError(f"--attach {self.attach!r}: auto, tcx or clsact")
+        if self.socket_services not in ("all", "host", "off"):
+            raise ConfigError(f"--socket-services {self.socket_services!r}: all, host or off")
         if self.maglev_table_size not in TABLE_SIZES:
             listed = ", ".join(map(str, TABLE_SIZES))
             raise ConfigError(f"--maglev-table-size {self.maglev_table_size}: expected one of {listed}")
@@ -127,6 +130,7 @@ HELP: Mapping[str, str] = {
     "service_entries": "size of the tables of services: twice as many frontends and backends, four times as many slots",
     "forwarding": "service traffic from outside to other nodes: snat, dsr (they answer directly), hybrid (dsr for TCP)",
     "load_balancing": "how connections from outside are spread: random or maglev (consistent on all nodes)",
+    "socket_services": "whose sockets see Services at connect: all, host (those of pods don't) or off (the node's don't either)",
     "maglev_table_size": "entries of each Maglev table, the same on all nodes: a prime, 100 times the backends or more",
     "policy_sets": "how many different sets of rules the pods of a node can have",
     "identity_entries": "size of the table of known identities; pods of others can't talk to pods with policies",

@@ -13,6 +13,7 @@ from fimbria.apply.maps import U32, ManyCodec, MapTarget, Raw
 from fimbria.apply.policy_sets import PolicySetsTarget
 from fimbria.apply.programs import Constant, Datapath
 from fimbria.apply.service_tables import ServiceTablesTarget
+from fimbria.kernel import netns
 from fimbria.kernel.btf import Btf
 from fimbria.kernel.codec import Codec, layout_hash
 from fimbria.kernel.maps import Map
@@ -201,6 +202,8 @@ def constants(
         "cfg_nodeport_max": node_ports[1],
         "cfg_external_cluster_ip": config.external_cluster_ip,
         "cfg_service_seed": zlib.crc32(config.cluster_name.encode()),
+        "cfg_host_netns": netns.cookie(),
+        "cfg_socket_pods": config.socket_services == "all",
         "cfg_table_size": config.maglev_table_size,
         "cfg_redirect_peer": config.fast_path,
         "cfg_redirect_neigh": config.fast_path,

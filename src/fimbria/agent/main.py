@@ -192,7 +192,7 @@ async def prepare(agent: Agent) -> None:
     agent.loop.stages.extend(stages(agent))
     agent.loop.bind()
     _wanted_sysctls(agent)
-    for hook in SOCKET_HOOKS:
+    for hook in SOCKET_HOOKS if agent.config.socket_services != "off" else ():
         agent.rows.socket_links.put(hook, f"sock_{hook}")
     assert agent.devices is not None
     agent.engine.set_devices(agent.devices)
