@@ -6,7 +6,7 @@ from __future__ import annotations
 
 import os
 import subprocess
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from functools import partial
@@ -75,9 +75,9 @@ class Net:
                 f"link set {device} up")  # fmt: skip
         self.ip(other, f"link set {peer} up")
 
-    def serve(self, member: str) -> None:
-        """Start the servers that clients measure against."""
-        argv = self.place(member).argv("setpriv", "--pdeathsig", "KILL", "sh", "-c", server_command())
+    def serve(self, member: str, command: str = "") -> None:
+        """Start the servers that clients measure against, or another shell command."""
+        argv = self.place(member).argv("setpriv", "--pdeathsig", "KILL", "sh", "-c", command or server_command())
         self.servers.append(subprocess.Popen(argv, env=components.ENVIRONMENT, stdin=subprocess.DEVNULL))
 
     def restore(self, member: str, text: str) -> None:
@@ -141,16 +141,15 @@ def one_node_routed(n: Net) -> str:
     return "10.9.2.2"
 
 
-def one_node_as(n: Net, client: str, server: str) -> None:
-    """Pods a and b with given addresses, each on a cable of its own to a host that routes; b serves."""
+def one_node_as(n: Net, pods: Mapping[str, str]) -> None:
+    """Pods with given addresses, each on a cable of its own to a host that routes."""
     n.add("host", HOST)
-    for pod, address in (("a", client), ("b", server)):
+    for pod, address in pods.items():
         n.add(pod, {})
         n.cable("host", f"v{pod}", pod, "eth0")
         n.ip("host", f"address add {GATEWAY}/32 dev v{pod}", f"route add {address} dev v{pod}")
         n.ip(pod, f"address add {address}/32 dev eth0", f"route add {GATEWAY} dev eth0",
              f"route add default via {GATEWAY}")  # fmt: skip
-    n.serve("b")
 
 
 def one_node_bridged(n: Net, services: int = 10) -> str:

@@ -5,13 +5,14 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import Final
 
-from tests.bench import agent, cni, datapath, observer, programs, services
+from tests.bench import agent, changes, cni, datapath, observer, programs, services
 from tests.bench.measure import Settings
 from tests.bench.report import Figure
 
 GROUPS: Final[Mapping[str, Callable[[Settings], list[Figure]]]] = {
     "pods": datapath.pods_of,
     "services": services.through_services,
+    "changes": changes.changes,
     "cni": cni.add_and_delete,
     "agent": agent.agent,
     "crowd": agent.crowd,
@@ -21,6 +22,7 @@ GROUPS: Final[Mapping[str, Callable[[Settings], list[Figure]]]] = {
 TITLES: Final[Mapping[str, str]] = {
     "pods": "Pod to pod",
     "services": "Services: connections through cluster IPs",
+    "changes": "Services: changes",
     "cni": "CNI plugin",
     "agent": "Agent: start, memory, enforcement, a large cluster",
     "crowd": "Agent: many pods on one node",
@@ -36,6 +38,12 @@ WORDS: Final[Mapping[str, tuple[str, ...]]] = {
         "Selector-less Services with one backend each, the one measured created last; client and backend on one node.",
         "kube-proxy is the real one of Kubernetes 1.36 in each mode (iptables: legacy back end), following the same",
         "API server in a node of its own that is like ours but for us: plain veth pairs, routing, the same addresses.",
+    ),
+    "changes": (
+        "An EndpointSlice moves a Service from one backend to another; a pod asks the Service who it is from a new UDP",
+        "socket every millisecond. The clock runs from before the request to the API until the first datagram after",
+        "which none goes to the old backend. kube-proxy as above, alone on the machine with the API server, with its",
+        "defaults: it syncs at most once a second.",
     ),
     "cni": (
         "Whole processes as a runtime starts them: fork, exec, configuration in, result out, exit; a fresh",

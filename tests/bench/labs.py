@@ -26,16 +26,19 @@ CALM: Final = 0.5  # seconds
 
 @dataclass(frozen=True, slots=True)
 class BenchPod:
-    """A pod to create: `labels` as YAML flow, on a fixed node, serving or only there to run clients."""
+    """A pod to create: `labels` as YAML flow, on a fixed node, serving or only there to run clients. `command`: a shell
+    command to run instead."""
 
     name: str
     node: str
     labels: str
     serves: bool
+    command: str = ""
 
     def manifest(self) -> str:
         """YAML of one Pod."""
-        command = f"[sh, -c, {server_command()!r}]" if self.serves else "[labtool, sleep]"
+        script = self.command or (server_command() if self.serves else "exec labtool sleep")
+        command = f"[sh, -c, {script!r}]"
         probe = ", readinessProbe: {tcpSocket: {port: 9000}}" if self.serves else ""
         return (
             f"apiVersion: v1\nkind: Pod\nmetadata: {{name: {self.name}, labels: {self.labels}}}\n"

@@ -166,7 +166,7 @@ def cells(f: Figure) -> tuple[str, ...]:
         f"{number(f.median)} {f.unit}",
         number(f.spread),
         f"{number(f.baseline)} ({f.against})" if f.baseline is not None else "",
-        f"{f.ratio:.2f}" if f.ratio is not None else "",
+        "" if f.ratio is None else f"{f.ratio:.2f}" if f.ratio >= 0.1 else number(f.ratio),
         f.goal,
         "" if f.met is None else "yes" if f.met else "**no**",
     )

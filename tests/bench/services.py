@@ -55,7 +55,8 @@ def through_services(settings: Settings) -> list[Figure]:
 def _twin(stack: ExitStack, lab: Lab, name: str) -> baseline.Net:
     """The lab's node and its two pods without us: same addresses, plain veth pairs and routing."""
     net = stack.enter_context(baseline.net(name))
-    baseline.one_node_as(net, lab.addresses("client")[0], lab.addresses("server")[0])
+    baseline.one_node_as(net, {"a": lab.addresses("client")[0], "b": lab.addresses("server")[0]})
+    net.serve("b")
     if name in kubeproxy.MODES:
         kubeproxy.connect(net, lab)
     return net
