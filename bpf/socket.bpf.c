@@ -3,6 +3,7 @@
  *
  *   connect, sendmsg       frontend -> backend, remembered in sock_revnat
  *   recvmsg, getpeername   backend -> frontend
+ *   bind                   the node's processes can't have a Service's node port
  *
  * IPv6 sockets reach IPv4 frontends by IPv4-mapped addresses; as every address is stored that way, they need nothing
  * of their own. (Their sendmsg arrives at the IPv4 hook, their recvmsg at the IPv6 one.) */
@@ -125,19 +126,38 @@ static __always_inline bool addr_is_loopback(const addr_t *a)
 	return !a->w[0] && !a->w[1] && !a->w[2] && a->w[3] == bpf_htonl(1);
 }
 
-/* False: sockets of this network namespace mean the address itself. */
-static __always_inline bool sock_may_mean_service(struct service_query *q, __u64 space)
+/* Connecting to the unspecified address is connecting to oneself. */
+static __always_inline void loopback_if_unspecified(addr_t *a)
 {
+	if (!addr_is_unspecified(a))
+		return;
+	a->w[3] = addr_is_v4(a) ? bpf_htonl(0x7f000001) : bpf_htonl(1);
+}
+
+/* False: sockets of this network namespace mean the address itself. */
+static __always_inline bool sock_may_mean_service(struct service_query *q, bool host)
+{
+	loopback_if_unspecified(&q->addr);
 	bool loopback = addr_is_loopback(&q->addr);
 
-	if (space != cfg_host_netns)
+	if (!host)
 		return cfg_socket_pods && !loopback;
 	if (loopback)
 		q->owner = OWNER_THIS_NODE;
 	return true;
 }
 
-/* Finds the backend to talk to instead of `to`, in q->to. SERVICE_NONE: `to` is no service's. */
+/* A pod's TCP socket with a port of its own choice is left to the packet path. Two of them may call two services that
+ * share a backend: it would be one connection, and the second connect() would fail with EADDRNOTAVAIL for no reason that
+ * the application could see. By packet, the second gets another backend or another port on the way. */
+static __always_inline bool sock_is_bound(const struct bpf_sock_addr *ctx, bool connecting)
+{
+	const struct bpf_sock *sk = ctx->sk;
+
+	return connecting && ctx->protocol == IPPROTO_TCP && sk && sk->src_port;
+}
+
+/* Finds the backend to talk to instead of `to`, in q->to. SERVICE_NONE: `to` is no service's, or not for this socket. */
 static __always_inline int sock_forward(struct bpf_sock_addr *ctx, const struct peer *to, bool connecting,
 					struct service_query *q)
 {
@@ -147,6 +167,7 @@ static __always_inline int sock_forward(struct bpf_sock_addr *ctx, const struct 
 		return SERVICE_NONE;
 	__u64 cookie = bpf_get_socket_cookie(ctx);
 	__u64 space = bpf_get_netns_cookie(ctx);
+	bool host = space == cfg_host_netns;
 
 	q->client.w[0] = space;
 	q->client.w[1] = space >> 32;
@@ -154,7 +175,8 @@ static __always_inline int sock_forward(struct bpf_sock_addr *ctx, const struct 
 	q->port = to->port;
 	q->proto = ctx->protocol;
 	q->flags = QUERY_INSIDE | QUERY_SOCKET;
-	if (!sock_may_mean_service(q, space) || service_find(q) == SERVICE_NONE || service_exempts(q)) {
+	if (!sock_may_mean_service(q, host) || service_find(q) == SERVICE_NONE || service_exempts(q) ||
+	    (!host && sock_is_bound(ctx, connecting))) {
 		revnat_forget(cookie, to);
 		return SERVICE_NONE;
 	}
@@ -272,6 +294,51 @@ SEC("cgroup/getpeername6")
 int sock_getpeername6(struct bpf_sock_addr *ctx)
 {
 	return reverse6(ctx);
+}
+
+/* Does a Service have this node port in the family of `any`, the unspecified address? */
+static __always_inline bool is_node_port(const struct bpf_sock_addr *ctx, const addr_t *any, port_be_t port)
+{
+	struct frontend_key key = {.addr = *any, .port = port, .proto = ctx->protocol};
+
+	return bpf_map_lookup_elem(&frontends, &key);
+}
+
+/* What a process of the node bound there would never be called: every way to it leads to the Service. */
+static __always_inline int sock_bind(struct bpf_sock_addr *ctx, const struct peer *at)
+{
+	__u16 port = bpf_ntohs(at->port);
+	addr_t any4 = {.w = {0, 0, bpf_htonl(0xffff), 0}}, any6 = {};
+	bool all = addr_is_zero(&at->addr);
+
+	if (port < cfg_nodeport_min || port > cfg_nodeport_max || !sock_has_services(ctx) ||
+	    bpf_get_netns_cookie(ctx) != cfg_host_netns)
+		return SOCK_PASS;
+	/* An IPv6 socket on all addresses has those of IPv4 too. */
+	if (!is_node_port(ctx, addr_is_v4(&at->addr) ? &any4 : &any6, at->port) &&
+	    !(all && is_node_port(ctx, &any4, at->port)))
+		return SOCK_PASS;
+	if (!addr_is_unspecified(&at->addr) && !addr_is_loopback(&at->addr) &&
+	    owner_of(ipcache_lookup(&at->addr)) != OWNER_THIS_NODE)
+		return SOCK_PASS;
+	bpf_set_retval(-EADDRINUSE);
+	return SOCK_REFUSE;
+}
+
+SEC("cgroup/bind4")
+int sock_bind4(struct bpf_sock_addr *ctx)
+{
+	struct peer at = peer_read4(ctx);
+
+	return sock_bind(ctx, &at);
+}
+
+SEC("cgroup/bind6")
+int sock_bind6(struct bpf_sock_addr *ctx)
+{
+	struct peer at = peer_read6(ctx);
+
+	return sock_bind(ctx, &at);
 }
 
 char _license[] SEC("license") = "Dual BSD/GPL";

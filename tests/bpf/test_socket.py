@@ -1,7 +1,4 @@
-"""Services by socket, with real sockets: a sub-cgroup carries the programs, a network namespace the backends.
-
-The test process itself joins the sub-cgroup, since a socket belongs to the cgroup of the process that makes it.
-"""
+"""Services by socket, with real sockets: there and back, in every spelling of an address."""
 
 import contextlib
 import errno
@@ -14,140 +11,16 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from sockets import BACKENDS, FRONTEND, OTHER_FRONTEND, TCP, UDP, Net, Services, client_address, loaded
 
-import fimbria
 from fimbria.kernel._libbpf import lib
-from fimbria.kernel.fd import Fd, check
-from fimbria.kernel.links import AttachType, attach_cgroup
-from fimbria.kernel.maps import Map
-from fimbria.kernel.objects import BpfObject
-
-OBJECT = Path(fimbria.__file__).parent / "_bpf" / "socket.bpf.o"
-HOOKS = {
-    "sock_connect4": AttachType.CGROUP_INET4_CONNECT,
-    "sock_connect6": AttachType.CGROUP_INET6_CONNECT,
-    "sock_sendmsg4": AttachType.CGROUP_UDP4_SENDMSG,
-    "sock_sendmsg6": AttachType.CGROUP_UDP6_SENDMSG,
-    "sock_recvmsg4": AttachType.CGROUP_UDP4_RECVMSG,
-    "sock_recvmsg6": AttachType.CGROUP_UDP6_RECVMSG,
-    "sock_getpeername4": AttachType.CGROUP_INET4_GETPEERNAME,
-    "sock_getpeername6": AttachType.CGROUP_INET6_GETPEERNAME,
-}
-TCP, UDP = socket.SOCK_STREAM, socket.SOCK_DGRAM
-PROTO: dict[int, int] = {TCP: socket.IPPROTO_TCP, UDP: socket.IPPROTO_UDP}
-FRONTEND = {4: "10.96.0.10", 6: "fd96::10"}
-OTHER_FRONTEND = {4: "10.96.0.11", 6: "fd96::11"}
-BACKENDS = {4: [f"10.77.0.{n}" for n in range(1, 5)], 6: [f"fd77::{n}" for n in range(1, 5)]}
-NETNS = f"fimsock{os.getpid()}"
-Address = tuple[str, int]
-
-
-def packed(address: str) -> bytes:
-    if ":" in address:
-        return socket.inet_pton(socket.AF_INET6, address)
-    return bytes(10) + b"\xff\xff" + socket.inet_aton(address)
-
-
-class Services:
-    """Writes the rows of a service by hand, as the agent would."""
-
-    def __init__(self, maps: dict[str, Map]) -> None:
-        self.maps = maps
-
-    def frontend(self, at: Address, kind: int, service: int, backends: dict[int, Address]) -> None:
-        """`backends`: by backend id, in slot order."""
-        for slot, (number, (address, port)) in enumerate(backends.items()):
-            value = packed(address) + struct.pack(">H", port) + bytes([PROTO[kind], 0])
-            self.maps["backends"].update(struct.pack("=I", number), value)
-            self.maps["service_slots"].update(struct.pack("=II", service, slot), struct.pack("=I", number))
-        self.maps["frontends"].update(self.key(at, kind), struct.pack("=IIII", service, len(backends), 1, 0))
-
-    def delete(self, at: Address, kind: int) -> None:
-        assert self.maps["frontends"].delete(self.key(at, kind))
-
-    def key(self, at: Address, kind: int) -> bytes:
-        return packed(at[0]) + struct.pack(">H", at[1]) + bytes([PROTO[kind], 0])
-
-    def clear(self) -> None:
-        for m in self.maps.values():
-            keys, _ = m.dump()
-            m.delete_batch(keys, len(keys) // m.key_size)
-
-
-class Net:
-    """Sockets in the test's network namespace, all closed at its end."""
-
-    def __init__(self, netns: int) -> None:
-        self.netns = netns
-        self.sockets: list[socket.socket] = []
-
-    def open(self, family: int, kind: int) -> socket.socket:
-        domain = socket.AF_INET if family == 4 else socket.AF_INET6
-        s = socket.socket(fileno=check(lib.fim_socket_in(self.netns, domain, kind, 0), "socket"))
-        s.settimeout(5)
-        self.sockets.append(s)
-        return s
-
-    def server(self, address: str, kind: int) -> socket.socket:
-        s = self.open(6 if ":" in address else 4, kind)
-        s.bind((address, 0))
-        if kind == TCP:
-            s.listen(64)
-        return s
-
-    def close(self) -> None:
-        for s in self.sockets:
-            s.close()
-        self.sockets.clear()
-
-
-@contextlib.contextmanager
-def sub_cgroup() -> Iterator[Path]:
-    """Puts this process into a cgroup of its own, and back at the end."""
-    mounts = [line.split() for line in Path("/proc/self/mounts").read_text().splitlines()]
-    root = Path(next(m[1] for m in mounts if m[2] == "cgroup2"))
-    lines = Path("/proc/self/cgroup").read_text().splitlines()
-    before = root / next(line[3:] for line in lines if line.startswith("0::")).lstrip("/")
-    ours = root / f"fimsock{os.getpid()}"
-    ours.mkdir()
-    try:
-        (ours / "cgroup.procs").write_text(str(os.getpid()))
-        yield ours
-    finally:
-        (before / "cgroup.procs").write_text(str(os.getpid()))
-        ours.rmdir()
-
-
-def ip(*args: str) -> None:
-    subprocess.run(["ip", *args], check=True)
-
-
-@contextlib.contextmanager
-def network() -> Iterator[int]:
-    ip("netns", "add", NETNS)
-    try:
-        ip("-n", NETNS, "link", "set", "lo", "up")
-        for address in BACKENDS[4] + BACKENDS[6]:
-            ip("-n", NETNS, "addr", "add", address, "dev", "lo", *(["nodad"] if ":" in address else []))
-        with Fd(os.open(f"/run/netns/{NETNS}", os.O_RDONLY | os.O_CLOEXEC)) as fd:
-            yield fd.fd
-    finally:
-        ip("netns", "del", NETNS)
+from fimbria.kernel.fd import check
 
 
 @pytest.fixture(scope="module")
 def node() -> Iterator[tuple[Services, Net]]:
-    with contextlib.ExitStack() as stack:
-        netns = stack.enter_context(network())
-        cgroup = stack.enter_context(sub_cgroup())
-        obj = stack.enter_context(BpfObject(OBJECT))
-        obj.load()
-        names = [name for name, spec in obj.maps.items() if not spec.internal]
-        maps = {name: stack.enter_context(obj.map(name)) for name in names}
-        for program, hook in HOOKS.items():
-            with obj.program(program) as p:
-                stack.enter_context(attach_cgroup(p, cgroup, hook))
-        yield Services(maps), Net(netns)
+    with loaded() as both:
+        yield both
 
 
 @pytest.fixture
@@ -160,11 +33,6 @@ def services(node: tuple[Services, Net]) -> Iterator[Services]:
 def net(node: tuple[Services, Net]) -> Iterator[Net]:
     yield node[1]
     node[1].close()
-
-
-def client_address(client: int, frontend: str) -> str:
-    """How a socket of family `client` spells `frontend`: IPv4-mapped on an IPv6 socket."""
-    return frontend if client == 4 or ":" in frontend else f"::ffff:{frontend}"
 
 
 CASES = pytest.mark.parametrize(

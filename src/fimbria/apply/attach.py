@@ -58,6 +58,8 @@ SOCKET_HOOKS: Final = {
     "recvmsg6": AttachType.CGROUP_UDP6_RECVMSG,
     "getpeername4": AttachType.CGROUP_INET4_GETPEERNAME,
     "getpeername6": AttachType.CGROUP_INET6_GETPEERNAME,
+    "bind4": AttachType.CGROUP_INET4_BIND,
+    "bind6": AttachType.CGROUP_INET6_BIND,
 }
 
 
