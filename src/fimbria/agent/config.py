@@ -130,7 +130,7 @@ HELP: Mapping[str, str] = {
     "service_entries": "size of the tables of services: twice as many frontends and backends, four times as many slots",
     "forwarding": "service traffic from outside to other nodes: snat, dsr (they answer directly), hybrid (dsr for TCP)",
     "load_balancing": "how connections from outside are spread: random or maglev (consistent on all nodes)",
-    "socket_services": "whose sockets see Services at connect: all, host (those of pods don't) or off (the node's don't either)",
+    "socket_services": "whose sockets see Services at connect: all, host (pods' don't) or off (nor the node's)",
     "maglev_table_size": "entries of each Maglev table, the same on all nodes: a prime, 100 times the backends or more",
     "policy_sets": "how many different sets of rules the pods of a node can have",
     "identity_entries": "size of the table of known identities; pods of others can't talk to pods with policies",

@@ -18,7 +18,7 @@ import logging
 import time
 from collections import Counter
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass, field, replace
 from typing import Final, TypeVar
 
@@ -27,8 +27,10 @@ from fimbria.agent.journal import Journal
 from fimbria.agent.wiring import Wiring, WiringError
 from fimbria.apply.attach import EGRESS, INGRESS, DeviceHook
 from fimbria.apply.loop import ApplyLoop
+from fimbria.decide.host_ports import HostPorts, HostPortTaken
 from fimbria.decide.identity import IdentitiesExhausted
 from fimbria.decide.ipam import AddressPool, AddressTaken, PoolExhausted
+from fimbria.kernel import netns
 from fimbria.model.address import Prefix, is_v4, unpack
 from fimbria.model.endpoint import EndpointIdentity, LocalEndpoint
 from fimbria.model.network import NeighbourKey
@@ -80,6 +82,7 @@ class EndpointManager:
     identify: Callable[[Mapping[str, str]], Awaitable[EndpointIdentity]]
     fetch_pod: Callable[[str, str], Awaitable[None]]
     next_id: Callable[[], int]
+    host_ports: HostPorts = field(default_factory=HostPorts)
     last_request: float = 0.0
     """When a pod last came or went (time.monotonic()): what can wait leaves the kernel's network lock to the next."""
     _locks: dict[str, asyncio.Lock] = field(default_factory=dict)
@@ -113,14 +116,24 @@ class EndpointManager:
             try:
                 for addr in endpoint.addrs:
                     self.pool.claim(addr, endpoint.owner)
-            except AddressTaken as error:
+                self.host_ports.claim(endpoint.owner, endpoint.host_ports)
+            except (AddressTaken, HostPortTaken) as error:
                 log.error("endpoint %s of %s is not served: %s", endpoint.id, endpoint.label, error)
                 continue
             if identity is not None:
                 self.tables.endpoint_identities.upsert(endpoint.id, identity)
-            self.tables.endpoints.upsert(endpoint.id, endpoint)
+            self.tables.endpoints.upsert(endpoint.id, self._with_cookie(endpoint))
             restored += 1
         return restored
+
+    @staticmethod
+    def _with_cookie(endpoint: LocalEndpoint) -> LocalEndpoint:
+        """A former version didn't save it."""
+        if endpoint.netns_cookie:
+            return endpoint
+        with suppress(OSError), netns.opened(endpoint.netns) as fd:
+            return replace(endpoint, netns_cookie=netns.cookie(fd))
+        return endpoint
 
     def _gone(self, endpoint: LocalEndpoint) -> str:
         """Why a saved endpoint can't go on, empty if it can."""
@@ -182,8 +195,8 @@ class EndpointManager:
         if known is not None:
             await self._readd(request, known)
         identity = await self._identity(request)
-        endpoint = self._decide(request)
         try:
+            endpoint = self._decide(request)
             return await self._connect(request, endpoint, identity)
         except BaseException:
             await asyncio.shield(self._delete(request.owner))
@@ -210,6 +223,7 @@ class EndpointManager:
         except PoolExhausted as error:
             self.pool.release(request.owner)
             raise CniError(Code.NO_ADDRESS, f"no address for {_who(request)}", str(error)) from None
+        self._claim_host_ports(request)
         namespace, pod = request.pod or ("", "")
         return LocalEndpoint(
             id=self.next_id(),
@@ -226,7 +240,29 @@ class EndpointManager:
             host_mac=endpoint_mac(request.owner, "host"),
             addr4=addrs.get(True, NO_ADDR),
             addr6=addrs.get(False, NO_ADDR),
+            host_ports=request.host_ports,
+            netns_cookie=_cookie(request),
         )
+
+    def _claim_host_ports(self, request: Request) -> None:
+        """Raises CniError for a port that is another pod's or a Service's, or an address that isn't the node's."""
+        for port in request.host_ports:
+            if port.host_ip and not port.is_any(port.host_ip) and not self.wiring.host_has(port.host_ip):
+                raise CniError(
+                    Code.NO_HOST_PORT, f"{port} of {_who(request)}: this node has no address {unpack(port.host_ip)}"
+                )
+            holder = self.engine.node_port_service(port)
+            if holder is not None:
+                raise CniError(Code.NO_HOST_PORT, f"{port} of {_who(request)} is the node port of {holder}")
+        try:
+            self.host_ports.claim(request.owner, request.host_ports)
+        except HostPortTaken as error:
+            other = self._find(error.owner) if error.owner else None
+            raise CniError(
+                Code.NO_HOST_PORT,
+                f"{_who(request)} can't have its host port",
+                f"{error.text} {other.label}" if other is not None else str(error),
+            ) from None
 
     async def _identity(self, request: Request) -> EndpointIdentity:
         if request.pod is None:
@@ -298,6 +334,7 @@ class EndpointManager:
             reasons.append(failure("local_addrs", addr))
             reasons.append(failure("neighbours", NeighbourKey(ifindex, addr)))
             reasons.append(failure("routes", Prefix.host(addr)))
+        reasons += [failure("frontends", key) for key in self.engine.host_port_frontends(endpoint)]
         return next((r for r in reasons if r is not None), None)
 
     def _result(self, request: Request, endpoint: LocalEndpoint) -> Result:
@@ -329,6 +366,7 @@ class EndpointManager:
         self.wiring.remove_later(host_ifname(owner))
         # Last: an address must not be given away before nothing leads to its former owner.
         self.pool.release(owner)
+        self.host_ports.release(owner)
         if endpoint is not None:
             self.journal.remove_endpoint(endpoint.id)
 
@@ -359,6 +397,8 @@ class EndpointManager:
         problems = await asyncio.to_thread(self.wiring.problems, endpoint, request.netns_fd, addrs, routes)
         if request.ifname not in expected.macs:
             problems.append(f"prevResult has no interface {request.ifname}")
+        if request.host_ports and set(request.host_ports) != set(endpoint.host_ports):
+            problems.append("runtimeConfig.portMappings are not those of ADD")
         if not addrs:
             problems.append(f"prevResult has none of {', '.join(map(unpack, endpoint.addrs))}")
         failure = self._failure(endpoint)
@@ -400,6 +440,13 @@ class EndpointManager:
     def _find(self, owner: str) -> LocalEndpoint | None:
         ids = self.tables.endpoints.by("owner", owner)
         return self.tables.endpoints.get(next(iter(ids))) if ids else None
+
+
+def _cookie(request: Request) -> int:
+    try:
+        return netns.cookie(request.netns_fd)
+    except OSError as error:
+        raise CniError(Code.IO_FAILURE, f"the namespace of {_who(request)} can't be entered", str(error)) from None
 
 
 def _default(v4: bool) -> str:

@@ -22,7 +22,7 @@ CONFIG: Final[Mapping[str, Any]] = {
     "cniVersion": "0.4.0",
     "cniVersions": ["0.4.0", "1.0.0", "1.1.0"],
     "name": "fimbria",
-    "plugins": [{"type": BINARY}],
+    "plugins": [{"type": BINARY, "capabilities": {"portMappings": True}}],
 }
 _SUFFIXES: Final = (".conf", ".conflist", ".json")  # what libcni reads
 

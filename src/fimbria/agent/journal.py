@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any, Final
 
 from fimbria.model.address import Prefix, pack, unpack
-from fimbria.model.endpoint import EndpointIdentity, LocalEndpoint
+from fimbria.model.endpoint import EndpointIdentity, HostPort, LocalEndpoint
 from fimbria.model.node import Node
 
 log = logging.getLogger(__name__)
@@ -52,6 +52,7 @@ class Journal:
     def save_endpoint(self, endpoint: LocalEndpoint, identity: EndpointIdentity | None) -> None:
         """Write one endpoint. Raises OSError."""
         row = {k: v.hex() if isinstance(v, bytes) else v for k, v in asdict(endpoint).items()}
+        row["host_ports"] = [(p.port, p.container_port, p.proto, p.host_ip.hex()) for p in endpoint.host_ports]
         decided = {"number": identity.number, "labels": dict(identity.labels)} if identity else None
         self._write(self._endpoints / f"{endpoint.id}.json", {"endpoint": row, "identity": decided})
 
@@ -117,6 +118,10 @@ class Journal:
 def _decode(raw: Mapping[str, Any]) -> tuple[LocalEndpoint, EndpointIdentity | None]:
     names = {f.name for f in fields(LocalEndpoint)}
     row: dict[str, Any] = {k: bytes.fromhex(v) if k in _BYTES else v for k, v in raw["endpoint"].items() if k in names}
+    row["host_ports"] = tuple(
+        HostPort(int(port), int(target), int(proto), bytes.fromhex(ip))
+        for port, target, proto, ip in row.get("host_ports", ())
+    )
     decided = raw.get("identity")
     identity = EndpointIdentity(int(decided["number"]), dict(decided["labels"])) if decided else None
     return LocalEndpoint(**row), identity

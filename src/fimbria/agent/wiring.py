@@ -124,6 +124,10 @@ class Wiring:
         device = link.get(self.netlink, name)
         return device is not None and device.index == ifindex
 
+    def host_has(self, addr: bytes) -> bool:
+        """Whether the node has an address (16 bytes), loopback included."""
+        return any(a.address == plain(addr) for a in link.dump_addresses(self.netlink))
+
     def pod_has(self, netns_fd: int, ifname: str) -> bool:
         """Whether the pod has an interface of that name."""
         with NetlinkSocket(netns_fd) as pod:

@@ -4,8 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Final, NamedTuple
 
+from fimbria.model.address import V4_MAPPED, unpack
 from fimbria.model.rows import NO_ADDR
+
+_ANY: Final = (V4_MAPPED + bytes(4), bytes(16))
+_PROTOCOLS: Final = {6: "TCP", 17: "UDP", 132: "SCTP"}
 
 
 @dataclass(frozen=True, slots=True)
@@ -15,6 +20,25 @@ class NamedPort:
     name: str
     proto: int
     port: int
+
+
+class HostPort(NamedTuple):
+    """A port of the node that leads to a pod. `host_ip` is empty for every address of the node, the unspecified address
+    of a family for every one of that family, or else one address (16 bytes)."""
+
+    port: int
+    container_port: int
+    proto: int
+    host_ip: bytes = b""
+
+    @staticmethod
+    def is_any(host_ip: bytes) -> bool:
+        """Whether it stands for every address of a family."""
+        return host_ip in _ANY
+
+    def __str__(self) -> str:
+        where = f"{unpack(self.host_ip) or '::'} " if self.host_ip else ""
+        return f"host port {where}{self.port}/{_PROTOCOLS.get(self.proto, self.proto)}"
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,7 +56,8 @@ class Pod:
 
 @dataclass(frozen=True, slots=True)
 class LocalEndpoint:
-    """A pod interface of this node, made by a CNI ADD. Addresses are 16 bytes, NO_ADDR if absent."""
+    """A pod interface of this node, made by a CNI ADD. Addresses are 16 bytes, NO_ADDR if absent. `netns_cookie` is the
+    number by which socket programs know the pod's network namespace, 0 if unknown."""
 
     id: int
     container_id: str
@@ -48,6 +73,8 @@ class LocalEndpoint:
     host_mac: bytes
     addr4: bytes = NO_ADDR
     addr6: bytes = NO_ADDR
+    host_ports: tuple[HostPort, ...] = ()
+    netns_cookie: int = 0
 
     @property
     def owner(self) -> str:

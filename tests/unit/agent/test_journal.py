@@ -12,13 +12,14 @@ import pytest
 from fimbria.agent import journal as journal_module
 from fimbria.agent.journal import Journal
 from fimbria.model.address import Prefix, pack
-from fimbria.model.endpoint import EndpointIdentity, LocalEndpoint
+from fimbria.model.endpoint import EndpointIdentity, HostPort, LocalEndpoint
 from fimbria.model.node import Node
 
 ENDPOINT = LocalEndpoint(
     id=7, container_id="c", ifname="eth0", network="fimbria", netns="/run/netns/x", namespace="ns", pod="p", uid="u",
     host_ifname="fim1", ifindex=12, pod_mac=bytes(6), host_mac=bytes([2] * 6), addr4=pack("10.0.0.2"),
-    addr6=pack("fd00::2"),
+    addr6=pack("fd00::2"), host_ports=(HostPort(80, 8080, 6), HostPort(53, 53, 17, pack("192.0.2.1"))),
+    netns_cookie=2**40,
 )  # fmt: skip
 IDENTITY = EndpointIdentity(256, {"k8s:app": "web"})
 NODE = Node("n", (pack("192.0.2.1"),), (pack("10.0.0.1"),), (Prefix.parse("10.0.0.0/24"), Prefix.parse("fd00::/64")))

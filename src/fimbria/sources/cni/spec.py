@@ -3,7 +3,7 @@
 Decisions where the specification leaves one
 1. We are an interface plugin and come first in a chain: ADD with a prevResult is refused (code 7).
 2. Unknown keys of a configuration are ignored. What asks for something we don't do is refused (code 2, ADD only):
-   a delegated `ipam` plugin, and capability arguments (`runtimeConfig`), of which we support none.
+   a delegated `ipam` plugin, and capability arguments (`runtimeConfig`) other than `portMappings`.
 3. CNI_ARGS we don't know are ignored, with or without IgnoreUnknown.
 4. `cni.dev/valid-attachments: null` is an empty list: that is how Go encodes one. Without the key GC removes nothing.
 """
@@ -17,7 +17,8 @@ from dataclasses import dataclass, field
 from enum import IntEnum
 from typing import Any, Final
 
-from fimbria.model.address import is_v4, unpack
+from fimbria.model.address import is_v4, pack, unpack
+from fimbria.model.endpoint import HostPort
 
 SUPPORTED: Final = ("0.3.0", "0.3.1", "0.4.0", "1.0.0", "1.1.0")
 COMMANDS: Final = ("ADD", "DEL", "CHECK", "STATUS", "GC")
@@ -26,6 +27,8 @@ _SINCE: Final = {"CHECK": "0.4.0", "STATUS": "1.1.0", "GC": "1.1.0"}
 _NAME: Final = re.compile(r"[a-zA-Z0-9][a-zA-Z0-9_.\-]*")
 _MAX_CONTAINER_ID: Final = 256
 _MAX_IFNAME: Final = 15  # IFNAMSIZ with its end, include/uapi/linux/if.h
+_MAX_MAPPINGS: Final = 1024
+_PROTOCOLS: Final = {"tcp": 6, "udp": 17, "sctp": 132}
 _GC_KEYS: Final = ("cni.dev/valid-attachments", "cni.dev/attachments")  # the second: libcni 1.2
 
 
@@ -44,6 +47,7 @@ class Code(IntEnum):
     INTERFACE_EXISTS = 100
     CHECK_FAILED = 101
     NO_ADDRESS = 102
+    NO_HOST_PORT = 103
     INTERNAL = 999
 
 
@@ -87,6 +91,11 @@ class Request:
         """The result of the plugin before us (ADD) or of the whole chain (CHECK, DEL). Raises CniError."""
         raw = self.config.get("prevResult")
         return None if raw is None else parse_prev_result(raw)
+
+    @property
+    def host_ports(self) -> tuple[HostPort, ...]:
+        """The port mappings that the runtime asks for (CNI conventions, "portMappings"). Raises CniError."""
+        return parse_port_mappings(_runtime_config(self.config).get("portMappings"))
 
     @property
     def valid_attachments(self) -> frozenset[str]:
@@ -133,6 +142,36 @@ def parse_prev_result(raw: Any) -> PrevResult:
         frozenset(addresses),
         frozenset(_text(r, "dst", "routes") for r in _objects(raw, "routes")),
     )
+
+
+def parse_port_mappings(raw: Any) -> tuple[HostPort, ...]:
+    """`runtimeConfig.portMappings`: a list of {hostPort, containerPort, protocol, hostIP}; the same twice is once.
+
+    A missing protocol is TCP. Raises CniError for a mapping that can't be read: better no pod than one that can't be
+    reached.
+    """
+    rows = [] if raw is None else raw
+    if not isinstance(rows, list) or not all(isinstance(r, dict) for r in rows):
+        raise CniError(Code.INVALID_CONFIG, "runtimeConfig.portMappings is not a list of objects")
+    if len(rows) > _MAX_MAPPINGS:
+        raise CniError(Code.INVALID_CONFIG, f"runtimeConfig.portMappings has more than {_MAX_MAPPINGS} entries")
+    return tuple(dict.fromkeys(_port_mapping(row) for row in rows))
+
+
+def _port_mapping(row: Mapping[str, Any]) -> HostPort:
+    ports = [row.get(key) for key in ("hostPort", "containerPort")]
+    if not all(isinstance(p, int) and not isinstance(p, bool) and 0 < p < 65536 for p in ports):
+        raise CniError(Code.INVALID_CONFIG, f"portMappings: hostPort and containerPort must be ports: {_short(row)}")
+    name = row.get("protocol") or "tcp"
+    proto = _PROTOCOLS.get(name.lower()) if isinstance(name, str) else None
+    if proto is None:
+        raise CniError(Code.INVALID_CONFIG, f"portMappings: protocol must be tcp, udp or sctp: {_short(row)}")
+    text = row.get("hostIP") or ""
+    try:
+        host_ip = pack(text) if text else b""
+    except (ValueError, TypeError, UnicodeError):
+        raise CniError(Code.INVALID_CONFIG, f"portMappings: hostIP is not an IP address: {_short(row)}") from None
+    return HostPort(int(ports[0] or 0), int(ports[1] or 0), proto, host_ip)
 
 
 def _objects(raw: Mapping[str, Any], key: str) -> list[dict[str, Any]]:
@@ -253,11 +292,10 @@ def _check_add(config: Mapping[str, Any]) -> None:
             f"unsupported field ipam: {_short(config['ipam'])}",
             "addresses come from the node's CiliumNode",
         )
-    runtime = config.get("runtimeConfig") or {}
-    if not isinstance(runtime, dict):
-        raise CniError(Code.INVALID_CONFIG, "runtimeConfig is not an object")
+    runtime = _runtime_config(config)
+    parse_port_mappings(runtime.get("portMappings"))
     for key, value in runtime.items():
-        if value:
+        if value and key != "portMappings":
             raise CniError(
                 Code.UNSUPPORTED_FIELD,
                 f"unsupported field runtimeConfig.{key}: {_short(value)}",
@@ -265,6 +303,13 @@ def _check_add(config: Mapping[str, Any]) -> None:
             )
     if not isinstance(config.get("dns") or {}, dict):
         raise CniError(Code.INVALID_CONFIG, f"dns is not an object: {_short(config['dns'])}")
+
+
+def _runtime_config(config: Mapping[str, Any]) -> dict[str, Any]:
+    runtime = config.get("runtimeConfig") or {}
+    if not isinstance(runtime, dict):
+        raise CniError(Code.INVALID_CONFIG, "runtimeConfig is not an object")
+    return runtime
 
 
 def _parse_args(text: str) -> dict[str, str]:

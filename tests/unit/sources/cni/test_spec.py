@@ -9,6 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from fimbria.model.address import pack
+from fimbria.model.endpoint import HostPort
 from fimbria.sources.cni.spec import (
     COMMANDS,
     SUPPORTED,
@@ -243,7 +244,6 @@ def test_unknown_fields_are_tolerated() -> None:
 @pytest.mark.parametrize(
     ("field", "shown"),
     [
-        ({"runtimeConfig": {"portMappings": [{"hostPort": 8080, "containerPort": 80}]}}, "runtimeConfig.portMappings"),
         ({"runtimeConfig": {"bandwidth": {"ingressRate": 1}}}, "runtimeConfig.bandwidth"),
         ({"runtimeConfig": {"mac": "00:11:22:33:44:55"}}, "runtimeConfig.mac"),
         ({"ipam": {"type": "host-local"}}, "ipam"),
@@ -258,6 +258,46 @@ def test_what_we_do_not_do_is_refused_by_name_and_value(field: dict[str, Any], s
     value = field.get("ipam") or next(iter(field["runtimeConfig"].values()))
     assert json.dumps(value) in error.msg
     assert request({"CNI_COMMAND": "DEL"}, field).command == "DEL"  # what was never made must be removable
+
+
+MAPPING = {"hostPort": 8080, "containerPort": 80, "protocol": "tcp", "hostIP": ""}
+
+
+def mapped(*rows: object) -> tuple[HostPort, ...]:
+    return request(conf={"runtimeConfig": {"portMappings": list(rows)}}).host_ports
+
+
+def test_port_mappings_are_read() -> None:
+    """CNI conventions, "portMappings": protocol in lower case, hostIP may be missing."""
+    assert mapped(MAPPING) == (HostPort(8080, 80, 6),)
+    assert mapped(MAPPING, MAPPING | {"protocol": "UDP"}, MAPPING) == (HostPort(8080, 80, 6), HostPort(8080, 80, 17))
+    assert mapped({"hostPort": 1, "containerPort": 65535}) == (HostPort(1, 65535, 6),)
+    ips = {"192.0.2.1": pack("192.0.2.1"), "fd00::1": pack("fd00::1"), "0.0.0.0": pack("0.0.0.0"), "::": pack("::")}
+    for text, ip in ips.items():
+        assert mapped(MAPPING | {"hostIP": text}) == (HostPort(8080, 80, 6, ip),)
+    assert request().host_ports == ()
+
+
+@pytest.mark.parametrize(
+    "row",
+    [
+        8080, None, [], {"hostPort": 8080}, {"containerPort": 80}, MAPPING | {"hostPort": 0},
+        MAPPING | {"hostPort": -1},
+        MAPPING | {"hostPort": 65536}, MAPPING | {"hostPort": "8080"}, MAPPING | {"hostPort": True},
+        MAPPING | {"containerPort": 80.0}, MAPPING | {"protocol": "icmp"}, MAPPING | {"protocol": 6},
+        MAPPING | {"hostIP": "node1"}, MAPPING | {"hostIP": "1.2.3.4/24"}, MAPPING | {"hostIP": 7},
+        MAPPING | {"hostIP": "\ud800"}, MAPPING | {"hostIP": "1.2.3.4\0"},
+    ],
+)  # fmt: skip
+def test_port_mappings_that_can_not_be_read_are_refused(row: object) -> None:
+    refusal = refused(conf={"runtimeConfig": {"portMappings": [MAPPING, row]}})
+    assert refusal.code == Code.INVALID_CONFIG
+    assert "portMappings" in refusal.msg
+
+
+def test_too_many_port_mappings_are_refused() -> None:
+    assert refused(conf={"runtimeConfig": {"portMappings": [MAPPING] * 1025}}).code == Code.INVALID_CONFIG
+    assert refused(conf={"runtimeConfig": {"portMappings": {"8080": 80}}}).code == Code.INVALID_CONFIG
 
 
 def test_empty_capability_arguments_ask_for_nothing() -> None:
