@@ -19,7 +19,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any, Final, NamedTuple
 
 from fimbria.compute import service_frontends as front
-from fimbria.compute.service_choice import GOING_ON, READY, SERVING, Place, Standing, standing
+from fimbria.compute.service_choice import ALIVE, GOING_ON, READY, SERVING, Place, Standing, standing
 from fimbria.compute.service_frontends import Defaults, PortKey, Want
 from fimbria.compute.service_group import Group, Members
 from fimbria.compute.service_rows import (
@@ -53,7 +53,7 @@ __all__ = (
 
 _PROTOCOLS: Final = {6: "TCP", 17: "UDP", 132: "SCTP"}
 _KINDS: Final = {front.CLUSTER_IP: "ClusterIP", front.NODE_PORT: "NodePort", front.HOST_PORT: "HostPort"}
-_SERVES: Final[Standing] = GOING_ON | READY | SERVING
+_SERVES: Final[Standing] = GOING_ON | READY | SERVING | ALIVE
 REDIRECT: Final = 0
 SERVICE: Final = 1
 HOST_PORT: Final = 2
@@ -137,6 +137,7 @@ class ServiceCompute:
         self._unlisted: set[int] = set()
         self._restored: dict[int, list[int]] = {}
         self._adoptable: dict[FrontendKey, int] = {}
+        self._losing: set[int] = set()
 
     # --- decided state -------------------------------------------------------------------------------------------
 
@@ -308,6 +309,20 @@ class ServiceCompute:
         found = self._groups.get(number)
         return found[0] if found else None
 
+    def take_losing(self) -> set[int]:
+        """Service ids that may have lost a backend since the last call: sockets may still talk to it."""
+        found, self._losing = self._losing, set()
+        return found
+
+    def keeps(self, number: int, addr: bytes, port: int) -> bool:
+        """Whether what a client has with a backend of a service may go on: it is still listed, and alive."""
+        found = self._groups.get(number)
+        if found is None:
+            return False
+        members = self._members_of(*found)
+        backend = self.backends.get((addr, port, members.port.proto))
+        return backend is not None and members.standings.get(backend, 0) & ALIVE > 0
+
     def claimed(self, frontend: FrontendKey) -> Owner | None:
         """Who has a frontend (of SCOPE_ALL)."""
         return self._owners.get(frontend)
@@ -467,6 +482,7 @@ class ServiceCompute:
         if group.table is not None:
             delta.drop(TABLES, group.number)
         del self._groups[group.number]
+        self._losing.add(group.number)
         self.services.release(group.key)
 
     def _fill(self, owner: Owner, state: _State, delta: Delta) -> None:
@@ -618,7 +634,10 @@ class ServiceCompute:
         """Bring the slots up to date; `touched` None: every endpoint may serve or not serve now."""
         if touched is None:
             members.decide()
+            self._losing.add(group.number)
             touched = (*group.order, *members.standings)
+        elif not all(members.standings.get(b, 0) & ALIVE for b in touched):
+            self._losing.add(group.number)
         group.serves = serves = members.wanted(local)
         order, index, stands = group.order, group.index, members.standings
         touched = dict.fromkeys(touched)

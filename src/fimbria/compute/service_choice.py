@@ -20,14 +20,15 @@ Standing = int
 
 # Of several listings of an endpoint the highest counts: one that isn't terminating (a new pod may have got the address
 # of one that is still going), then a ready one.
-GOING_ON: Final = 1 << 7  # not terminating
-READY: Final = 1 << 6
-SERVING: Final = 1 << 5
-LOCAL: Final = 1 << 4
-ZONE_HINT: Final = 1 << 3
-THIS_ZONE: Final = 1 << 2
-NODE_HINT: Final = 1 << 1
-THIS_NODE: Final = 1 << 0
+GOING_ON: Final = 1 << 8  # not terminating
+READY: Final = 1 << 7
+SERVING: Final = 1 << 6
+LOCAL: Final = 1 << 5
+ZONE_HINT: Final = 1 << 4
+THIS_ZONE: Final = 1 << 3
+NODE_HINT: Final = 1 << 2
+THIS_NODE: Final = 1 << 1
+ALIVE: Final = 1 << 0  # connections it has may go on, whether or not it takes new ones
 
 
 class Place(NamedTuple):
@@ -48,6 +49,8 @@ class Choice(NamedTuple):
 def standing(endpoint: Endpoint, place: Place, *, publish_not_ready: bool, drained: bool) -> Standing:
     """How an endpoint stands here. `drained`: it takes no new connections, whatever its conditions."""
     found = 0 if endpoint.terminating else GOING_ON
+    if endpoint.serving or endpoint.ready or publish_not_ready:
+        found |= ALIVE
     if (endpoint.ready or publish_not_ready) and not drained:
         found |= READY
     if endpoint.serving and not drained:
