@@ -1,0 +1,109 @@
+// SPDX-License-Identifier: (BSD-2-Clause OR GPL-2.0-only)
+/* Services for clients outside, in the network device's driver: what would only pass through this node is sent on before the
+ * kernel has made a packet of it. The same rows, connections and bindings as tc uses (lib/nodeport.h): each packet may be
+ * dealt with here or there. XDP_PASS leaves it to tc, unchanged; that is the answer to everything unusual. */
+#include "lib/nodeport.h"
+#include "lib/xdp_parse.h"
+#include "lib/xdp_send.h"
+
+char LICENSE[] SEC("license") = "Dual BSD/GPL";
+
+static __always_inline bool for_node(const struct packet *p)
+{
+	return config_addr_is(is_v6(p) ? &cfg_node_addr6 : &cfg_node_addr4, &p->t.daddr);
+}
+
+static __always_inline bool is_local(const addr_t *addr)
+{
+	return bpf_map_lookup_elem(&local_addrs, addr);
+}
+
+/* Is the backend elsewhere, and not behind the tunnel? */
+static __always_inline bool backend_is_near(const addr_t *backend)
+{
+	const struct remote *remote = ipcache_lookup(backend);
+
+	if (is_local(backend) || (remote && remote->identity == IDENTITY_HOST))
+		return false;
+	return !(cfg_overlay_ifindex && remote && remote->flags & REMOTE_TUNNEL);
+}
+
+/* Nobody outside has our own address or a local pod's, and remote pods come through the tunnel where there is one. */
+static __always_inline bool is_spoofed(const struct packet *p)
+{
+	const struct remote *remote = ipcache_lookup(&p->t.saddr);
+
+	if (is_local(&p->t.saddr))
+		return true;
+	return remote && (remote->identity == IDENTITY_HOST ||
+			  (cfg_overlay_ifindex && remote->flags & REMOTE_POD && remote->flags & REMOTE_TUNNEL));
+}
+
+/* From a client to a service. Nothing is remembered before it is certain that the packet goes on from here: tc would find
+ * a connection that it has not made its decisions for. */
+__noinline int from_client(struct xdp_md *ctx, struct packet *p, bool own)
+{
+	struct xdp_change c = {};
+	__u32 chosen = 0;
+
+	if (!p || nodeport_choose(p, own ? OWNER_THIS_NODE : OWNER_ASK, &chosen) || !p->service)
+		return XDP_PASS;
+	if (p->flags & (PACKET_BOUND | PACKET_DIRECT) || ttl_expires(p) || is_spoofed(p) ||
+	    !backend_is_near(&p->backend.addr))
+		return XDP_PASS;
+	node_addr(&p->source.addr, is_v6(p));
+	if (addr_is_zero(&p->source.addr) || !xdp_next_hop(ctx, p, &p->source.addr, &p->backend.addr, &c.macs))
+		return XDP_PASS;
+	if (nat_bind(p) || (chosen && nodeport_remember(p, chosen)))
+		return XDP_PASS;
+	c.source = p->source;
+	c.destination = p->backend;
+	return xdp_send(ctx, p, &c);
+}
+
+#define NOT_AWAITED -1
+
+/* What comes back through a binding: of a service, or of a pod of this node. */
+__noinline int from_server(struct xdp_md *ctx, struct packet *p)
+{
+	struct xdp_change c = {};
+	struct nat_key back;
+
+	if (!p)
+		return XDP_PASS;
+	nat_key_of(&back, &p->t, DIRECTION_INGRESS);
+	struct nat_entry *found = bpf_map_lookup_elem(&nat, &back);
+
+	if (!found)
+		return NOT_AWAITED;
+	if (!(found->flags & NAT_SERVICE) || ttl_expires(p))
+		return XDP_PASS;
+	c.source.addr = found->frontend;
+	c.source.port = found->frontend_port;
+	c.destination.addr = found->addr;
+	c.destination.port = found->port;
+	if (!xdp_next_hop(ctx, p, &c.source.addr, &c.destination.addr, &c.macs))
+		return XDP_PASS;
+	nat_touch(found, coarse_now());
+	return xdp_send(ctx, p, &c);
+}
+
+SEC("xdp.frags")
+int from_device(struct xdp_md *ctx)
+{
+	struct packet p = {.direction = DIRECTION_INGRESS};
+
+	if (!xdp_parse(ctx, &p))
+		return XDP_PASS;
+	bool own = for_node(&p);
+
+	if (is_local(&p.t.daddr) || (own && is_tunnel(&p)))
+		return XDP_PASS;
+	if (own && unmasquerade_wanted(&p)) {
+		int verdict = from_server(ctx, &p);
+
+		if (verdict != NOT_AWAITED)
+			return verdict;
+	}
+	return from_client(ctx, &p, own);
+}

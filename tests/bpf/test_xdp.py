@@ -1,0 +1,364 @@
+"""Services for clients outside, at the device: what XDP sends on, what it leaves to tc, and that the two agree."""
+
+import struct
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import pytest
+from datapath import REDIRECT, Datapath
+from record import NATIVE, OVERLAY, Build, Prepare, Wire, base_rows, nothing, send, syn, udp
+from scapy.layers.inet import TCP, UDP, IPOption
+from scapy.layers.inet6 import IPv6ExtHdrDestOpt, IPv6ExtHdrFragment
+from scapy.layers.l2 import ARP, Dot1Q, Ether
+from scapy.packet import Packet, Raw
+from test_nodeport import BOUND, CLIENT, CLUSTER_IP, NODE_PORT, RANGES, SILENT, TCP_PORT, UDP_PORT, nodeport
+
+from fimbria.kernel.bpf import attach_xdp, prog_test_run
+from fimbria.model import rows
+from lab import Space
+
+XDP_PASS, XDP_TX = 2, 3
+DRIVER = 4  # XDP_FLAGS_DRV_MODE
+GATEWAY_MAC, DEVICE_MAC = "02:00:00:00:0e:01", "02:00:00:00:0e:02"
+
+
+@dataclass
+class Uplink:
+    """The node's device, whose one neighbour is the gateway."""
+
+    space: Space
+    ifindex: int
+
+
+@pytest.fixture(scope="module")
+def uplink() -> Iterator[Uplink]:
+    made = Space("xd")
+    try:
+        made.sysctl(ipv4__ip_forward=1, ipv6__conf__all__forwarding=1, ipv6__conf__default__accept_dad=0)
+        made.ip("link add up0 type veth peer name up1")
+        made.ip(f"link set up0 address {DEVICE_MAC} up")
+        made.ip("link set up1 up")
+        for address, gateway, odd in (("192.168.1.2/24", "192.168.1.1", "192.168.1.77"),
+                                      ("fd01:1::2/64", "fd01:1::1", "fd01:1::77")):  # fmt: skip
+            made.ip(f"addr add {address} dev up0" + (" nodad" if ":" in address else ""))
+            made.ip(f"route add default via {gateway}")
+            made.ip(f"neigh add {gateway} lladdr {GATEWAY_MAC} dev up0 nud permanent")
+            made.ip(f"route add {ELSEWHERE[':' in odd]} dev lo")
+        yield Uplink(made, made.ifindex("up0"))
+    finally:
+        made.close()
+
+
+ELSEWHERE = ("198.51.100.0/24", "fd98::/64")  # by another device: where `hop` is
+
+
+@pytest.fixture(scope="module")
+def native(uplink: Uplink) -> Iterator[Datapath]:
+    dp = Datapath(NATIVE, ("host", "xdp"))
+    # A test run takes the device's receive queue, which a veth has while any program is attached.
+    link = uplink.space.inside(lambda: attach_xdp(dp.programs["from_device"], uplink.ifindex, DRIVER))
+    yield dp
+    link.close()
+    dp.close()
+
+
+@pytest.fixture(scope="module")
+def overlay(native: Datapath) -> Iterator[Datapath]:
+    dp = Datapath(OVERLAY, ("host", "xdp"))
+    yield dp
+    dp.close()
+
+
+def came(w: Wire, src: str, dst: str, payload: Packet, ttl: int = 64) -> Packet:
+    return frame(w.ip(src, dst, ttl), payload)
+
+
+def left(w: Wire, src: str, dst: str, payload: Packet, ttl: int = 63) -> Packet:
+    return Ether(src=DEVICE_MAC, dst=GATEWAY_MAC) / w.ip(src, dst, ttl) / payload
+
+
+def run(dp: Datapath, uplink: Uplink, packet: Packet | bytes) -> tuple[int, bytes]:
+    """Verdict and packet as if it had come by the uplink."""
+    raw = bytes(packet)
+    context = struct.pack("=IIIIII", 0, len(raw), 0, uplink.ifindex, 0, 0)
+    program = dp.programs["from_device"].fd
+    done = uplink.space.inside(lambda: prog_test_run(program, raw, context))
+    return done.retval, done.data_out
+
+
+@dataclass(frozen=True)
+class Case:
+    """`packet` after `before`, all by XDP. `gives`: sent on like this; otherwise it is left as it is."""
+
+    says: str
+    packet: Build
+    gives: Build | None = None
+    rows: Prepare = nothing
+    before: Sequence[Build] = ()
+    then: Prepare = nothing
+    families: tuple[int, ...] = (4, 6)
+
+    def __str__(self) -> str:
+        return self.says.replace(" ", "-")
+
+
+def cases(found: Sequence[Case]) -> pytest.MarkDecorator:
+    flat = [(c, family) for c in found for family in c.families]
+    return pytest.mark.parametrize(("case", "family"), flat, ids=lambda v: f"v{v}" if isinstance(v, int) else str(v))
+
+
+def learned(dp: Datapath) -> set[Any]:
+    """Connections and bindings, whatever the time."""
+    kept = dp.items("conntrack")
+    found: set[Any] = {(k, e.service, e.backend, e.flags, e.frontend, e.frontend_port) for k, e in kept}
+    return found | {(k, e.addr, e.port, e.flags, e.service, e.frontend, e.frontend_port) for k, e in dp.items("nat")}
+
+
+def prepare(dp: Datapath, case: Case, w: Wire) -> None:
+    dp.clear()
+    base_rows(dp)
+    case.rows(dp, w)
+
+
+def check(dp: Datapath, uplink: Uplink, case: Case, family: int) -> None:
+    w = Wire(family)
+    prepare(dp, case, w)
+    for build in case.before:
+        assert run(dp, uplink, build(w))[0] == XDP_TX
+    before, packet = learned(dp), bytes(case.packet(w))
+    verdict, out = run(dp, uplink, packet)
+    if case.gives is None:
+        assert (verdict, out) == (XDP_PASS, packet)
+        assert learned(dp) == before, "what is left to tc must leave nothing behind"
+    else:
+        want = Ether(bytes(case.gives(w)))
+        assert (verdict, Ether(out).show(dump=True)) == (XDP_TX, want.show(dump=True))
+        assert out == bytes(want)
+    case.then(dp, w)
+
+
+def check_like_tc(dp: Datapath, uplink: Uplink, case: Case, family: int) -> None:
+    """tc makes the same of it, and remembers the same; also when the two take turns."""
+    w = Wire(family)
+    outcomes = []
+    for by_tc in (set(), {0}, {1}, {0, 1}):
+        prepare(dp, case, w)
+        outs = []
+        for at, build in enumerate((*case.before, case.packet)):
+            if at in by_tc:
+                verdict, out, _ = uplink.space.inside(partial(send, dp, "from_network", build(w)))
+                assert verdict == REDIRECT
+            else:
+                verdict, out = run(dp, uplink, build(w))
+                assert verdict == XDP_TX
+            outs.append(out[14:])
+        outcomes.append((outs, learned(dp)))
+    assert all(o == outcomes[0] for o in outcomes)
+
+
+def frame(*layers: Packet, dst: str = DEVICE_MAC) -> Packet:
+    packet = Ether(src=GATEWAY_MAC, dst=dst)
+    for layer in layers:
+        packet = packet / layer
+    return packet
+
+
+def data(sport: int, dport: int) -> Packet:
+    return TCP(sport=sport, dport=dport, flags="PA", seq=1001, ack=5) / Raw(b"x" * 999)
+
+
+def with_options(sport: int, dport: int) -> Packet:
+    return TCP(sport=sport, dport=dport, flags="S", options=[("MSS", 1460), ("SAckOK", b"")])
+
+
+def unsummed(sport: int, dport: int) -> Packet:
+    return UDP(sport=sport, dport=dport, chksum=0) / Raw(b"data")
+
+
+def call(dst: str = "node", sport: int = CLIENT, **kw: int) -> Build:
+    return lambda w: came(w, "world", dst, syn(sport, TCP_PORT), **kw)
+
+
+def ask(dst: str = "node", data: bytes = b"data") -> Build:
+    return lambda w: came(w, "world", dst, udp(CLIENT, UDP_PORT, data))
+
+
+def answer(w: Wire) -> Packet:
+    return came(w, "c", "node", syn(8080, BOUND, "SA"))
+
+
+def other(dp: Datapath, w: Wire) -> None:
+    """The other node itself is the backend."""
+    nodeport("other")(dp, w)
+
+
+def with_flags(flags: int, *backends: str) -> Prepare:
+    return nodeport(*backends, flags=NODE_PORT | flags)
+
+
+def out_of_range(dp: Datapath, w: Wire) -> None:
+    with_flags(RANGES, "c")(dp, w)
+
+
+def unknown_neighbour(w: Wire) -> str:
+    return {4: "192.168.1.99", 6: "fd01:1::99"}[w.family]
+
+
+def masqueraded(dp: Datapath, w: Wire) -> None:
+    """A pod of this node asked the world, and a service happens to have that port."""
+    key = rows.NatKey(w.packed("world"), w.packed("node"), 53, BOUND, 17, 0)
+    dp.put("nat", key, rows.NatEntry(w.packed("a"), CLIENT, 0, 0, 0))
+    dp.service(7, w.addr("node"), BOUND, 17, [(w.addr("c"), 8080)])
+    dp.put("frontends", rows.FrontendKey(w.packed("node"), BOUND, 17), rows.Frontend(7, 1, 0))
+
+
+SENT = [
+    Case("a call goes on to the backend as this node's", call(),
+         lambda w: left(w, "node", "c", syn(BOUND, 8080)), nodeport("c")),
+    Case("UDP likewise", ask(), lambda w: left(w, "node", "c", udp(BOUND, 8080)), nodeport("c")),
+    Case("an odd number of bytes", ask(data=b"odd"), lambda w: left(w, "node", "c", udp(BOUND, 8080, b"odd")),
+         nodeport("c")),
+    Case("no data at all", ask(data=b""), lambda w: left(w, "node", "c", udp(BOUND, 8080, b"")), nodeport("c")),
+    Case("UDP without a checksum stays without", lambda w: came(w, "world", "node", unsummed(CLIENT, UDP_PORT)),
+         lambda w: left(w, "node", "c", unsummed(BOUND, 8080)), nodeport("c"), families=(4,)),
+    Case("an address that no device has", lambda w: came(w, "world", "front", syn(CLIENT, 80)),
+         lambda w: left(w, "node", "c", syn(BOUND, 8080)), nodeport("c")),
+    Case("another node as the backend", call(), lambda w: left(w, "node", "other", syn(BOUND, 8080)), other),
+    Case("what follows goes the same way", lambda w: came(w, "world", "node", data(CLIENT, TCP_PORT)),
+         lambda w: left(w, "node", "c", data(BOUND, 8080)), nodeport("c"), before=[call()]),
+    Case("the answer comes from the frontend", answer, lambda w: left(w, "node", "world", syn(TCP_PORT, CLIENT, "SA")),
+         nodeport("c"), before=[call()]),
+    Case("an answer by UDP likewise", lambda w: came(w, "c", "node", udp(8080, BOUND)),
+         lambda w: left(w, "node", "world", udp(UDP_PORT, CLIENT)), nodeport("c"), before=[ask()]),
+    Case("an answer for an address that no device has", answer,
+         lambda w: left(w, "front", "world", syn(80, CLIENT, "SA")), nodeport("c"),
+         before=[lambda w: came(w, "world", "front", syn(CLIENT, 80))]),
+    Case("TCP options stay", lambda w: came(w, "world", "node", with_options(CLIENT, TCP_PORT)),
+         lambda w: left(w, "node", "c", with_options(BOUND, 8080)), nodeport("c")),
+]  # fmt: skip
+LEFT = [
+    Case("a service's pod of this node", call(), rows=nodeport("a")),
+    Case("this node as the backend", call(), rows=nodeport("node")),
+    Case("no backends", call(), rows=nodeport()),
+    Case("no backends, silently", call(), rows=nodeport(flags=NODE_PORT | SILENT)),
+    Case("a client that the ranges don't admit", call(), rows=out_of_range),
+    Case("a cluster IP", call(), rows=nodeport("c", flags=NODE_PORT | CLUSTER_IP)),
+    Case("no service's", lambda w: came(w, "world", "node", syn(CLIENT, 22)), rows=nodeport("c")),
+    Case("for a pod", lambda w: came(w, "world", "a", syn(CLIENT, TCP_PORT)), rows=nodeport("c")),
+    Case("a call in the name of this node", lambda w: came(w, "node", "node", syn(CLIENT, TCP_PORT)),
+         rows=nodeport("c")),
+    Case("a call in the name of a pod of this node", lambda w: came(w, "a", "node", syn(CLIENT, TCP_PORT)),
+         rows=nodeport("c")),
+    Case("a call whose time is up", call(ttl=1), rows=nodeport("c")),
+    Case("an answer whose time is up", lambda w: came(w, "c", "node", syn(8080, BOUND, "SA"), 1), rows=nodeport("c"),
+         before=[call()]),
+    Case("a backend whose neighbour isn't known", call(),
+         rows=lambda dp, w: nodeport(unknown_neighbour(w))(dp, w)),
+    Case("a backend behind another device", call(), rows=nodeport("hop")),
+    Case("an answer to nobody", answer, rows=nodeport("c")),
+    Case("an answer from another port", lambda w: came(w, "c", "node", syn(8081, BOUND, "SA")), rows=nodeport("c"),
+         before=[call()]),
+    Case("an answer to a pod's masqueraded packet", lambda w: came(w, "world", "node", udp(53, BOUND)),
+         rows=masqueraded),
+    Case("more than the way takes", lambda w: came(w, "world", "node", udp(CLIENT, UDP_PORT, b"x" * 1500)),
+         rows=nodeport("c")),
+    Case("an echo", lambda w: came(w, "world", "node", w.echo()), rows=nodeport("c")),
+    Case("an error", lambda w: came(w, "c", "node", w.unreachable(w.ip("node", "c") / syn(BOUND, 8080))),
+         rows=nodeport("c"), before=[call()]),
+    Case("SCTP", lambda w: sctp(w), rows=nodeport("c")),
+    Case("IPv4 options", lambda w: frame(w.ip("world", "node", options=[IPOption(b"\x94\x04\x00\x00")]),
+         syn(CLIENT, TCP_PORT)), rows=nodeport("c"), families=(4,)),
+    Case("a first fragment", lambda w: frame(w.ip("world", "node", flags="MF"), udp(CLIENT, UDP_PORT)),
+         rows=nodeport("c"), families=(4,)),
+    Case("a later fragment", lambda w: frame(w.ip("world", "node", frag=5), udp(CLIENT, UDP_PORT)),
+         rows=nodeport("c"), families=(4,)),
+    Case("an IPv6 fragment", lambda w: came(w, "world", "node", IPv6ExtHdrFragment(nh=17, m=1) / udp(CLIENT, UDP_PORT)),
+         rows=nodeport("c"), families=(6,)),
+    Case("an extension header", lambda w: came(w, "world", "node", IPv6ExtHdrDestOpt() / udp(CLIENT, UDP_PORT)),
+         rows=nodeport("c"), families=(6,)),
+    Case("a mapped address", lambda w: came(w, "::ffff:203.0.113.9", "node", udp(CLIENT, UDP_PORT)),
+         rows=nodeport("c"), families=(6,)),
+    Case("a frame for everybody", lambda w: frame(w.ip("world", "node"), udp(CLIENT, UDP_PORT),
+         dst="ff:ff:ff:ff:ff:ff"), rows=nodeport("c")),
+    Case("a VLAN's frame", lambda w: frame(Dot1Q(vlan=5), w.ip("world", "node"), udp(CLIENT, UDP_PORT)),
+         rows=nodeport("c")),
+    Case("ARP", lambda w: frame(ARP()), rows=nodeport("c"), families=(4,)),
+    Case("an IP header that says more than there is", lambda w: longer(w), rows=nodeport("c")),
+    Case("a TCP header that says less than there must be", lambda w: came(w, "world", "node", TCP(sport=CLIENT,
+         dport=TCP_PORT, dataofs=4)), rows=nodeport("c")),
+]  # fmt: skip
+TUNNELLED = [
+    Case("a backend behind the tunnel is left", call(), rows=nodeport("c")),
+    Case("the tunnel's own packets are left", lambda w: came(w, "other", "node", udp(5555, 8472)),
+         rows=nodeport("c")),
+    Case("a pod's packet outside its tunnel is left", lambda w: came(w, "c", "node", syn(CLIENT, TCP_PORT)),
+         rows=other),
+    Case("a node as the backend isn't behind it", call(), lambda w: left(w, "node", "other", syn(BOUND, 8080)), other),
+]  # fmt: skip
+
+
+def sctp(w: Wire) -> Packet:
+    packet = came(w, "world", "node", Raw(struct.pack(">HH", CLIENT, TCP_PORT) + bytes(24)))
+    if w.family == 4:
+        packet.payload.proto = 132
+    else:
+        packet.payload.nh = 132
+    return packet
+
+
+def longer(w: Wire) -> Packet:
+    packet = came(w, "world", "node", udp(CLIENT, UDP_PORT))
+    if w.family == 4:
+        packet.payload.len = 200
+    else:
+        packet.payload.plen = 200
+    return packet
+
+
+@cases(SENT)
+def test_sent_on(native: Datapath, uplink: Uplink, case: Case, family: int) -> None:
+    check(native, uplink, case, family)
+
+
+@cases(SENT)
+def test_as_tc_does_it(native: Datapath, uplink: Uplink, case: Case, family: int) -> None:
+    check_like_tc(native, uplink, case, family)
+
+
+@cases(LEFT)
+def test_left_to_tc(native: Datapath, uplink: Uplink, case: Case, family: int) -> None:
+    check(native, uplink, case, family)
+
+
+@cases(TUNNELLED)
+def test_with_an_overlay(overlay: Datapath, uplink: Uplink, case: Case, family: int) -> None:
+    check(overlay, uplink, case, family)
+
+
+@pytest.mark.parametrize("family", [4, 6])
+def test_a_padded_frame_stays_padded(native: Datapath, uplink: Uplink, family: int) -> None:
+    w = Wire(family)
+    prepare(native, Case("", call(), rows=nodeport("c")), w)
+    verdict, out = run(native, uplink, bytes(ask(data=b"x")(w)) + b"\xa5" * 20)
+    assert (verdict, out) == (XDP_TX, bytes(left(w, "node", "c", udp(BOUND, 8080, b"x"))) + b"\xa5" * 20)
+
+
+@pytest.mark.parametrize("family", [4, 6])
+@pytest.mark.parametrize("length", range(14, 75, 4))
+def test_a_cut_frame_is_left(native: Datapath, uplink: Uplink, family: int, length: int) -> None:
+    w = Wire(family)
+    prepare(native, Case("", call(), rows=nodeport("c")), w)
+    whole = bytes(call()(w))
+    if length < len(whole):
+        assert run(native, uplink, whole[:length]) == (XDP_PASS, whole[:length])
+
+
+@pytest.mark.parametrize("family", [4, 6])
+def test_metrics(native: Datapath, uplink: Uplink, family: int) -> None:
+    w = Wire(family)
+    prepare(native, Case("", call(), rows=nodeport("c")), w)
+    before = native.metric(0, 0)
+    run(native, uplink, call()(w))
+    assert native.metric(0, 0) == before + 1
