@@ -14,13 +14,6 @@ static __always_inline bool for_node(const struct packet *p)
 	return config_addr_is(is_v6(p) ? &cfg_node_addr6 : &cfg_node_addr4, &p->t.daddr);
 }
 
-static __always_inline bool is_own(const addr_t *addr)
-{
-	const struct remote *remote = ipcache_lookup(addr);
-
-	return remote && remote->identity == IDENTITY_HOST;
-}
-
 /* Nobody outside has our own address or a local pod's, and remote pods come through the tunnel where there is one. */
 static __always_inline bool is_spoofed(const struct packet *p)
 {
@@ -32,41 +25,36 @@ static __always_inline bool is_spoofed(const struct packet *p)
 /* A packet for a service from outside goes to a backend. One that now is for a pod of this node goes on as such. */
 #define SERVICE_GOES_ON -2
 
-static __always_inline int from_client(struct __sk_buff *skb, struct packet *p, struct next_hop *hop,
-				       __u32 owner)
+static __always_inline int from_client(struct __sk_buff *skb, struct packet *p, __u32 owner, struct next_hop *hop)
 {
-	ifindex_t ifindex;
+	bool error = p->flags & PACKET_ERROR;
+	enum backend_place place = PLACE_POD;
 	__u32 chosen = 0;
-	int reason;
+	int reason = 0;
 
-	if (!(p->flags & PACKET_PORTS))
+	if (error)
+		reason = nodeport_error(skb, p);
+	else if (p->flags & PACKET_PORTS)
+		reason = nodeport_choose(p, owner, &chosen);
+	if (!p->service && !reason)
 		return SERVICE_GOES_ON;
-	reason = nodeport_choose(p, owner, &chosen);
-	if (!p->service)
-		return SERVICE_GOES_ON;
-	if (chosen)
-		reason = nodeport_remember(p, chosen);
 	identify_peer(p, &p->t.saddr);
 	if (is_spoofed(p))
 		reason = DROP_INVALID_SOURCE_IP;
-	if (!reason && local_endpoint(&p->backend.addr, &ifindex)) {
-		reason = ttl_expires(p) ? DROP_TTL_EXCEEDED : nodeport_address(skb, p);
-		if (!reason)
-			return SERVICE_GOES_ON;
-	} else if (!reason && is_own(&p->backend.addr)) {
-		reason = nodeport_address(skb, p);
-		if (!reason)
-			reason = nodeport_track_node(p);
-		if (!reason) {
-			trace(skb, p, TRACE_TO_HOST);
-			return VERDICT_NEXT;
-		}
-	} else if (!reason) {
-		reason = nodeport_forward(skb, p, hop);
-		if (!reason)
-			return nodeport_leave(skb, p, hop);
+	if (!reason && chosen)
+		reason = nodeport_remember(p, chosen);
+	if (!reason) {
+		place = place_of(error ? &p->t.daddr : &p->backend.addr);
+		reason = nodeport_send(skb, p, place, hop);
 	}
-	return nodeport_drop(skb, p, reason, hop->mtu);
+	if (reason)
+		return nodeport_drop(skb, p, reason, hop->mtu);
+	if (place == PLACE_ELSEWHERE)
+		return nodeport_leave(skb, p, hop);
+	if (place == PLACE_POD)
+		return SERVICE_GOES_ON;
+	trace(skb, p, TRACE_TO_HOST);
+	return VERDICT_NEXT;
 }
 
 /* An answer to this node's address that is for somebody behind it. */
@@ -104,7 +92,7 @@ int from_network(struct __sk_buff *skb)
 	struct endpoint *ep = local_endpoint(&p.t.daddr, &ifindex);
 
 	if (!ep && !unread) {
-		verdict = from_client(skb, &p, &hop, own ? OWNER_THIS_NODE : OWNER_ASK);
+		verdict = from_client(skb, &p, own ? OWNER_THIS_NODE : OWNER_ASK, &hop);
 		if (verdict != SERVICE_GOES_ON)
 			return verdict;
 		ep = local_endpoint(&p.t.daddr, &ifindex);
@@ -116,6 +104,9 @@ int from_network(struct __sk_buff *skb)
 		return drop(skb, &p, unread);
 	if (is_spoofed(&p))
 		return drop(skb, &p, DROP_INVALID_SOURCE_IP);
+	unread = p.service ? 0 : nodeport_arrived(skb, &p);
+	if (unread)
+		return drop(skb, &p, unread);
 	return deliver(skb, &p, ep, ifindex, p.peer);
 }
 

@@ -4,6 +4,7 @@
 #include "lib/forward.h"
 #include "lib/hairpin.h"
 #include "lib/identity.h"
+#include "lib/nodeport.h"
 #include "lib/nodeport_reply.h"
 #include "lib/parse.h"
 
@@ -53,6 +54,10 @@ int from_overlay(struct __sk_buff *skb)
 	note_epoch(&p);
 	struct endpoint *ep = local_endpoint(&p.t.daddr, &ifindex);
 
+	if (ep && source == IDENTITY_WORLD)
+		reason = nodeport_arrived(skb, &p);
+	if (reason)
+		return drop(skb, &p, reason);
 	if (ep)
 		return deliver(skb, &p, ep, ifindex, source);
 	if (is_router(&p.t.daddr, is_v6(&p)) && unmasquerade_wanted(&p)) {

@@ -3,6 +3,7 @@
  * is in docs/design/service.md, "From outside". */
 #pragma once
 #include "lib/conntrack.h"
+#include "lib/dsr.h"
 #include "lib/encap.h"
 #include "lib/forward.h"
 #include "lib/hairpin.h"
@@ -10,14 +11,10 @@
 #include "lib/refuse.h"
 #include "lib/route.h"
 #include "lib/service.h"
+#include "lib/translate.h"
 
 /* The client has closed its side: what it still acknowledges keeps the entry. */
 #define CT_HALF_CLOSED_NS (60 * NSEC_PER_SEC)
-
-static __always_inline bool is_attempt(const struct packet *p)
-{
-	return p->tcp_flags & TCP_SYN && !(p->tcp_flags & TCP_ACK);
-}
 
 static __always_inline void note_client_end(const struct packet *p, struct ct_entry *e, __u64 now)
 {
@@ -28,14 +25,14 @@ static __always_inline void note_client_end(const struct packet *p, struct ct_en
 	else if (p->tcp_flags & TCP_FIN)
 		e->flags |= CT_FIN_FORWARD;
 	/* Replies aren't seen here: whatever isn't the first packet counts as an answer to one. */
-	if (!is_attempt(p))
+	if (!tcp_attempt(p))
 		lifetime = e->flags & CT_FIN_FORWARD ? CT_HALF_CLOSED_NS : ct_lifetime(p->t.proto, e->flags | CT_SEEN_REPLY);
 	ct_extend(e, now + lifetime);
 }
 
 /* A connection goes on with its backend while the frontend is still the same service's; a new attempt after its end
- * chooses anew. */
-static __always_inline bool nodeport_known(struct packet *p)
+ * chooses anew. No other backend knows a connection that has lost its own: TCP and SCTP are told so. */
+static __always_inline enum known nodeport_known(struct packet *p)
 {
 	struct ct_key key;
 	__u64 now = coarse_now();
@@ -43,18 +40,18 @@ static __always_inline bool nodeport_known(struct packet *p)
 	ct_key_of(&key, &p->t, DIRECTION_EGRESS, CT_SCOPE_SERVICE);
 	struct ct_entry *e = ct_lookup(&key, 0, now);
 
-	if (!e || e->service != p->service || (is_attempt(p) && e->flags & (CT_RST | CT_FIN_FORWARD)))
-		return false;
-	const struct backend *backend = service_backend(e->backend);
+	if (!e || (tcp_attempt(p) && e->flags & (CT_RST | CT_FIN_FORWARD)))
+		return KNOWN_NOT;
+	const struct backend *backend = e->service == p->service ? service_backend(e->backend) : NULL;
 
 	if (!backend)
-		return false;
+		return p->t.proto == IPPROTO_UDP || tcp_attempt(p) ? KNOWN_NOT : KNOWN_LOST;
 	p->backend.addr = backend->addr;
 	p->backend.port = backend->port;
 	if (e->flags & CT_BOUND)
 		p->flags |= PACKET_BOUND;
 	note_client_end(p, e, now);
-	return true;
+	return KNOWN_BACKEND;
 }
 
 /* Would the backend, here or this node itself, take this for a connection that the same client port already has with it,
@@ -106,7 +103,6 @@ __noinline int nodeport_remember(struct packet *p, __u32 backend)
 __noinline int nodeport_choose(struct packet *p, __u32 owner, __u32 *chosen)
 {
 	struct service_query q = {};
-	int result;
 
 	if (!p || !chosen)
 		return DROP_INVALID_PACKET;
@@ -127,10 +123,11 @@ __noinline int nodeport_choose(struct packet *p, __u32 owner, __u32 *chosen)
 		p->flags |= PACKET_SILENT;
 	if (!service_admits(&q))
 		return DROP_SERVICE_SOURCE_RANGE;
-	if (nodeport_known(p))
+	enum known known = nodeport_known(p);
+
+	if (known == KNOWN_BACKEND)
 		return 0;
-	result = service_choose(&q);
-	if (result != SERVICE_FOUND)
+	if (known == KNOWN_LOST || service_choose(&q) != SERVICE_FOUND)
 		return DROP_SERVICE_NO_BACKEND;
 	p->backend = q.to;
 	*chosen = q.backend;
@@ -175,7 +172,7 @@ __noinline int nodeport_track_node(struct packet *p)
 	struct ct_entry *e = ct_lookup(&key, 0, now);
 
 	if (e && e->frontend_port == p->frontend.port && addr_equal(&e->frontend, &p->frontend.addr) &&
-	    !(is_attempt(p) && e->flags)) {
+	    !(tcp_attempt(p) && e->flags)) {
 		note_client_end(p, e, now);
 		return 0;
 	}
@@ -196,56 +193,228 @@ static __always_inline bool may_fragment(struct __sk_buff *skb, const struct pac
 	       !(frag_off & bpf_htons(IP_DONT_FRAGMENT));
 }
 
-/* To a backend behind the tunnel, as this node's router address: what answers goes back there. The backend's node judges
- * it as the world. Whatever may be cut is cut outside the tunnel. */
-static __always_inline int nodeport_tunnel(struct __sk_buff *skb, struct packet *p, const struct remote *remote,
-					   struct next_hop *hop)
+/* Through the tunnel, where the backend's node judges it as the world. What may be cut is cut outside the tunnel. */
+static __always_inline int tunnel_fits(struct __sk_buff *skb, const struct packet *p, __u32 room, struct next_hop *hop)
 {
-	int reason;
-
-	if (p->wire_len > cfg_pod_mtu && !may_fragment(skb, p)) {
-		hop->mtu = cfg_pod_mtu;
-		return DROP_FRAGMENTATION_NOT_SUPPORTED;
-	}
-	router_addr(&p->source.addr, is_v6(p));
-	if (addr_is_zero(&p->source.addr))
-		return DROP_NAT_NO_MAPPING;
-	reason = nat_bind(p);
-	if (!reason)
-		reason = nodeport_rewrite(skb, p, true);
-	if (!reason && decrement_ttl(skb, p) < 0)
-		reason = DROP_WRITE_ERROR;
-	if (!reason && set_tunnel_key(skb, &remote->tunnel, IDENTITY_WORLD) < 0)
-		reason = DROP_NO_TUNNEL_KEY;
-	return reason;
+	if (p->wire_len + room <= cfg_pod_mtu || may_fragment(skb, p))
+		return 0;
+	hop->mtu = cfg_pod_mtu - room;
+	return DROP_FRAGMENTATION_NOT_SUPPORTED;
 }
 
-static __always_inline int nodeport_native(struct __sk_buff *skb, struct packet *p, struct next_hop *hop)
+static __always_inline int tunnel_set(struct __sk_buff *skb, struct packet *p, const struct remote *remote)
 {
-	int reason;
-
-	node_addr(&p->source.addr, is_v6(p));
-	if (addr_is_zero(&p->source.addr))
-		return DROP_NAT_NO_MAPPING;
-	reason = find_next_hop(skb, p, &p->source.addr, &p->backend.addr, hop);
-	if (!reason)
-		reason = nat_bind(p);
-	return reason ? reason : nodeport_rewrite(skb, p, true);
+	if (decrement_ttl(skb, p) < 0)
+		return DROP_WRITE_ERROR;
+	return set_tunnel_key(skb, &remote->tunnel, IDENTITY_WORLD) < 0 ? DROP_NO_TUNNEL_KEY : 0;
 }
 
-/* To a backend elsewhere, which must answer through this node: this node calls it. Returns 0, and `hop` is on its way (its
- * ifindex is 0 through the tunnel), or the reason to drop. */
+/* The tunnel's other end if `addr` is behind one. */
+static __always_inline const struct remote *tunnel_to(const addr_t *addr)
+{
+	const struct remote *remote = cfg_overlay_ifindex ? ipcache_lookup(addr) : NULL;
+
+	return remote && remote->flags & REMOTE_TUNNEL ? remote : NULL;
+}
+
+/* To a backend elsewhere, which must answer through this node: this node calls it, through the tunnel by its router
+ * address. Returns 0, and `hop` is on its way (without a device: through the tunnel), or the reason to drop. */
 __noinline int nodeport_forward(struct __sk_buff *skb, struct packet *p, struct next_hop *hop)
 {
+	int reason;
+
 	if (!p || !hop)
 		return DROP_INVALID_PACKET;
-	const struct remote *remote = ipcache_lookup(&p->backend.addr);
+	const struct remote *tunnel = tunnel_to(&p->backend.addr);
 
 	if (ttl_expires(p))
 		return DROP_TTL_EXCEEDED;
-	if (cfg_overlay_ifindex && remote && remote->flags & REMOTE_TUNNEL)
-		return nodeport_tunnel(skb, p, remote, hop);
-	return nodeport_native(skb, p, hop);
+	if (tunnel)
+		router_addr(&p->source.addr, is_v6(p));
+	else
+		node_addr(&p->source.addr, is_v6(p));
+	if (addr_is_zero(&p->source.addr))
+		return DROP_NAT_NO_MAPPING;
+	reason = tunnel ? tunnel_fits(skb, p, 0, hop)
+			: find_next_hop(skb, p, &p->source.addr, &p->backend.addr, hop);
+	if (!reason)
+		reason = nat_bind(p);
+	if (!reason)
+		reason = nodeport_rewrite(skb, p, true);
+	return reason || !tunnel ? reason : tunnel_set(skb, p, tunnel);
+}
+
+/* The backend's node learns of a connection by its first packet, and of a datagram by each. */
+static __always_inline bool wants_option(const struct packet *p)
+{
+	return !(p->flags & PACKET_HEADLESS) && (p->t.proto != IPPROTO_TCP || tcp_attempt(p));
+}
+
+/* To a backend elsewhere, whose node answers the client itself. Returns as nodeport_forward(). */
+__noinline int nodeport_direct(struct __sk_buff *skb, struct packet *p, struct next_hop *hop)
+{
+	int reason;
+
+	if (!p || !hop)
+		return DROP_INVALID_PACKET;
+	const struct remote *tunnel = tunnel_to(&p->backend.addr);
+	__u32 room = wants_option(p) ? dsr_room(p) : 0;
+
+	if (ttl_expires(p))
+		return DROP_TTL_EXCEEDED;
+	p->wire_len += room;
+	reason = tunnel ? tunnel_fits(skb, p, 0, hop) : find_next_hop(skb, p, &p->t.saddr, &p->backend.addr, hop);
+	p->wire_len -= room;
+	hop->mtu -= room;
+	if (!reason)
+		reason = nodeport_rewrite(skb, p, false);
+	if (!reason && room)
+		reason = dsr_add(skb, p, &p->frontend);
+	return reason || !tunnel ? reason : tunnel_set(skb, p, tunnel);
+}
+
+/* The backend of the connection that an error is about. */
+__noinline int service_of_error(struct packet *p, struct end *to)
+{
+	struct ct_key key;
+
+	if (!p || !to)
+		return false;
+	ct_key_of(&key, &p->inner, DIRECTION_INGRESS, CT_SCOPE_SERVICE);
+	const struct ct_entry *e = ct_lookup(&key, 0, coarse_now());
+	const struct backend *backend = e ? service_backend(e->backend) : NULL;
+
+	if (!backend)
+		return false;
+	to->addr = backend->addr;
+	to->port = backend->port;
+	p->service = e->service;
+	p->flags |= PACKET_OUTSIDE | (e->flags & CT_BOUND ? PACKET_BOUND : 0);
+	return true;
+}
+
+/* An error about what a service answered, from wherever it stopped: now it is about what the backend sent. Returns 0 or the
+ * reason to drop; without p->service it is none of ours. */
+__noinline int nodeport_error(struct __sk_buff *skb, struct packet *p)
+{
+	struct nat_key out = {.direction = DIRECTION_EGRESS};
+	struct end backend = {}, client = {};
+	int reason = 0;
+
+	if (!p || !service_of_error(p, &backend))
+		return 0;
+	out.saddr = p->inner.daddr;
+	out.daddr = p->inner.saddr;
+	out.sport = p->inner.dport;
+	out.dport = p->inner.sport;
+	out.proto = p->inner.proto;
+	const struct nat_entry *e = bpf_map_lookup_elem(&nat, &out);
+
+	if (e && (p->flags & PACKET_BOUND || !addr_equal(&e->addr, &out.saddr))) {
+		client.addr = e->addr;
+		client.port = e->port;
+		reason = rewrite_inner(skb, p, &client, END_DESTINATION);
+	}
+	if (!reason)
+		reason = rewrite_inner(skb, p, &backend, END_SOURCE);
+	return reason ? reason : rewrite(skb, p, &backend, END_DESTINATION);
+}
+
+/* An error that is right about a backend elsewhere follows its packets. Returns as nodeport_forward(). */
+__noinline int nodeport_forward_error(struct __sk_buff *skb, struct packet *p, struct next_hop *hop)
+{
+	if (!p || !hop)
+		return DROP_INVALID_PACKET;
+	const struct remote *tunnel = tunnel_to(&p->t.daddr);
+
+	if (ttl_expires(p))
+		return DROP_TTL_EXCEEDED;
+	return tunnel ? tunnel_set(skb, p, tunnel) : find_next_hop(skb, p, &p->t.saddr, &p->t.daddr, hop);
+}
+
+enum backend_place {
+	PLACE_POD,           /* of this node */
+	PLACE_NODE,          /* this node itself */
+	PLACE_ELSEWHERE,
+};
+
+static __always_inline enum backend_place place_of(const addr_t *addr)
+{
+	if (bpf_map_lookup_elem(&local_addrs, addr))
+		return PLACE_POD;
+	return owner_of(ipcache_lookup(addr)) == OWNER_THIS_NODE ? PLACE_NODE : PLACE_ELSEWHERE;
+}
+
+/* Makes a packet right for its backend. Returns 0 or the reason to drop. */
+static __always_inline int nodeport_send(struct __sk_buff *skb, struct packet *p, enum backend_place place,
+					 struct next_hop *hop)
+{
+	int reason;
+
+	if (p->flags & PACKET_ERROR)
+		return place == PLACE_ELSEWHERE ? nodeport_forward_error(skb, p, hop) : 0;
+	if (place == PLACE_ELSEWHERE)
+		return p->flags & PACKET_DIRECT ? nodeport_direct(skb, p, hop) : nodeport_forward(skb, p, hop);
+	if (place == PLACE_POD && ttl_expires(p))
+		return DROP_TTL_EXCEEDED;
+	reason = nodeport_address(skb, p);
+	return reason || place == PLACE_POD ? reason : nodeport_track_node(p);
+}
+
+/* What came by direct return tells which frontend the client addressed. Anybody could say so, hence it has to be one. */
+__noinline int nodeport_told(struct __sk_buff *skb, struct packet *p)
+{
+	struct service_query q = {};
+
+	if (!p)
+		return DROP_INVALID_PACKET;
+	int found = dsr_take(skb, p, &p->frontend);
+
+	if (found != DSR_TAKEN)
+		return found;
+	q.client = p->t.saddr;
+	q.addr = p->frontend.addr;
+	q.port = p->frontend.port;
+	q.proto = p->t.proto;
+	/* Another node's port is served there, and here is the backend. */
+	if (service_owner(&q) == OWNER_OTHER_NODE)
+		q.owner = OWNER_THIS_NODE;
+	if (service_find(&q) == SERVICE_NONE || q.frontend.flags & FRONTEND_ADDRESS)
+		return DROP_INVALID_PACKET;
+	p->service = q.frontend.service;
+	p->flags |= PACKET_OUTSIDE;
+	return 0;
+}
+
+/* The same client port by two frontends, the first still in use. Of a datagram each says which frontend it is for; of TCP
+ * only the first packet does. Returns 0 or the reason to drop. */
+__noinline int nodeport_told_apart(struct packet *p)
+{
+	struct ct_key key;
+
+	if (!p)
+		return DROP_INVALID_PACKET;
+	p->backend.addr = p->t.daddr;
+	p->backend.port = p->t.dport;
+	if (nodeport_collides(p, &key, coarse_now()))
+		p->flags |= PACKET_BOUND;
+	return p->flags & PACKET_BOUND && p->t.proto != IPPROTO_UDP ? DROP_NAT_NO_MAPPING : 0;
+}
+
+/* A packet for a pod of this node: does it come from another node that leaves the answer to this one? Returns 0 or the
+ * reason to drop. */
+static __always_inline int nodeport_arrived(struct __sk_buff *skb, struct packet *p)
+{
+	int reason;
+
+	/* Nearly all packets: nothing between the headers. */
+	if (p->l4 == L3_OFFSET + (is_v6(p) ? sizeof(struct ipv6hdr) : sizeof(struct iphdr)))
+		return 0;
+	reason = nodeport_told(skb, p);
+	if (reason || !(p->flags & PACKET_OUTSIDE))
+		return reason;
+	reason = nodeport_told_apart(p);
+	return reason || !(p->flags & PACKET_BOUND) ? reason : nodeport_address(skb, p);
 }
 
 /* A packet that can't go on is dropped and its sender told, where the protocols want that. */
