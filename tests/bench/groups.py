@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import Final
 
-from tests.bench import agent, changes, cni, datapath, observer, programs, services
+from tests.bench import agent, changes, cni, datapath, observer, programming, programs, services
 from tests.bench.measure import Settings
 from tests.bench.report import Figure
 
@@ -13,6 +13,7 @@ GROUPS: Final[Mapping[str, Callable[[Settings], list[Figure]]]] = {
     "pods": datapath.pods_of,
     "services": services.through_services,
     "changes": changes.changes,
+    "programming": programming.programming,
     "cni": cni.add_and_delete,
     "agent": agent.agent,
     "crowd": agent.crowd,
@@ -23,6 +24,7 @@ TITLES: Final[Mapping[str, str]] = {
     "pods": "Pod to pod",
     "services": "Services: connections through cluster IPs",
     "changes": "Services: changes",
+    "programming": "Services: very many at once, one of very many",
     "cni": "CNI plugin",
     "agent": "Agent: start, memory, enforcement, a large cluster",
     "crowd": "Agent: many pods on one node",
@@ -44,6 +46,11 @@ WORDS: Final[Mapping[str, tuple[str, ...]]] = {
         "socket every millisecond. The clock runs from before the request to the API until the first datagram after",
         "which none goes to the old backend. kube-proxy as above, alone on the machine with the API server, with its",
         "defaults: it syncs at most once a second.",
+    ),
+    "programming": (
+        "All objects are in the API before anybody starts; our agent begins without pins, journal and devices.",
+        "Ours is done when it says that it is ready (the rows are counted), kube-proxy when the last Service answers.",
+        "Memory and CPU of the process (kube-proxy: CPU also of the `nft` and `iptables-restore` that it runs).",
     ),
     "cni": (
         "Whole processes as a runtime starts them: fork, exec, configuration in, result out, exit; a fresh",
