@@ -42,6 +42,8 @@ class AgentConfig:
     external_cluster_ip: bool = False
     fast_path: bool = True
     attach: str = "auto"
+    xdp: str = "disabled"
+    reset_tcp: bool = False
     conntrack_entries: int = 131072
     nat_entries: int = 65536
     ipcache_entries: int = 524288
@@ -54,6 +56,7 @@ class AgentConfig:
     identity_entries: int = 65536
     audit_interval: float = 30.0
     metrics_listen: str = ""
+    healthz_listen: str = "0.0.0.0:10256"  # noqa: S104 load balancers ask, and kube-proxy has it there
     trace_interval: float = 5.0
     label_filter: str = ""
     log_level: str = "info"
@@ -66,6 +69,8 @@ class AgentConfig:
             raise ConfigError(f"--routing {self.routing!r}: overlay or native")
         if self.attach not in ("auto", "tcx", "clsact"):
             raise ConfigError(f"--attach {self.attach!r}: auto, tcx or clsact")
+        if self.xdp not in ("disabled", "native", "generic", "best-effort"):
+            raise ConfigError(f"--xdp {self.xdp!r}: disabled, native, generic or best-effort")
         if self.socket_services not in ("all", "host", "off"):
             raise ConfigError(f"--socket-services {self.socket_services!r}: all, host or off")
         if self.maglev_table_size not in TABLE_SIZES:
@@ -83,6 +88,10 @@ class AgentConfig:
             value = getattr(self, name)
             if not least <= value <= most:
                 raise ConfigError(f"--{name.replace('_', '-')} {value}: expected {least} to {most}")
+        try:
+            listen_address(self.healthz_listen)
+        except ValueError as error:
+            raise ConfigError(f"--healthz-listen {error}") from None
         try:
             LabelFilter.of(self.label_filter.split())
         except ValueError as error:
@@ -123,7 +132,10 @@ HELP: Mapping[str, str] = {
     "node_ports": "ports that the API server gives to Services of type NodePort (its --service-node-port-range)",
     "external_cluster_ip": "let clients outside the cluster use cluster IPs",
     "fast_path": "redirect past the host's stack where the kernel can",
+    "reset_tcp": "reset TCP connections to a backend that its Service has lost, instead of letting them finish",
     "attach": "how programs are attached to devices: auto, tcx or clsact",
+    "xdp": "send Services' traffic from outside on in the network devices' drivers: disabled, native, generic "
+    "(after the driver, slow) or best-effort (native where the driver can)",
     "conntrack_entries": "size of the connection table",
     "nat_entries": "size of the masquerading table",
     "ipcache_entries": "size of the table of the cluster's addresses",
@@ -136,10 +148,21 @@ HELP: Mapping[str, str] = {
     "identity_entries": "size of the table of known identities; pods of others can't talk to pods with policies",
     "audit_interval": "seconds between two comparisons with the kernel",
     "metrics_listen": "HOST:PORT for Prometheus; empty: only on the local socket",
+    "healthz_listen": "HOST:PORT of /healthz and /livez, as kube-proxy has them; empty: none",
     "trace_interval": "seconds between two events of one busy connection",
     "label_filter": "security-relevant labels: regular expressions separated by blanks, ! excludes",
     "log_level": "debug, info, warning or error",
 }
+
+
+def listen_address(text: str) -> tuple[str, int] | None:
+    """Host (without brackets) and port of HOST:PORT; None for an empty text. Raises ValueError."""
+    if not text:
+        return None
+    host, _, port = text.rpartition(":")
+    if not port.isdecimal() or not 0 < int(port) < 65536:
+        raise ValueError(f"{text!r}: expected HOST:PORT")
+    return host.strip("[]"), int(port)
 
 
 def port_range(setting: str, text: str) -> tuple[int, int]:

@@ -11,7 +11,7 @@ from typing import Any, Final
 from fimbria.agent.config import AgentConfig, port_range
 from fimbria.apply.maps import U32, ManyCodec, MapTarget, Raw
 from fimbria.apply.policy_sets import PolicySetsTarget
-from fimbria.apply.programs import Constant, Datapath
+from fimbria.apply.programs import OBJECTS, Constant, Datapath
 from fimbria.apply.service_tables import ServiceTablesTarget
 from fimbria.kernel import netns
 from fimbria.kernel.btf import Btf
@@ -41,6 +41,8 @@ STRUCTS: dict[str, type[Any]] = {
     "affinity": rows.Affinity,
     "source_key": rows.SourceKey,
     "exempt_key": rows.ExemptKey,
+    "sock_revnat_key": rows.SockRevnatKey,
+    "sock_revnat": rows.SockRevnat,
     "nat_key": rows.NatKey,
     "nat_entry": rows.NatEntry,
     "event": rows.Event,
@@ -75,6 +77,11 @@ MAP_STRUCTS: dict[str, tuple[str, ...]] = {
 
 
 SCOPE_SERVICE: Final = 1  # enum ct_scope
+
+
+def objects(config: AgentConfig) -> tuple[str, ...]:
+    """The objects that are needed with these settings."""
+    return OBJECTS if config.xdp == "disabled" else (*OBJECTS, "xdp")
 
 
 def objects_folder() -> Path:
@@ -115,6 +122,7 @@ def map_codecs(layouts: Layouts) -> dict[str, tuple[ManyCodec[Any], ManyCodec[An
         "affinity": (layouts["affinity_key"], layouts["affinity"]),
         "source_ranges": (layouts["source_key"], U32()),
         "service_exempt": (layouts["exempt_key"], U32()),
+        "sock_revnat": (layouts["sock_revnat_key"], layouts["sock_revnat"]),
         "nat": (layouts["nat_key"], layouts["nat_entry"]),
         "runtime": (U32(), layouts["runtime"]),
     }

@@ -13,6 +13,8 @@ from typing import Any, Final
 from fimbria.apply.attach import DeviceHook
 from fimbria.apply.policy_sets import SetContent
 from fimbria.apply.rows import Rows
+from fimbria.apply.xdp import PROGRAM as XDP_PROGRAM
+from fimbria.apply.xdp import XdpHook
 from fimbria.compute import host_ports, network
 from fimbria.compute.ipcache import IpcacheCompute
 from fimbria.compute.policy import PolicyEngine, SetChange
@@ -58,6 +60,7 @@ class DesiredRows:
     identities: Rows[int, int] = field(default_factory=lambda: Rows("identities"))
     cidrs: Rows[PrefixKey, Cidr] = field(default_factory=lambda: Rows("cidrs"))
     device_links: Rows[DeviceHook, str] = field(default_factory=lambda: Rows("device_links"))
+    xdp_links: Rows[XdpHook, str] = field(default_factory=lambda: Rows("xdp_links"))
     socket_links: Rows[str, str] = field(default_factory=lambda: Rows("socket_links"))
     neighbours: Rows[NeighbourKey, bytes] = field(default_factory=lambda: Rows("neighbours"))
     endpoints: Rows[int, Endpoint] = field(default_factory=lambda: Rows("endpoints"))
@@ -100,12 +103,15 @@ class Engine:
         cluster: str,
         overlay: bool,
         services: Defaults = Defaults(),  # noqa: B008 frozen
+        xdp: str = "disabled",
     ) -> None:
         self.tables = tables
         self.rows = rows
         self.numbers = numbers
         self.cluster = cluster
         self.node = node
+        self.xdp = xdp
+        self.on_services: Callable[[], None] = lambda: None
         self.on_labels: Callable[[int, Mapping[str, str]], None] = lambda _endpoint_id, _labels: None
         self.devices: DeviceSet | None = None
         self.ipcache = IpcacheCompute(node, overlay)
@@ -162,6 +168,7 @@ class Engine:
         if former is not None:
             for ifindex in {former.overlay, *former.uplinks} - {devices.overlay, *devices.uplinks}:
                 self._drop_hooks(ifindex)
+                self.rows.xdp_links.drop(XdpHook(ifindex, self.xdp))
             if former.overlay != devices.overlay:
                 self.rows.neighbours.drop_many(key for key, _ in network.overlay_neighbours(former))
         self._nodes(set(self.tables.nodes))
@@ -373,6 +380,7 @@ class Engine:
             target: Rows[Any, Any] = getattr(self.rows, name)
             target.put_many(delta.upserts[name])
             target.drop_many(delta.deletes[name])
+        self.on_services()
 
     def _api_servers(self) -> None:
         """Policies name the API servers as an entity: it is the endpoints of Service default/kubernetes."""
@@ -538,6 +546,8 @@ class Engine:
             return
         for ifindex in self.devices.uplinks:
             self._hooks(ifindex, "from_network", "to_network")
+            if self.xdp != "disabled":
+                self.rows.xdp_links.put(XdpHook(ifindex, self.xdp), XDP_PROGRAM)
         if self.devices.overlay:
             self._hooks(self.devices.overlay, "from_overlay", "to_overlay")
 

@@ -28,6 +28,7 @@ from fimbria.agent.config import AgentConfig, ConfigError, parse
 from fimbria.agent.endpoints import EndpointManager
 from fimbria.agent.engine import DesiredRows, Engine, NumberBook
 from fimbria.agent.epoch import Epoch
+from fimbria.agent.healthcheck import Freshness, HealthChecks
 from fimbria.agent.identities import Identities
 from fimbria.agent.install import install_cni
 from fimbria.agent.journal import Journal
@@ -35,6 +36,7 @@ from fimbria.agent.keeper import Keeper
 from fimbria.agent.learned import Learned
 from fimbria.agent.node import NodeRegistration
 from fimbria.agent.publisher import Publisher
+from fimbria.agent.sockets import SocketCutter
 from fimbria.agent.sources import Sources, vocabulary
 from fimbria.agent.wiring import Wiring
 from fimbria.apply.attach import SOCKET_HOOKS, CgroupTarget, ClsactTarget, TcxTarget
@@ -42,7 +44,9 @@ from fimbria.apply.devices import NodeDevices
 from fimbria.apply.loop import ApplyLoop, Stage
 from fimbria.apply.network import NeighbourTarget, RouteTarget, SysctlTarget
 from fimbria.apply.programs import Constant, Datapath
+from fimbria.apply.xdp import XdpTarget
 from fimbria.compute.service_frontends import Defaults
+from fimbria.compute.service_rows import MAPS
 from fimbria.decide.ipam import AddressPool
 from fimbria.kernel import probe
 from fimbria.kernel.grace import GracePeriod
@@ -97,6 +101,7 @@ class Agent:
     epoch: Epoch = field(init=False)
     keeper: Keeper = field(init=False)
     learned: Learned = field(init=False)
+    sockets: SocketCutter = field(init=False)
     _next_id: int = 1
     _reserved_ids: int = 0
     _saved_numbers: dict[str, Any] = field(default_factory=dict)
@@ -104,12 +109,14 @@ class Agent:
     def __post_init__(self) -> None:
         self.keeper = Keeper(self)
         self.learned = Learned(self)
+        self.sockets = SocketCutter(self)
+        self.engine.on_services = self.sockets.wake.set
         self.epoch = Epoch(self._write_epoch, GracePeriod().wait)
 
     def sweep(self) -> None:
         """Remove what former versions left, once nothing uses it."""
         failures = self.loop.failures()
-        if not failures.get("device_links") and not failures.get("socket_links"):
+        if not any(failures.get(links) for links in ("device_links", "xdp_links", "socket_links")):
             self.datapath.sweep()
 
     def next_endpoint_id(self) -> int:
@@ -162,11 +169,13 @@ def build(config: AgentConfig, client: ApiClient) -> Agent:
     journal.open()
     layouts = dp.Layouts()
     netlink = NetlinkSocket()
-    datapath = Datapath(Path(config.bpffs), dp.objects_folder(), dp.sizes(config), layouts.of_map, dp.arrays(config))
+    datapath = Datapath(
+        Path(config.bpffs), dp.objects_folder(), dp.sizes(config), layouts.of_map, dp.arrays(config), dp.objects(config)
+    )
     words = vocabulary(config.label_filter, config.cluster_name)
     engine = Engine(
         tables, rows, numbers, node=config.node_name, cluster=config.cluster_name, overlay=config.overlay,
-        services=Defaults(config.forwarding, config.load_balancing),
+        services=Defaults(config.forwarding, config.load_balancing), xdp=config.xdp,
     )  # fmt: skip
     identities = Identities(client, tables, words.labels)
     engine.on_labels = identities.labels_changed
@@ -235,6 +244,7 @@ def stages(agent: Agent) -> list[Stage]:
         Stage(dp.policy_target(datapath, layouts), rows.policy_sets), identities,
         plain("cidrs"), plain("ipcache"),
         Stage(links, rows.device_links, quick=True, swaps=True),
+        Stage(XdpTarget(datapath), rows.xdp_links, quick=True, swaps=True),
     ]  # fmt: skip
     if cgroup:
         found.append(Stage(CgroupTarget(datapath, Path(cgroup)), rows.socket_links, quick=True, swaps=True))
@@ -387,7 +397,28 @@ async def run(config: AgentConfig) -> None:
             group.create_task(save(agent), name="save")
             group.create_task(promote(agent), name="promote")
             group.create_task(agent.keeper.run(), name="keeper")
+            group.create_task(_after_ready(agent, health_checks(agent).run), name="health checks")
             group.create_task(agent.learned.run(), name="learned")
+            group.create_task(_after_ready(agent, agent.sockets.run), name="sockets")
+
+
+def health_checks(agent: Agent) -> HealthChecks:
+    """What load balancers ask."""
+    loop, name = agent.loop, agent.config.node_name
+    services = [s for s in loop.stages if s.rows.name in MAPS]
+    freshness = Freshness(
+        progress=lambda: (loop.stats.passes, loop.stats.audits),
+        pending=lambda: any(s.rows.dirty for s in services),
+        ready=agent.ready.is_set,
+    )
+
+    def eligible() -> bool:
+        here = agent.tables.own_node.get(name)
+        return here is not None and not here.leaving
+
+    return HealthChecks(
+        agent.tables.services, agent.engine.services.local_ready, freshness, eligible, agent.config.healthz_listen
+    )
 
 
 async def _serve_cni(agent: Agent, request: Request) -> bytes:

@@ -31,6 +31,7 @@ class _Collector:
         yield from self._datapath()
         yield from self._apply()
         yield from self._agent.learned.metrics()
+        yield from self._agent.sockets.metrics()
         yield from self._sources()
         yield from self._endpoints()
 

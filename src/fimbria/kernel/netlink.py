@@ -25,6 +25,7 @@ ATTR = struct.Struct("=HH")
 U8, U16, U32, U64, S32 = (struct.Struct("=" + c) for c in "BHIQi")
 BE16 = struct.Struct("!H")
 
+ROUTE, SOCK_DIAG = 0, 4  # enum of netlink protocols in netlink.h
 REQUEST, MULTI, ACK, DUMP_INTR = 0x1, 0x2, 0x4, 0x10
 DUMP = 0x300
 REPLACE, EXCL, CREATE, APPEND = 0x100, 0x200, 0x400, 0x800
@@ -183,15 +184,15 @@ def parse_error(data: bytes, flags: int, start: int, end: int) -> tuple[int, str
 # -- sockets
 
 
-def open_socket(netns_fd: int | None, flags: int = 0) -> socket.socket:
-    """A route netlink socket of this namespace or of the given one. Raises OSError."""
+def open_socket(netns_fd: int | None, flags: int = 0, protocol: int = ROUTE) -> socket.socket:
+    """A netlink socket of this namespace or of the given one. Raises OSError."""
     kind = socket.SOCK_RAW | socket.SOCK_CLOEXEC | flags
     if netns_fd is None:
-        return socket.socket(socket.AF_NETLINK, kind, 0)
-    fd = lib.fim_socket_in(netns_fd, socket.AF_NETLINK, kind, 0)
+        return socket.socket(socket.AF_NETLINK, kind, protocol)
+    fd = lib.fim_socket_in(netns_fd, socket.AF_NETLINK, kind, protocol)
     if fd < 0:
         raise OSError(-fd, f"netlink socket in namespace of descriptor {netns_fd}: {os.strerror(-fd)}")
-    return socket.socket(socket.AF_NETLINK, socket.SOCK_RAW, 0, fileno=fd)
+    return socket.socket(socket.AF_NETLINK, socket.SOCK_RAW, protocol, fileno=fd)
 
 
 class NetlinkSocket:
@@ -200,14 +201,15 @@ class NetlinkSocket:
     Safe to use from several threads; each call is one exchange.
     """
 
-    def __init__(self, netns_fd: int | None = None, *, strict: bool = True) -> None:
+    def __init__(self, netns_fd: int | None = None, *, strict: bool = True, protocol: int = ROUTE) -> None:
         """Opens the socket, in another network namespace when `netns_fd` is given (which stays the caller's).
 
-        `strict` has the kernel check dump requests and filter by what they name. Raises OSError.
+        `strict` has the kernel check dump requests and filter by what they name; `protocol` is ROUTE or SOCK_DIAG.
+        Raises OSError.
         """
         self._lock = threading.Lock()
         self._sequence = 0
-        self._socket = open_socket(netns_fd)
+        self._socket = open_socket(netns_fd, protocol=protocol)
         try:
             self._chunk = _CHUNK_MESSAGES if self._enlarge() else 64
             for option in (_CAP_ACK, _EXT_ACK, *((_STRICT,) if strict else ())):

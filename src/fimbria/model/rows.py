@@ -161,6 +161,24 @@ class ExemptKey:
 
 
 @dataclass(frozen=True, slots=True)
+class SockRevnatKey:
+    """`struct sock_revnat_key`: a socket and a backend it talks to."""
+
+    cookie: int
+    addr: bytes
+    port: int
+
+
+@dataclass(frozen=True, slots=True)
+class SockRevnat:
+    """`struct sock_revnat`: the frontend that it was called by."""
+
+    addr: bytes
+    port: int
+    service: int
+
+
+@dataclass(frozen=True, slots=True)
 class CtKey:
     """`struct ct_key`."""
 
