@@ -56,6 +56,7 @@ async def refresh(agent: Agent) -> int:
         _remember(agent, devices)
         agent.engine.set_devices(devices)
         agent.rows.device_links.touch_all()
+        agent.rows.xdp_links.touch_all()
         agent.rows.socket_links.touch_all()
         agent.loop.audit_soon(quick=True)
         await agent.loop.flush()

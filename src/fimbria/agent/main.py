@@ -170,8 +170,9 @@ def build(config: AgentConfig, client: ApiClient) -> Agent:
     layouts = dp.Layouts()
     netlink = NetlinkSocket()
     datapath = Datapath(
-        Path(config.bpffs), dp.objects_folder(), dp.sizes(config), layouts.of_map, dp.arrays(config), dp.objects(config)
-    )
+        Path(config.bpffs), dp.objects_folder(), dp.sizes(config), layouts.of_map, dp.arrays(config),
+        names=dp.objects(config),
+    )  # fmt: skip
     words = vocabulary(config.label_filter, config.cluster_name)
     engine = Engine(
         tables, rows, numbers, node=config.node_name, cluster=config.cluster_name, overlay=config.overlay,

@@ -13,7 +13,7 @@ from __future__ import annotations
 import hashlib
 import logging
 import shutil
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Final
@@ -37,13 +37,16 @@ class Datapath:
         sizes: Mapping[str, int],
         layout: Callable[[str], str],
         arrays: Mapping[str, int] | None = None,
+        *,
+        names: Sequence[str] = OBJECTS,
     ) -> None:
-        """`layout` gives a hash of the types in a map: part of its pin name."""
+        """`layout` gives a hash of the types in a map: part of its pin name. `names` are the objects to load."""
         self._root = bpffs / "fimbria"
         self._objects = objects
         self._sizes = sizes
         self._layout = layout
         self._arrays = arrays or {}
+        self._names = names
         self.maps: dict[str, Map] = {}
         self.programs: dict[str, Program] = {}
         self.program_ids: dict[int, str] = {}
@@ -66,7 +69,7 @@ class Datapath:
         programs: dict[str, Program] = {}
         live, self._live = self._live, {}
         try:
-            for name in OBJECTS:
+            for name in self._names:
                 programs.update(self._load_object(name, constants))
         except OSError:
             self._live = live
