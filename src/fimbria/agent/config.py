@@ -56,7 +56,7 @@ class AgentConfig:
     identity_entries: int = 65536
     audit_interval: float = 30.0
     metrics_listen: str = ""
-    healthz_listen: str = "0.0.0.0:10256"  # noqa: S104 load balancers ask, and kube-proxy has it there
+    healthz_listen: str = "0.0.0.0:10256"
     trace_interval: float = 5.0
     label_filter: str = ""
     log_level: str = "info"
@@ -159,8 +159,8 @@ def listen_address(text: str) -> tuple[str, int] | None:
     """Host (without brackets) and port of HOST:PORT; None for an empty text. Raises ValueError."""
     if not text:
         return None
-    host, _, port = text.rpartition(":")
-    if not port.isdecimal() or not 0 < int(port) < 65536:
+    host, colon, port = text.rpartition(":")
+    if not colon or not port.isdecimal() or not 0 < int(port) < 65536:
         raise ValueError(f"{text!r}: expected HOST:PORT")
     return host.strip("[]"), int(port)
 

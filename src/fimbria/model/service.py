@@ -113,10 +113,11 @@ class EndpointSlice:
 
 @dataclass(frozen=True, slots=True)
 class NodeTopology:
-    """What this node says about itself: its labels, and all of its addresses (16 bytes)."""
+    """What this node says about itself: its labels, all of its addresses (16 bytes), and whether it is going away."""
 
     labels: tuple[tuple[str, str], ...] = ()
     addrs: tuple[bytes, ...] = ()
+    leaving: bool = False
 
     @property
     def zone(self) -> str:

@@ -27,6 +27,7 @@ from fimbria.sources.k8s.types import core
 # https://kubernetes.io/docs/reference/labels-annotations-taints/
 LABEL_SERVICE_NAME = "kubernetes.io/service-name"
 LABEL_PROXY_NAME = "service.kubernetes.io/service-proxy-name"
+TO_BE_DELETED = "ToBeDeletedByClusterAutoscaler"  # a taint: load balancers shall leave the node
 LABEL_HEADLESS = "service.kubernetes.io/headless"
 # Cilium's annotations of Services (and of EndpointSlices: the weight).
 TYPE: Final = "service.cilium.io/type"
@@ -107,7 +108,8 @@ def to_topology(obj: core.Node) -> NodeTopology:
                 found.append(pack(address.address))
             except ValueError:
                 continue
-    return NodeTopology(tuple(sorted((obj.metadata.labels or {}).items())), tuple(found))
+    leaving = bool(obj.metadata.deletion_timestamp) or any(t.key == TO_BE_DELETED for t in obj.spec.taints or ())
+    return NodeTopology(tuple(sorted((obj.metadata.labels or {}).items())), tuple(found), leaving)
 
 
 # --- parts of a Service ------------------------------------------------------------------------------------------
