@@ -38,7 +38,7 @@ static __always_inline int from_pod_ip(struct __sk_buff *skb, struct packet *p, 
 	find_destination(p, &to);
 	if (!(p->peer_flags & REMOTE_POD) || p->flags & PACKET_ERROR) {
 		reason = service_translate(skb, p, ep);
-		if (reason == DROP_SERVICE_NO_BACKEND) {
+		if (reason == DROP_SERVICE_NO_BACKEND && !(p->flags & PACKET_SILENT)) {
 			drop(skb, p, reason);
 			return refuse(skb, p, ep);
 		}

@@ -6,6 +6,7 @@
 #include "lib/rewrite.h"
 #include "lib/trace.h"
 #include "maps/endpoint.h"
+#include "maps/nat.h"
 
 static __always_inline struct endpoint *local_endpoint(const addr_t *addr, ifindex_t *ifindex)
 {
@@ -69,6 +70,52 @@ static __always_inline int untranslate(struct __sk_buff *skb, struct packet *p)
 	return rewrite_inner(skb, p, &p->frontend, END_DESTINATION);
 }
 
+/* The client's end behind a binding that only exchanged its port. */
+static __always_inline bool bound_client(const struct packet *p, struct end *client)
+{
+	struct nat_key back;
+	const struct tuple *t = &p->t;
+	bool error = p->flags & PACKET_ERROR;
+
+	if (error)
+		t = &p->inner;
+	/* The embedded packet was on its way to the backend. */
+	back.saddr = error ? t->daddr : t->saddr;
+	back.daddr = error ? t->saddr : t->daddr;
+	back.sport = error ? t->dport : t->sport;
+	back.dport = error ? t->sport : t->dport;
+	back.proto = t->proto;
+	back.direction = DIRECTION_INGRESS;
+	back.pad = 0;
+	const struct nat_entry *e = bpf_map_lookup_elem(&nat, &back);
+
+	if (!e)
+		return false;
+	client->addr = e->addr;
+	client->port = e->port;
+	return true;
+}
+
+/* Both ends of an answer, or of an error about what the client sent, become what the client knows. Returns 0 or the reason
+ * to drop. */
+__noinline int reply_address(struct __sk_buff *skb, struct packet *p)
+{
+	struct end client = {};
+	int reason;
+
+	if (!p)
+		return DROP_INVALID_PACKET;
+	if (p->flags & PACKET_BOUND) {
+		if (!bound_client(p, &client))
+			return DROP_NAT_NO_MAPPING;
+		reason = p->flags & PACKET_ERROR ? rewrite_inner(skb, p, &client, END_SOURCE)
+						 : rewrite(skb, p, &client, END_DESTINATION);
+		if (reason)
+			return reason;
+	}
+	return untranslate(skb, p);
+}
+
 /* All that an endpoint's side asks of a packet for it, with p->peer known. Returns 0 or the reason to drop. */
 static __always_inline int receive(struct __sk_buff *skb, struct packet *p, struct endpoint *ep)
 {
@@ -83,7 +130,7 @@ static __always_inline int receive(struct __sk_buff *skb, struct packet *p, stru
 	if (reason)
 		return reason;
 	trace(skb, p, TRACE_TO_ENDPOINT);
-	return untranslate(skb, p);
+	return p->flags & PACKET_UNTRANSLATE ? reply_address(skb, p) : 0;
 }
 
 /* Frame for the pod, as if the stack had routed it. */

@@ -4,6 +4,7 @@
 #pragma once
 #include "lib/arp_nd.h"
 #include "lib/conntrack.h"
+#include "lib/forward.h"
 #include "lib/rewrite.h"
 
 #define HAIRPIN_NONE -1
@@ -34,6 +35,8 @@ __noinline int hairpin_remember(struct packet *p, struct endpoint *ep)
 
 	if (!p || !ep)
 		return DROP_CT_CANNOT_CREATE;
+	if (p->flags & PACKET_BOUND)
+		e.flags |= CT_BOUND;
 	router_addr(&key.remote, is_v6(p));
 	if (addr_is_zero(&key.remote))
 		return DROP_CT_CANNOT_CREATE;
@@ -78,10 +81,11 @@ __noinline int hairpin_back(struct __sk_buff *skb, struct packet *p, struct endp
 	p->service = e->service;
 	p->frontend.addr = e->frontend;
 	p->frontend.port = e->frontend_port;
+	p->flags |= PACKET_UNTRANSLATE | (e->flags & CT_BOUND ? PACKET_BOUND : 0);
 	to.addr = p->t.saddr;
 	to.port = p->t.dport;
 	count(METRIC_FORWARDED, DIRECTION_INGRESS, p->len);
 	int reason = rewrite(skb, p, &to, END_DESTINATION);
 
-	return reason ? reason : rewrite(skb, p, &p->frontend, END_SOURCE);
+	return reason ? reason : reply_address(skb, p);
 }

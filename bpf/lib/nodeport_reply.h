@@ -6,52 +6,6 @@
 #include "lib/nat.h"
 #include "lib/route.h"
 
-/* The client's end behind a binding that only exchanged its port. */
-static __always_inline bool reply_client(const struct packet *p, struct end *client)
-{
-	struct nat_key back;
-	const struct tuple *t = &p->t;
-	bool error = p->flags & PACKET_ERROR;
-
-	if (error)
-		t = &p->inner;
-	/* The embedded packet was on its way to the backend. */
-	back.saddr = error ? t->daddr : t->saddr;
-	back.daddr = error ? t->saddr : t->daddr;
-	back.sport = error ? t->dport : t->sport;
-	back.dport = error ? t->sport : t->dport;
-	back.proto = t->proto;
-	back.direction = DIRECTION_INGRESS;
-	back.pad = 0;
-	const struct nat_entry *e = bpf_map_lookup_elem(&nat, &back);
-
-	if (!e)
-		return false;
-	client->addr = e->addr;
-	client->port = e->port;
-	return true;
-}
-
-/* Both ends of an answer, or of an error about what the client sent, become what the client knows. Returns 0 or the reason
- * to drop. */
-__noinline int reply_address(struct __sk_buff *skb, struct packet *p)
-{
-	struct end client = {};
-	int reason;
-
-	if (!p)
-		return DROP_INVALID_PACKET;
-	if (p->flags & PACKET_BOUND) {
-		if (!reply_client(p, &client))
-			return DROP_NAT_NO_MAPPING;
-		reason = p->flags & PACKET_ERROR ? rewrite_inner(skb, p, &client, END_SOURCE)
-						 : rewrite(skb, p, &client, END_DESTINATION);
-		if (reason)
-			return reason;
-	}
-	return untranslate(skb, p);
-}
-
 /* A pod's answer, which judge() has allowed and marked PACKET_UNTRANSLATE. It is routed as from the frontend. What the
  * kernel's routing doesn't answer at once is the stack's, as it is; to_network addresses what comes out of there. */
 static __always_inline int reply_from_pod(struct __sk_buff *skb, struct packet *p)

@@ -2,6 +2,8 @@
 /* Services by packet, for what no socket program has translated. */
 #pragma once
 #include "lib/conntrack.h"
+#include "lib/hairpin.h"
+#include "lib/nat.h"
 #include "lib/rewrite.h"
 #include "lib/service.h"
 
@@ -36,6 +38,8 @@ static __always_inline bool service_goes_on(struct packet *p, struct ct_entry *e
 		return false;
 	if (!service_answer(q, e->backend))
 		return false;
+	if (e->flags & CT_BOUND)
+		p->flags |= PACKET_BOUND;
 	if (p->tcp_flags & TCP_RST)
 		e->flags |= CT_RST;
 	else if (p->tcp_flags & TCP_FIN)
@@ -43,6 +47,32 @@ static __always_inline bool service_goes_on(struct packet *p, struct ct_entry *e
 	/* Only the connection's own entry sees replies: this one may outlive it, but not the reverse. */
 	ct_extend(e, now + (attempt ? CT_TCP_SYN_NS : ct_lifetime(p->t.proto, e->flags | CT_SEEN_REPLY)));
 	return true;
+}
+
+/* Would the chosen backend take this for a connection that the pod already has with it by the same port, directly or
+ * through another frontend? Then it gets another port on the way. */
+__noinline int service_collides(struct packet *p, struct service_query *q)
+{
+	struct ct_key key = {.scope = CT_SCOPE_CONNECTION};
+
+	if (!p || !q)
+		return false;
+	key.local = p->t.saddr;
+	key.remote = q->to.addr;
+	key.local_port = p->t.sport;
+	key.remote_port = q->to.port;
+	key.proto = p->t.proto;
+	if (addr_equal(&key.local, &key.remote)) {
+		key.scope = CT_SCOPE_HAIRPIN;
+		key.local_port = q->to.port;
+		key.remote_port = p->t.sport;
+		router_addr(&key.remote, is_v6(p));
+	}
+	const struct ct_entry *e = ct_lookup(&key, q->endpoint, coarse_now());
+
+	if (!e || e->flags & CT_RST || (e->flags & CT_FIN_FORWARD && e->flags & CT_FIN_REPLY))
+		return false;
+	return e->frontend_port != p->t.dport || !addr_equal(&e->frontend, &p->t.daddr);
 }
 
 /* Remembers the backend in `q`. Returns 0 or the reason to drop. */
@@ -55,6 +85,8 @@ __noinline int service_remember(struct packet *p, struct service_query *q)
 		return DROP_INVALID_PACKET;
 	e.expires = coarse_now() + (p->t.proto == IPPROTO_UDP ? CT_BOTH_WAYS_NS : CT_TCP_SYN_NS);
 	e.endpoint = q->endpoint;
+	if (p->flags & PACKET_BOUND)
+		e.flags |= CT_BOUND;
 	e.service = q->frontend.service;
 	e.backend = q->backend;
 	e.frontend = p->t.daddr;
@@ -86,67 +118,113 @@ __noinline int service_known(struct packet *p, struct service_query *q, bool fou
 	return found && service_goes_on(p, e, q, now) ? KNOWN_BACKEND : KNOWN_LOST;
 }
 
-/* Finds the backend for a packet, in q->to; p->service is 0 if it is for no service. Returns 0 or the reason to drop. */
-static __always_inline int service_of_packet(struct packet *p, struct service_query *q)
+/* Finds the backend for a packet: p->backend; p->service is 0 if it is for no service. Returns 0 or the reason to drop. */
+__noinline int service_of_packet(struct packet *p, struct endpoint *ep)
 {
-	bool found = service_find(q) == SERVICE_FOUND;
+	struct service_query q;
 	int known;
 
-	p->service = 0;
-	if (found && service_exempts(q))
+	if (!p || !ep)
+		return DROP_INVALID_PACKET;
+	service_query_of(&q, p, ep);
+	bool found = service_find(&q) == SERVICE_FOUND;
+
+	if (found && service_exempts(&q))
 		return 0;
-	known = service_known(p, q, found);
+	known = service_known(p, &q, found);
 	/* What was connected to a service that is gone is told so. */
 	if (!found)
 		return known == KNOWN_NOT ? 0 : DROP_SERVICE_NO_BACKEND;
-	p->service = q->frontend.service;
-	if (known == KNOWN_BACKEND)
-		return 0;
-	/* No other backend knows of a connection that has lost its own. */
-	if (known == KNOWN_LOST && p->t.proto != IPPROTO_UDP && !tcp_attempt(p))
-		return DROP_SERVICE_NO_BACKEND;
-	return service_choose(q) == SERVICE_FOUND ? service_remember(p, q) : DROP_SERVICE_NO_BACKEND;
+	p->service = q.frontend.service;
+	if (known != KNOWN_BACKEND) {
+		/* No other backend knows of a connection that has lost its own. */
+		if (known == KNOWN_LOST && p->t.proto != IPPROTO_UDP && !tcp_attempt(p))
+			return DROP_SERVICE_NO_BACKEND;
+		int result = service_choose(&q);
+
+		if (result == SERVICE_SILENT)
+			p->flags |= PACKET_SILENT;
+		if (result != SERVICE_FOUND)
+			return DROP_SERVICE_NO_BACKEND;
+		if (service_collides(p, &q))
+			p->flags |= PACKET_BOUND;
+		int reason = service_remember(p, &q);
+
+		if (reason)
+			return reason;
+	}
+	p->frontend.addr = p->t.daddr;
+	p->frontend.port = p->t.dport;
+	p->backend = q.to;
+	return 0;
 }
 
-/* The pod answers what it got from a frontend with an error: its cause is a packet of the backend. */
-static __always_inline int service_translate_error(struct __sk_buff *skb, struct packet *p, struct endpoint *ep,
-						   struct ct_key *key, __u64 now)
+/* The pod's port towards the backend of a connection that `inner` belongs to. */
+static __always_inline bool bound_port(const struct tuple *inner, struct end *client)
 {
-	struct end to = {};
+	struct nat_key out = {.direction = DIRECTION_EGRESS};
 
-	ct_key_of(key, &p->inner, DIRECTION_INGRESS, CT_SCOPE_SERVICE);
-	struct ct_entry *e = ct_lookup(key, ep->id, now);
-	const struct backend *backend = e ? service_backend(e->backend) : NULL;
+	out.saddr = inner->daddr;
+	out.daddr = inner->saddr;
+	out.sport = inner->dport;
+	out.dport = inner->sport;
+	out.proto = inner->proto;
+	const struct nat_entry *e = bpf_map_lookup_elem(&nat, &out);
 
-	if (!backend)
-		return 0;
-	to.addr = backend->addr;
-	to.port = backend->port;
-	p->service = e->service;
-	bool from_frontend = addr_equal(&p->t.daddr, &p->inner.saddr);
-	int reason = rewrite_inner(skb, p, &to, END_SOURCE);
-
-	return reason || !from_frontend ? reason : rewrite(skb, p, &to, END_DESTINATION);
+	if (!e)
+		return false;
+	client->addr = e->addr;
+	client->port = e->port;
+	return true;
 }
 
-/* Replaces a service's address and port by a backend's. Returns 0 or the reason to drop. */
-__noinline int service_translate(struct __sk_buff *skb, struct packet *p, struct endpoint *ep)
+/* The pod answers what it got from a frontend with an error: its cause is a packet of the backend. Returns 0 or the reason
+ * to drop. */
+__noinline int service_translate_error(struct __sk_buff *skb, struct packet *p, struct endpoint *ep)
 {
-	struct service_query q;
 	struct ct_key key;
+	struct end to = {};
 	int reason;
 
 	if (!p || !ep)
 		return DROP_INVALID_PACKET;
+	ct_key_of(&key, &p->inner, DIRECTION_INGRESS, CT_SCOPE_SERVICE);
+	const struct ct_entry *e = ct_lookup(&key, ep->id, coarse_now());
+	const struct backend *backend = e ? service_backend(e->backend) : NULL;
+
+	if (!backend)
+		return 0;
+	p->service = e->service;
+	if (e->flags & CT_BOUND && bound_port(&p->inner, &to)) {
+		reason = rewrite_inner(skb, p, &to, END_DESTINATION);
+		if (reason)
+			return reason;
+	}
+	to.addr = backend->addr;
+	to.port = backend->port;
+	bool from_frontend = addr_equal(&p->t.daddr, &p->inner.saddr);
+
+	reason = rewrite_inner(skb, p, &to, END_SOURCE);
+	return reason || !from_frontend ? reason : rewrite(skb, p, &to, END_DESTINATION);
+}
+
+/* Replaces a service's address and port by a backend's. Returns 0 or the reason to drop. */
+static __always_inline int service_translate(struct __sk_buff *skb, struct packet *p, struct endpoint *ep)
+{
+	int reason = 0;
+
 	if (p->flags & PACKET_ERROR)
-		return service_translate_error(skb, p, ep, &key, coarse_now());
+		return service_translate_error(skb, p, ep);
 	if (!(p->flags & PACKET_PORTS))
 		return 0;
-	service_query_of(&q, p, ep);
-	reason = service_of_packet(p, &q);
+	reason = service_of_packet(p, ep);
 	if (reason || !p->service)
 		return reason;
-	p->frontend.addr = p->t.daddr;
-	p->frontend.port = p->t.dport;
-	return rewrite(skb, p, &q.to, END_DESTINATION);
+	if (p->flags & PACKET_BOUND) {
+		p->source.addr = p->t.saddr;
+		reason = nat_bind(p);
+		if (!reason)
+			reason = rewrite(skb, p, &p->source, END_SOURCE);
+	}
+	return reason ? reason : rewrite(skb, p, &p->backend, END_DESTINATION);
 }

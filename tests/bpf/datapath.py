@@ -48,6 +48,7 @@ _KEYS = {
     "frontends": ("frontend_key", rows.FrontendKey),
     "service_slots": ("slot_key", rows.SlotKey),
     "nat": ("nat_key", rows.NatKey),
+    "service_exempt": ("exempt_key", rows.ExemptKey),
 }
 VALUE: dict[str, Codec[Any]] = {name: Codec(LAYOUT, f"struct {s}", cls) for name, (s, cls) in _CODECS.items()}
 KEY: dict[str, Codec[Any]] = {name: Codec(LAYOUT, f"struct {s}", cls) for name, (s, cls) in _KEYS.items()}

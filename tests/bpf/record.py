@@ -50,9 +50,10 @@ MACS = {"a": "02:00:00:00:0a:01", "a-host": "02:00:00:00:0a:02", "b": "02:00:00:
 ADDRS = {
     4: {"a": "10.1.0.10", "b": "10.1.0.11", "c": "10.2.0.10", "router": "10.1.0.1", "node": "192.168.1.2",
         "other": "192.168.2.2", "world": "203.0.113.9", "hop": "198.51.100.1", "front": "10.96.0.10",
-        "empty": "10.96.0.11"},
+        "empty": "10.96.0.11", "twin": "10.96.0.12"},
     6: {"a": "fd10:1::10", "b": "fd10:1::11", "c": "fd10:2::10", "router": "fd10:1::1", "node": "fd01:1::2",
-        "other": "fd01:2::2", "world": "fd99::9", "hop": "fd98::1", "front": "fd96::10", "empty": "fd96::11"},
+        "other": "fd01:2::2", "world": "fd99::9", "hop": "fd98::1", "front": "fd96::10", "empty": "fd96::11",
+        "twin": "fd96::12"},
 }  # fmt: skip
 OVERLAY: dict[str, Setting] = {"cfg_overlay_ifindex": OVERLAY_IFINDEX, "cfg_node_addr4": addr(ADDRS[4]["node"]),
            "cfg_node_addr6": addr(ADDRS[6]["node"]), "cfg_router_addr4": addr(ADDRS[4]["router"]),

@@ -1,5 +1,6 @@
 """Services by packet: there and back, errors included, and an answer when there is nobody."""
 
+import struct
 from collections.abc import Iterator
 
 import pytest
@@ -8,12 +9,15 @@ from datapath import (
     ENFORCE_EGRESS,
     ENFORCE_INGRESS,
     EVENT_DROP,
+    LAYOUT,
     REDIRECT,
     SHOT,
     TCX_NEXT,
     Datapath,
+    addr,
 )  # fmt: skip
 from record import (
+    A_ID,
     B_IDENTITY,
     C_IDENTITY,
     OVERLAY,
@@ -29,13 +33,17 @@ from record import (
     udp,
 )  # fmt: skip
 from scapy.layers.inet import TCP as TcpHeader
+from scapy.layers.inet import UDP as UdpHeader
+from scapy.layers.l2 import Ether
 from scapy.packet import Packet, Raw
 from test_policy import enforce, rule
 
+from fimbria.kernel.btf import enum_values
 from fimbria.model import rows
 
 TCP, UDP, SCTP = 6, 17, 132
 OUT, IN = ENFORCE_EGRESS, ENFORCE_INGRESS
+FLAG = {name.removeprefix("FRONTEND_"): n for name, n in enum_values(LAYOUT, "frontend_flag").items()}
 
 
 @pytest.fixture(scope="module")
@@ -139,6 +147,41 @@ def quoted(w: Wire, packet: Packet) -> bytes:
     return bytes(packet.payload)[: (28 if w.family == 4 else 48)]
 
 
+def silent(dp: Datapath, w: Wire) -> None:
+    dp.put("frontends", rows.FrontendKey(w.packed("front"), 80, TCP), rows.Frontend(7, 0, FLAG["SILENT"]))
+
+
+def address_only(dp: Datapath, w: Wire) -> None:
+    """`front` belongs to services, which serve other ports; and so does `node`, by an external IP."""
+    for name in ("front", "node"):
+        dp.put("frontends", rows.FrontendKey(w.packed(name), 0, 0), rows.Frontend(0, 0, FLAG["ADDRESS"]))
+
+
+def node_port(flags: str = "", inside: str = "") -> Prepare:
+    """Port 30080 of every node leads to b; with `inside`, to that one for pods."""
+
+    def prepare(dp: Datapath, w: Wire) -> None:
+        any_address = "0.0.0.0" if w.family == 4 else "::"
+        dp.service(7, any_address, 30080, TCP, [(w.addr("b"), 8080)])
+        bits = sum(FLAG[name] for name in f"NODE_PORT {flags}".split())
+        dp.put("frontends", rows.FrontendKey(addr(any_address), 30080, TCP), rows.Frontend(7, 1, bits))
+        if inside:
+            dp.put("backends", 801, rows.Backend(w.packed(inside), 8080, TCP))
+            dp.put("service_slots", rows.SlotKey(8, 0), 801)
+            dp.put("frontends", rows.FrontendKey(addr(any_address), 30080, TCP, 1), rows.Frontend(8, 1, bits))
+
+    return prepare
+
+
+def exempt(endpoint: int) -> Prepare:
+    def prepare(dp: Datapath, w: Wire) -> None:
+        service("b")(dp, w)
+        dp.put("frontends", rows.FrontendKey(w.packed("front"), 80, TCP), rows.Frontend(7, 1, FLAG["EXEMPT"]))
+        dp.put("service_exempt", rows.ExemptKey(endpoint, 7, 1), 1)
+
+    return prepare
+
+
 CALL = ("from_pod", lambda w: w.sent("front", syn()))
 ASK = ("from_pod", lambda w: w.sent("front", udp()))
 RECORDS = [
@@ -220,6 +263,30 @@ RECORDS = [
            gives=lambda w: w.delivered("a", "front", syn(80, 40000, "SA"), ttl=64)),
     Record("what else it sends the gateway is the node's", lambda w: w.sent("router", syn(8081, 40000, "SA")), TCX_NEXT,
            rows=service("a"), before=[CALL], gives=lambda w: w.sent("router", syn(8081, 40000, "SA"))),
+    Record("nobody there, and nobody says so", CALL[1], SHOT, rows=silent, drop="DROP_SERVICE_NO_BACKEND"),
+    Record("a port that nobody serves is refused", lambda w: w.sent("front", syn(dport=81)), REDIRECT, mark=0xF4,
+           rows=address_only, gives=lambda w: answered(w, TcpHeader(sport=81, dport=40000, flags="RA", seq=0, ack=1001,
+           window=0), "front"), drop="DROP_SERVICE_NO_BACKEND"),
+    Record("a node's other ports are its own", lambda w: w.sent("node", syn(dport=81)), TCX_NEXT, rows=address_only,
+           gives=lambda w: w.sent("node", syn(dport=81))),
+    Record("a node port of this node", lambda w: w.sent("node", syn(dport=30080)), REDIRECT, rows=node_port(),
+           gives=lambda w: w.delivered("b", "a", syn(dport=8080))),
+    Record("a node port of another node is translated here", lambda w: w.sent("other", syn(dport=30080)), REDIRECT,
+           rows=node_port(), gives=lambda w: w.delivered("b", "a", syn(dport=8080))),
+    Record("a pod's address has no node ports", lambda w: w.sent("b", syn(dport=30080)), REDIRECT, rows=node_port(),
+           gives=lambda w: w.delivered("b", "a", syn(dport=30080))),
+    Record("the world has none either", lambda w: w.sent("world", syn(dport=30080)), TCX_NEXT, rows=node_port(),
+           gives=lambda w: w.sent("world", syn(dport=30080))),
+    Record("pods use all endpoints of a local node port", lambda w: w.sent("node", syn(dport=30080)), REDIRECT,
+           rows=node_port("TWO_SCOPES", "c"), gives=lambda w: w.sent("c", syn(dport=8080), ttl=63), mark=0xF2),
+    Record("another node's local node port is left to it", lambda w: w.sent("other", syn(dport=30080)), TCX_NEXT,
+           rows=node_port("TWO_SCOPES", "c"), gives=lambda w: w.sent("other", syn(dport=30080))),
+    Record("the answer comes from the node port", lambda w: w.routed("b", "a", syn(8080, 40000, "SA")), TCX_NEXT,
+           program="to_pod", rows=node_port(), before=[("from_pod", lambda w: w.sent("other", syn(dport=30080)))],
+           gives=lambda w: w.routed("other", "a", syn(30080, 40000, "SA"))),
+    Record("an exempt pod sees the address as it is", CALL[1], TCX_NEXT, rows=exempt(A_ID), gives=CALL[1]),
+    Record("another one doesn't", CALL[1], REDIRECT, rows=exempt(A_ID + 1),
+           gives=lambda w: w.delivered("b", "a", syn(dport=8080))),
     Record("an echo to a service's address is no service's", lambda w: w.sent("front", w.echo()), TCX_NEXT,
            rows=service("b"), gives=lambda w: w.sent("front", w.echo())),
 ]  # fmt: skip
@@ -240,3 +307,125 @@ def test_connections_spread_over_backends(dp: Datapath, family: int) -> None:
         send(dp, "from_pod", w.sent("front", syn(sport)))
     seen = [k.remote for k, _ in dp.items("conntrack") if k.local == w.packed("a") and k.scope == 0]
     assert 20 < seen.count(w.packed("b")) < 80 and len(seen) == 100
+
+
+def twins(dp: Datapath, w: Wire, backend: str = "b", proto: int = TCP) -> None:
+    """Two services with one backend."""
+    dp.clear()
+    base_rows(dp)
+    for number, name in ((7, "front"), (27, "twin")):
+        dp.service(number, w.addr(name), 80, proto, [(w.addr(backend), 8080)])
+
+
+class Call:
+    """Pod a's conversation with a service by one port, as far as the backend's side tells."""
+
+    def __init__(self, dp: Datapath, w: Wire, name: str, proto: int = TCP, backend: str = "b") -> None:
+        self.dp, self.w, self.name, self.backend = dp, w, name, backend
+        self.layer = TcpHeader if proto == TCP else UdpHeader
+        self.port = 0
+
+    def segment(self, sport: int, dport: int, flags: str) -> Packet:
+        if self.layer is TcpHeader:
+            return syn(sport, dport, flags)
+        return udp(sport, dport)
+
+    def send(self, flags: str = "S") -> int:
+        """The port that the backend sees."""
+        _, out, _ = send(self.dp, "from_pod", self.w.sent(self.name, self.segment(40000, 80, flags)))
+        packet = Ether(out)
+        assert packet.payload.dst == self.w.addr(self.backend)
+        assert packet.payload.src == self.w.addr("router" if self.backend == "a" else "a")
+        self.port = packet[self.layer].sport
+        source = "router" if self.backend == "a" else "a"
+        ttl = 64 if self.backend == "a" else 63
+        sent = self.segment(self.port, 8080, flags)
+        expected = self.w.delivered(self.backend, source, sent, ttl=ttl)
+        assert bytes(packet) == bytes(Ether(bytes(expected)))
+        return self.port
+
+    def answered(self, flags: str = "SA") -> None:
+        """The backend's answer comes from the service, for the port that the pod has."""
+        answer = self.segment(8080, self.port, flags)
+        if self.backend == "a":
+            program, packet = "from_pod", self.w.sent("router", answer)
+            expected = self.w.delivered("a", self.name, self.segment(80, 40000, flags), ttl=64)
+        else:
+            program, packet = "to_pod", self.w.routed(self.backend, "a", answer)
+            expected = self.w.routed(self.name, "a", self.segment(80, 40000, flags))
+        _, out, _ = send(self.dp, program, packet)
+        assert bytes(out) == bytes(expected), (Ether(out), expected)
+
+
+@pytest.mark.parametrize("family", [4, 6])
+@pytest.mark.parametrize("proto", [TCP, UDP])
+@pytest.mark.parametrize("backend", ["b", "a"], ids=["another", "itself"])
+def test_one_port_and_two_services_with_one_backend(dp: Datapath, family: int, proto: int, backend: str) -> None:
+    w = Wire(family)
+    twins(dp, w, backend, proto)
+    first, second = (Call(dp, w, name, proto, backend) for name in ("front", "twin"))
+    assert first.send() == 40000
+    assert second.send() != 40000
+    port = second.port
+    for flags in ("SA", "A"):
+        first.answered(flags)
+        second.answered(flags)
+    for _ in range(2):
+        assert (first.send("A"), second.send("A")) == (40000, port)
+    first.answered("A")
+    second.answered("A")
+
+
+@pytest.mark.parametrize("family", [4, 6])
+def test_one_port_directly_and_through_a_service(dp: Datapath, family: int) -> None:
+    w = Wire(family)
+    twins(dp, w)
+    send(dp, "from_pod", w.sent("b", syn(dport=8080)))
+    call = Call(dp, w, "front")
+    assert call.send() != 40000
+    call.answered()
+    _, out, _ = send(dp, "to_pod", w.routed("b", "a", syn(8080, 40000, "SA")))
+    assert out == bytes(w.routed("b", "a", syn(8080, 40000, "SA")))
+
+
+@pytest.mark.parametrize("family", [4, 6])
+def test_the_port_is_free_again_after_the_first_connection(dp: Datapath, family: int) -> None:
+    w = Wire(family)
+    twins(dp, w)
+    first, second = (Call(dp, w, name) for name in ("front", "twin"))
+    first.send()
+    first.answered()
+    first.send("FA")
+    first.answered("FA")
+    assert second.send() == 40000
+
+
+@pytest.mark.parametrize("family", [4, 6])
+def test_errors_about_a_connection_with_another_port(dp: Datapath, family: int) -> None:
+    w = Wire(family)
+    twins(dp, w, proto=UDP)
+    for name in ("front", "twin"):
+        call = Call(dp, w, name, UDP)
+        call.send()
+    about = w.ip("a", "b") / udp(call.port, 8080)
+    _, out, _ = send(dp, "to_pod", w.routed("hop", "a", w.time_exceeded(about)))
+    assert out == bytes(w.routed("hop", "a", w.time_exceeded(w.ip("a", "twin") / udp(40000, 80))))
+    error = w.sent("twin", w.unreachable(w.ip("twin", "a") / udp(80, 40000)))
+    _, out, _ = send(dp, "from_pod", error)
+    assert out == bytes(w.delivered("b", "a", w.unreachable(w.ip("b", "a") / udp(8080, call.port))))
+
+
+@pytest.mark.parametrize("family", [4, 6])
+def test_affinity_by_packet_is_the_pods(dp: Datapath, family: int) -> None:
+    w = Wire(family)
+    dp.clear()
+    base_rows(dp)
+    service("b", "c")(dp, w)
+    for backend in (700, 701):
+        dp.maps["service_members"].update(struct.pack("=II", 7, backend), struct.pack("=I", 1))
+    key = rows.FrontendKey(w.packed("front"), 80, TCP)
+    dp.put("frontends", key, rows.Frontend(7, 2, FLAG["AFFINITY"], 600))
+    for sport in range(30000, 30040):
+        send(dp, "from_pod", w.sent("front", syn(sport)))
+    assert len({k.remote for k, _ in dp.items("conntrack") if k.scope == 0 and k.local == w.packed("a")}) == 1
+    assert [k for k, _ in dp.maps["affinity"].items()] == [w.packed("a") + struct.pack("=II", 7, 0)]
