@@ -383,7 +383,7 @@ class ServiceCompute:
             self._shed(each, self._states.get(each), delta)
         if new is None:
             self._states.pop(owner, None)
-        for each in winners:
+        for each in losers | winners:
             if each in self._states:
                 self._fill(each, self._states[each], delta)
 
@@ -506,6 +506,8 @@ class ServiceCompute:
             if group is None:
                 group = members.groups[local] = self._new_group(owner, port, local, frontends)
             group.frontends = frontends
+            if not state.service.affinity_seconds:
+                self._set_affinity(group, 0, delta)
             self._arrange(members, group, local, None, delta)
             self._set_affinity(group, state.service.affinity_seconds, delta)
             limited = any(want.flags & front.SOURCE_RANGES for want in frontends.values())
@@ -570,10 +572,10 @@ class ServiceCompute:
         changed += [(None, s) for name, s in now.items() if name not in former]
         if not changed:
             return
-        weighed = any(s is not None and s.weight != DEFAULT_WEIGHT for pair in changed for s in pair)
+        weighed = any(s.weight != DEFAULT_WEIGHT for slices in (former, now) for s in slices.values())
         for port, members in state.members.items():
             touched: list[int] = []
-            if weighed or members.weights:
+            if weighed:
                 self._relist(state, port, members, delta)
             else:
                 for old, new in changed:
