@@ -65,7 +65,7 @@ def results(names: list[str]) -> Iterator[dict[str, object]]:
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--json", action="store_true")
-    parser.add_argument("objects", nargs="*", default=["pod", "overlay", "host"])
+    parser.add_argument("objects", nargs="*", default=["pod", "overlay", "host", "socket"])
     options = parser.parse_args()
     rows = []
     for row in results(options.objects):

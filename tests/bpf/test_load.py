@@ -4,7 +4,7 @@ import pytest
 from load_all import load, settings_of
 
 
-@pytest.mark.parametrize("name", ["pod", "overlay", "host"])
+@pytest.mark.parametrize("name", ["pod", "overlay", "host", "socket"])
 def test_every_pair_of_settings(name: str) -> None:
     for changed in settings_of(name):
         # The verifier gives up at a million; far below that, a stage that isn't shared any more would show here.
