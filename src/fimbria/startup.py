@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import asyncio
 import gc
 import ssl
-from collections.abc import Iterator
+from collections.abc import Awaitable, Iterator
 from contextlib import contextmanager
 
 
@@ -24,6 +25,22 @@ def cheap_imports() -> Iterator[None]:
     finally:
         ssl.SSLContext.load_default_certs = load  # type: ignore[method-assign]
         gc.freeze()
+        gc.enable()
+
+
+async def postpone_collection(until: Awaitable[object], most: float) -> None:
+    """Look for no garbage until `until` is done, or for `most` seconds.
+
+    What is read at a start stays: looking through all of it, again and again as it grows, was a third of the time that
+    a large cluster took. What is there by then is never looked at again, as in `cheap_imports`.
+    """
+    gc.disable()
+    try:
+        await asyncio.wait_for(until, most)
+        gc.freeze()
+    except TimeoutError:
+        pass  # something is being tried again and again, and may leave garbage
+    finally:
         gc.enable()
 
 

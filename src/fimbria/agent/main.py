@@ -58,6 +58,7 @@ from fimbria.sources.cni.server import CniServer
 from fimbria.sources.cni.spec import CniError, Code, Request
 from fimbria.sources.k8s import config as k8s_config
 from fimbria.sources.k8s.client import ApiClient
+from fimbria.startup import postpone_collection
 from fimbria.tables import Tables
 
 log = logging.getLogger("fimbria.agent")
@@ -66,6 +67,7 @@ ICMP_PAUSE_MS: Final = "20"  # whole ticks at every HZ that kernels have: what i
 PROMOTE_PAUSE: Final = 0.5
 PROMOTE_WITHIN: Final = 30.0
 SAVE_PAUSE: Final = 1.0
+START_PATIENCE: Final = 60.0
 ENDPOINT_ID_BLOCK: Final = 1000
 
 
@@ -382,6 +384,7 @@ async def run(config: AgentConfig) -> None:
         agent.sources.build()
         api = AgentApi(agent)
         async with asyncio.TaskGroup() as group:
+            group.create_task(postpone_collection(agent.ready.wait(), START_PATIENCE), name="collection")
             group.create_task(api.run(), name="api")
             agent.cni = CniServer(config.run / "cni.sock", partial(_serve_cni, agent))
             group.create_task(agent.cni.run(), name="cni")

@@ -59,8 +59,12 @@ class Rows(Generic[K, V]):
 
     def put_many(self, rows: Mapping[K, V]) -> None:
         """`put` each."""
-        for key, row in rows.items():
-            self.put(key, row)
+        desired = self.desired
+        news = {k: v for k, v in rows.items() if desired.get(k) != v}
+        if news:
+            desired.update(news)
+            self.dirty.update(news)
+            self.on_change()
 
     def drop_many(self, keys: Iterable[K]) -> None:
         """`drop` each."""
@@ -93,6 +97,8 @@ class Rows(Generic[K, V]):
 
 def compare(desired: Mapping[K, V], actual: Mapping[K, V]) -> Delta[K, V]:
     """What turns `actual` into `desired`: rows that are missing or differ, and orphans."""
+    if not actual:
+        return Delta(dict(desired), frozenset())
     upserts = {k: v for k, v in desired.items() if actual.get(k) != v}
     return Delta(upserts, frozenset(k for k in actual if k not in desired))
 
