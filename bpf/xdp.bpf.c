@@ -44,21 +44,33 @@ static __always_inline bool is_spoofed(const struct packet *p)
 __noinline int from_client(struct xdp_md *ctx, struct packet *p, bool own)
 {
 	struct xdp_change c = {};
-	__u32 chosen = 0;
+	__u32 chosen = 0, room = 0;
 
 	if (!p || nodeport_choose(p, own ? OWNER_THIS_NODE : OWNER_ASK, &chosen) || !p->service)
 		return XDP_PASS;
-	if (p->flags & (PACKET_BOUND | PACKET_DIRECT) || ttl_expires(p) || is_spoofed(p) ||
-	    !backend_is_near(&p->backend.addr))
+	if (p->flags & PACKET_BOUND || ttl_expires(p) || is_spoofed(p) || !backend_is_near(&p->backend.addr))
 		return XDP_PASS;
-	node_addr(&p->source.addr, is_v6(p));
+	if (p->flags & PACKET_DIRECT) {
+		p->source.addr = p->t.saddr;
+		p->source.port = p->t.sport;
+		room = wants_option(p) ? dsr_room(p) : 0;
+		p->wire_len += room;
+	} else {
+		node_addr(&p->source.addr, is_v6(p));
+	}
 	if (addr_is_zero(&p->source.addr) || !xdp_next_hop(ctx, p, &p->source.addr, &p->backend.addr, &c.macs))
 		return XDP_PASS;
-	if (nat_bind(p) || (chosen && nodeport_remember(p, chosen)))
+	if (!(p->flags & PACKET_DIRECT) && nat_bind(p))
+		return XDP_PASS;
+	if (chosen && nodeport_remember(p, chosen))
 		return XDP_PASS;
 	c.source = p->source;
 	c.destination = p->backend;
-	return xdp_send(ctx, p, &c);
+	int reason = xdp_rewrite(ctx, p, &c);
+
+	if (!reason && room)
+		reason = xdp_tell(ctx, p, &p->frontend);
+	return xdp_sent(p, reason);
 }
 
 #define NOT_AWAITED -1
@@ -85,7 +97,7 @@ __noinline int from_server(struct xdp_md *ctx, struct packet *p)
 	if (!xdp_next_hop(ctx, p, &c.source.addr, &c.destination.addr, &c.macs))
 		return XDP_PASS;
 	nat_touch(found, coarse_now());
-	return xdp_send(ctx, p, &c);
+	return xdp_sent(p, xdp_rewrite(ctx, p, &c));
 }
 
 SEC("xdp.frags")

@@ -59,6 +59,33 @@ struct dsr_v4 {
 	struct dsr_option4 option;
 };
 
+/* Makes that of an IPv4 header's first word, which is there, and the frontend. Returns the change of the header's sum. */
+static __always_inline __s64 dsr_make4(struct dsr_v4 *v4, const struct end *frontend)
+{
+	__be32 before;
+
+	__builtin_memcpy(&before, v4, sizeof(before));
+	v4->version_ihl += sizeof(v4->option) / 4;
+	v4->tot_len = bpf_htons(bpf_ntohs(v4->tot_len) + sizeof(v4->option));
+	v4->option.type = DSR_OPTION4;
+	v4->option.len = sizeof(v4->option);
+	v4->option.port = frontend->port;
+	v4->option.addr = addr_to_v4(&frontend->addr);
+	return bpf_csum_diff(&before, sizeof(before), (__be32 *)v4, sizeof(*v4), 0);
+}
+
+static __always_inline void dsr_make6(struct dsr_header6 *h, __u8 next, const struct end *frontend)
+{
+	h->next = next;
+	h->units = DSR_UNITS6;
+	h->pad_type = DSR_PAD6;
+	h->pad_len = 0;
+	h->type = DSR_OPTION6;
+	h->len = DSR_LEN6;
+	h->port = frontend->port;
+	h->addr = frontend->addr;
+}
+
 /* Stores the first word of the header and mends its checksum by `diff`. */
 static __always_inline int dsr_store_start4(struct __sk_buff *skb, const struct dsr_v4 *v4, __s64 diff)
 {
@@ -70,36 +97,23 @@ static __always_inline int dsr_store_start4(struct __sk_buff *skb, const struct 
 static __always_inline int dsr_add4(struct __sk_buff *skb, const struct end *frontend)
 {
 	struct dsr_v4 v4;
-	__be32 before;
 
 	if (bpf_skb_load_bytes(skb, L3_OFFSET, &v4, 4) < 0)
 		return DROP_INVALID_PACKET;
 	/* No room in a header that is full of options. */
 	if ((v4.version_ihl & 15) > 15 - sizeof(v4.option) / 4)
 		return DROP_INVALID_PACKET;
-	__builtin_memcpy(&before, &v4, sizeof(before));
-	v4.version_ihl += sizeof(v4.option) / 4;
-	v4.tot_len = bpf_htons(bpf_ntohs(v4.tot_len) + sizeof(v4.option));
-	v4.option.type = DSR_OPTION4;
-	v4.option.len = sizeof(v4.option);
-	v4.option.port = frontend->port;
-	v4.option.addr = addr_to_v4(&frontend->addr);
+	__s64 diff = dsr_make4(&v4, frontend);
+
 	if (bpf_skb_adjust_room(skb, sizeof(v4.option), BPF_ADJ_ROOM_NET, DSR_ADJUST) < 0 ||
 	    bpf_skb_store_bytes(skb, L3_OFFSET + sizeof(struct iphdr), &v4.option, sizeof(v4.option), 0) < 0)
 		return DROP_WRITE_ERROR;
-	return dsr_store_start4(skb, &v4, bpf_csum_diff(&before, 4, (__be32 *)&v4, sizeof(v4), 0));
+	return dsr_store_start4(skb, &v4, diff);
 }
 
 static __always_inline int dsr_add6(struct __sk_buff *skb, const struct end *frontend)
 {
-	struct dsr_header6 h = {
-		.units = DSR_UNITS6,
-		.pad_type = DSR_PAD6,
-		.type = DSR_OPTION6,
-		.len = DSR_LEN6,
-		.port = frontend->port,
-		.addr = frontend->addr,
-	};
+	struct dsr_header6 h;
 	struct {
 		__be16 payload_len;
 		__u8 next;
@@ -111,7 +125,7 @@ static __always_inline int dsr_add6(struct __sk_buff *skb, const struct end *fro
 	/* Hop-by-hop options must stay the first header, RFC 8200 4.1. */
 	if (ip6.next == IPPROTO_HOPOPTS)
 		return DROP_INVALID_IPV6_EXTENSION;
-	h.next = ip6.next;
+	dsr_make6(&h, ip6.next, frontend);
 	ip6.next = IPPROTO_DSTOPTS;
 	ip6.payload_len = bpf_htons(bpf_ntohs(ip6.payload_len) + sizeof(h));
 	if (bpf_skb_adjust_room(skb, sizeof(h), BPF_ADJ_ROOM_NET, DSR_ADJUST) < 0 ||

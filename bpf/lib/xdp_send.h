@@ -1,6 +1,7 @@
 /* SPDX-License-Identifier: (BSD-2-Clause OR GPL-2.0-only) */
 /* Frames out again by the device that they came from: where to, and with other ends. */
 #pragma once
+#include "lib/dsr.h"
 #include "lib/rewrite.h"
 #include "lib/route.h"
 #include "lib/xdp_parse.h"
@@ -99,17 +100,82 @@ static __always_inline bool xdp_rewrite_ipv6(void *data, void *end, struct packe
 	return xdp_rewrite_l4(data + L4_OFFSET6, end, p, c, diff);
 }
 
-/* Rewrites a packet of xdp_parse() and sends it. */
-__noinline int xdp_send(struct xdp_md *ctx, struct packet *p, struct xdp_change *c)
+/* Makes a packet of xdp_parse() what it is to be. Returns 0 or the reason to drop. */
+__noinline int xdp_rewrite(struct xdp_md *ctx, struct packet *p, struct xdp_change *c)
 {
 	void *data = (void *)(long)ctx->data, *end = (void *)(long)ctx->data_end;
 	struct ethhdr *eth = data;
 
 	if (!p || !c || (void *)(eth + 1) > end)
-		return XDP_ABORTED;
+		return DROP_WRITE_ERROR;
 	__builtin_memcpy(eth, &c->macs, sizeof(c->macs));
-	if (!(is_v6(p) ? xdp_rewrite_ipv6(data, end, p, c) : xdp_rewrite_ipv4(data, end, p, c)))
-		return XDP_ABORTED;
-	count(METRIC_FORWARDED, p->direction, p->len);
-	return XDP_TX;
+	return (is_v6(p) ? xdp_rewrite_ipv6(data, end, p, c) : xdp_rewrite_ipv4(data, end, p, c)) ? 0 : DROP_WRITE_ERROR;
+}
+
+struct frame4 {
+	struct ethhdr eth;
+	struct iphdr ip4;
+} __attribute__((packed));
+
+struct frame6 {
+	struct ethhdr eth;
+	struct ipv6hdr ip6;
+} __attribute__((packed));
+
+static __always_inline int xdp_tell4(struct xdp_md *ctx, const struct end *frontend)
+{
+	struct frame4 *frame = (void *)(long)ctx->data, headers;
+	struct dsr_v4 v4;
+
+	if ((void *)(frame + 1) > (void *)(long)ctx->data_end)
+		return DROP_WRITE_ERROR;
+	__builtin_memcpy(&headers, frame, sizeof(headers));
+	if (bpf_xdp_adjust_head(ctx, -(int)sizeof(v4.option)))
+		return DROP_WRITE_ERROR;
+	__builtin_memcpy(&v4, &headers.ip4, 4);
+	xdp_mend(&headers.ip4.check, (__u32)dsr_make4(&v4, frontend));
+	__builtin_memcpy(&headers.ip4, &v4, 4);
+	frame = (void *)(long)ctx->data;
+	struct dsr_option4 *option = (void *)(frame + 1);
+
+	if ((void *)(option + 1) > (void *)(long)ctx->data_end)
+		return DROP_WRITE_ERROR;
+	__builtin_memcpy(frame, &headers, sizeof(headers));
+	*option = v4.option;
+	return 0;
+}
+
+static __always_inline int xdp_tell6(struct xdp_md *ctx, const struct end *frontend)
+{
+	struct frame6 *frame = (void *)(long)ctx->data, headers;
+
+	if ((void *)(frame + 1) > (void *)(long)ctx->data_end)
+		return DROP_WRITE_ERROR;
+	__builtin_memcpy(&headers, frame, sizeof(headers));
+	if (bpf_xdp_adjust_head(ctx, -(int)sizeof(struct dsr_header6)))
+		return DROP_WRITE_ERROR;
+	frame = (void *)(long)ctx->data;
+	struct dsr_header6 *option = (void *)(frame + 1);
+
+	if ((void *)(option + 1) > (void *)(long)ctx->data_end)
+		return DROP_WRITE_ERROR;
+	dsr_make6(option, headers.ip6.nexthdr, frontend);
+	headers.ip6.nexthdr = IPPROTO_DSTOPTS;
+	headers.ip6.payload_len = bpf_htons(bpf_ntohs(headers.ip6.payload_len) + sizeof(*option));
+	__builtin_memcpy(frame, &headers, sizeof(headers));
+	return 0;
+}
+
+/* What dsr_add() does, to a packet of xdp_parse(). Returns 0 or the reason to drop. */
+__noinline int xdp_tell(struct xdp_md *ctx, struct packet *p, struct end *frontend)
+{
+	if (!p || !frontend)
+		return DROP_WRITE_ERROR;
+	return is_v6(p) ? xdp_tell6(ctx, frontend) : xdp_tell4(ctx, frontend);
+}
+
+static __always_inline int xdp_sent(const struct packet *p, int reason)
+{
+	count(reason ? reason : METRIC_FORWARDED, p->direction, p->len);
+	return reason ? XDP_DROP : XDP_TX;
 }

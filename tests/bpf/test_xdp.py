@@ -13,6 +13,7 @@ from scapy.layers.inet import TCP, UDP, IPOption
 from scapy.layers.inet6 import IPv6ExtHdrDestOpt, IPv6ExtHdrFragment
 from scapy.layers.l2 import ARP, Dot1Q, Ether
 from scapy.packet import Packet, Raw
+from test_dsr import header6, option4
 from test_nodeport import BOUND, CLIENT, CLUSTER_IP, NODE_PORT, RANGES, SILENT, TCP_PORT, UDP_PORT, nodeport
 
 from fimbria.kernel.bpf import attach_xdp, prog_test_run
@@ -20,6 +21,7 @@ from fimbria.model import rows
 from lab import Space
 
 XDP_PASS, XDP_TX = 2, 3
+DIRECT_RETURN = 512  # enum frontend_flag
 DRIVER = 4  # XDP_FLAGS_DRV_MODE
 GATEWAY_MAC, DEVICE_MAC = "02:00:00:00:0e:01", "02:00:00:00:0e:02"
 
@@ -177,6 +179,29 @@ def unsummed(sport: int, dport: int) -> Packet:
     return UDP(sport=sport, dport=dport, chksum=0) / Raw(b"data")
 
 
+def direct(dp: Datapath, w: Wire) -> None:
+    """The backend's node is to answer the client itself."""
+    nodeport("c", flags=NODE_PORT | DIRECT_RETURN)(dp, w)
+
+
+def told(w: Wire, payload: Packet, port: int = TCP_PORT, front: str = "node") -> Packet:
+    """From the client to pod c, with the frontend as bpf/lib/dsr.h writes it."""
+    plain = left(w, "world", "c", payload)
+    if w.family == 4:
+        ip = w.ip("world", "c", 63, options=[option4(port, w.addr(front))])
+        return Ether(src=DEVICE_MAC, dst=GATEWAY_MAC) / ip / payload
+    whole = bytes(plain)
+    packet = Ether(whole[:54]) / header6(whole[20], port, w.addr(front)) / Raw(whole[54:])
+    packet.payload.nh, packet.payload.plen = 60, len(whole) - 54 + 24
+    return packet
+
+
+def filling(w: Wire, more: int, dport: int = UDP_PORT) -> Packet:
+    """A datagram for which, with what it is told, the way's 1500 bytes are enough; or too few by `more`."""
+    room = 1500 - (28 + 8 if w.family == 4 else 48 + 24) + more
+    return came(w, "world", "node", udp(CLIENT, dport, b"x" * room))
+
+
 def call(dst: str = "node", sport: int = CLIENT, **kw: int) -> Build:
     return lambda w: came(w, "world", dst, syn(sport, TCP_PORT), **kw)
 
@@ -238,6 +263,16 @@ SENT = [
     Case("TCP options stay", lambda w: came(w, "world", "node", with_options(CLIENT, TCP_PORT)),
          lambda w: left(w, "node", "c", with_options(BOUND, 8080)), nodeport("c")),
 ]  # fmt: skip
+DIRECT = [
+    Case("the backend's node is told by the first packet", call(), lambda w: told(w, syn(CLIENT, 8080)), direct),
+    Case("what follows only changes its destination", lambda w: came(w, "world", "node", data(CLIENT, TCP_PORT)),
+         lambda w: left(w, "world", "c", data(CLIENT, 8080)), direct, before=[call()]),
+    Case("it is told by each datagram", ask(), lambda w: told(w, udp(CLIENT, 8080), UDP_PORT), direct, before=[ask()]),
+    Case("another frontend's name", lambda w: came(w, "world", "front", syn(CLIENT, 80)),
+         lambda w: told(w, syn(CLIENT, 8080), 80, "front"), direct),
+    Case("a datagram that just fits", lambda w: filling(w, 0), lambda w: told(w, filling(w, 0, 8080).payload.payload,
+         UDP_PORT), direct),
+]  # fmt: skip
 LEFT = [
     Case("a service's pod of this node", call(), rows=nodeport("a")),
     Case("this node as the backend", call(), rows=nodeport("node")),
@@ -264,6 +299,7 @@ LEFT = [
          rows=masqueraded),
     Case("more than the way takes", lambda w: came(w, "world", "node", udp(CLIENT, UDP_PORT, b"x" * 1500)),
          rows=nodeport("c")),
+    Case("what the backend's node is told makes it too large", lambda w: filling(w, 1), rows=direct),
     Case("an echo", lambda w: came(w, "world", "node", w.echo()), rows=nodeport("c")),
     Case("an error", lambda w: came(w, "c", "node", w.unreachable(w.ip("node", "c") / syn(BOUND, 8080))),
          rows=nodeport("c"), before=[call()]),
@@ -322,7 +358,12 @@ def test_sent_on(native: Datapath, uplink: Uplink, case: Case, family: int) -> N
     check(native, uplink, case, family)
 
 
-@cases(SENT)
+@cases(DIRECT)
+def test_direct_return(native: Datapath, uplink: Uplink, case: Case, family: int) -> None:
+    check(native, uplink, case, family)
+
+
+@cases([*SENT, *DIRECT])
 def test_as_tc_does_it(native: Datapath, uplink: Uplink, case: Case, family: int) -> None:
     check_like_tc(native, uplink, case, family)
 
