@@ -4,7 +4,8 @@ Rules
 1. Services of type LoadBalancer without `loadBalancerClass` get an address of each of their families, from
    documentation networks (RFC 5737, RFC 3849). The status is the only memory: what stands there is kept.
 2. An address leads to all nodes that run; with externalTrafficPolicy Local to those whose health-check node port says
-   200, as clouds find out by themselves. One good answer takes a node in, `FAILURES` bad ones in a row take it out.
+   200, as clouds find out by themselves. One good answer takes a node in, `REFUSALS` bad ones in a row or `SILENCES`
+   without any take it out: an agent may be restarted meanwhile.
 3. Connections stay with their node while it is in. Packets arrive with the load balancer's address as destination:
    nothing is translated on the way, and any node may answer from it.
 """
@@ -33,7 +34,8 @@ from fimbria.sources.k8s.types.meta import ApiObject
 from fimbria.tables.table import Table
 
 POOLS: Final[dict[str, IPv4Network | IPv6Network]] = {"IPv4": BALANCER4, "IPv6": BALANCER6}
-CHECK_EVERY, CHECK_PATIENCE, FAILURES = 0.5, 1.0, 3  # seconds, seconds, bad answers in a row
+CHECK_EVERY, CHECK_PATIENCE = 0.5, 1.0  # seconds
+REFUSALS, SILENCES = 2, 16  # in a row
 log = logging.getLogger("cloud.balancers")
 
 
@@ -112,21 +114,22 @@ class Health:
     """Which nodes answer well at which port: rule 2."""
 
     def __init__(self) -> None:
-        self._failures: dict[tuple[str, int], int] = {}
+        self._bad: dict[tuple[str, int], tuple[int, int]] = {}  # refusals and silences since the last good answer
 
-    def heard(self, node: str, port: int, good: bool) -> None:
-        """The outcome of one check."""
-        before = self._failures.get((node, port), FAILURES)
-        self._failures[node, port] = 0 if good else before + 1
+    def heard(self, node: str, port: int, good: bool | None) -> None:
+        """The outcome of one check; None if there was no answer."""
+        refusals, silences = self._bad.get((node, port), (REFUSALS, 0))
+        self._bad[node, port] = (0, 0) if good else (refusals + (good is False), silences + (good is None))
 
     def good(self, node: str, port: int) -> bool:
         """A node that was never asked isn't."""
-        return self._failures.get((node, port), FAILURES) < FAILURES
+        refusals, silences = self._bad.get((node, port), (REFUSALS, 0))
+        return refusals < REFUSALS and silences < SILENCES
 
     def keep(self, ports: Iterable[int]) -> None:
         """Forgets all other ports."""
         kept = set(ports)
-        self._failures = {key: n for key, n in self._failures.items() if key[1] in kept}
+        self._bad = {key: n for key, n in self._bad.items() if key[1] in kept}
 
 
 class Balancers:
@@ -193,18 +196,19 @@ class Balancers:
         for (node, port), good in zip(asked, await asyncio.gather(*(self._ask(*a) for a in asked)), strict=True):
             self._health.heard(node, port, good)
 
-    async def _ask(self, node: str, port: int) -> bool:
-        """Whether the node says 200 at that port."""
+    async def _ask(self, node: str, port: int) -> bool | None:
+        """Whether the node says 200 at that port; None if it says nothing."""
         try:
             async with asyncio.timeout(CHECK_PATIENCE):
                 reader, writer = await connect(self._threads, self._spec.node(node).ipv4, port)
                 try:
                     writer.write(f"GET /healthz HTTP/1.0\r\nHost: {node}\r\n\r\n".encode())
-                    return b" 200 " in await reader.readline()
+                    line = await reader.readline()
+                    return b" 200 " in line if line else None
                 finally:
                     writer.close()
         except (OSError, TimeoutError):
-            return False
+            return None
 
     async def _change(self, lines: list[str]) -> None:
         if lines:

@@ -4,7 +4,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fimbria.lab.balancers import FAILURES, POOLS, Balancer, Health, ServiceObject, assign, balancer
+from fimbria.lab.balancers import POOLS, REFUSALS, SILENCES, Balancer, Health, ServiceObject, assign, balancer
 from fimbria.lab.errors import LabError
 from fimbria.sources.k8s.types.meta import ObjectMeta
 
@@ -53,11 +53,13 @@ def test_health() -> None:
     health = Health()
     assert not health.good("node1", 1)
     health.heard("node1", 1, good=True)
-    for _ in range(FAILURES - 1):
-        health.heard("node1", 1, good=False)
+    for bad, most in ((False, REFUSALS), (None, SILENCES)):
+        for _ in range(most - 1):
+            health.heard("node1", 1, good=bad)
+            assert health.good("node1", 1)
+        health.heard("node1", 1, good=bad)
+        assert not health.good("node1", 1)
+        health.heard("node1", 1, good=True)
         assert health.good("node1", 1)
-    health.heard("node1", 1, good=False)
-    assert not health.good("node1", 1)
-    health.heard("node1", 1, good=True)
     health.keep([2])
     assert not health.good("node1", 1)
