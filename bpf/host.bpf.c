@@ -87,27 +87,26 @@ int from_network(struct __sk_buff *skb)
 		verdict = from_server(skb, &p, &hop);
 		if (verdict != SERVICE_GOES_ON)
 			return verdict;
+		own = for_node(&p);
 	}
 	note_epoch(&p);
-	struct endpoint *ep = local_endpoint(&p.t.daddr, &ifindex);
+	struct endpoint *ep = own ? NULL : local_endpoint(&p.t.daddr, &ifindex);
 
 	if (!ep && !unread) {
 		verdict = from_client(skb, &p, own ? OWNER_THIS_NODE : OWNER_ASK, &hop);
 		if (verdict != SERVICE_GOES_ON)
 			return verdict;
-		ep = local_endpoint(&p.t.daddr, &ifindex);
+		if (p.service)
+			ep = local_endpoint(&p.t.daddr, &ifindex);
 	}
 	if (!ep)
 		return VERDICT_NEXT;
-	identify_peer(&p, &p.t.saddr);
-	if (unread)
-		return drop(skb, &p, unread);
-	if (is_spoofed(&p))
-		return drop(skb, &p, DROP_INVALID_SOURCE_IP);
-	unread = p.service ? 0 : nodeport_arrived(skb, &p);
-	if (unread)
-		return drop(skb, &p, unread);
-	return deliver(skb, &p, ep, ifindex, p.peer);
+	if (!p.service) {
+		identify_peer(&p, &p.t.saddr);
+		if (!unread)
+			unread = is_spoofed(&p) ? DROP_INVALID_SOURCE_IP : nodeport_arrived(skb, &p);
+	}
+	return unread ? drop(skb, &p, unread) : deliver(skb, &p, ep, ifindex, p.peer);
 }
 
 static __always_inline int from_stack(struct __sk_buff *skb, struct packet *p, __u32 mark, int unread)
@@ -132,7 +131,7 @@ static __always_inline int from_stack(struct __sk_buff *skb, struct packet *p, _
 
 		return reason || p->service ? reason : masquerade_error(skb, p);
 	}
-	return p->flags & PACKET_PORTS ? reply_from_stack(skb, p, 0) : 0;
+	return p->flags & PACKET_PORTS && node_may_serve() ? reply_from_stack(skb, p, 0) : 0;
 }
 
 SEC("tc")

@@ -8,6 +8,7 @@
 #include "lib/forward.h"
 #include "lib/hairpin.h"
 #include "lib/nat.h"
+#include "lib/nodeport_reply.h"
 #include "lib/refuse.h"
 #include "lib/route.h"
 #include "lib/service.h"
@@ -59,9 +60,11 @@ static __always_inline enum known nodeport_known(struct packet *p)
 static __always_inline bool nodeport_collides(const struct packet *p, struct ct_key *key, __u64 now)
 {
 	ifindex_t ifindex;
-	const struct endpoint *ep = local_endpoint(&p->backend.addr, &ifindex);
 
+	/* Linux 6.1 takes a map's key from this frame's stack, not from a caller's. */
 	key->local = p->backend.addr;
+	const struct endpoint *ep = local_endpoint(&key->local, &ifindex);
+
 	key->local_port = p->backend.port;
 	key->remote = p->t.saddr;
 	key->remote_port = p->t.sport;
@@ -174,6 +177,7 @@ __noinline int nodeport_track_node(struct packet *p)
 	if (e && e->frontend_port == p->frontend.port && addr_equal(&e->frontend, &p->frontend.addr) &&
 	    !(tcp_attempt(p) && e->flags)) {
 		note_client_end(p, e, now);
+		note_serving(e->expires);
 		return 0;
 	}
 	fresh.flags = p->flags & PACKET_BOUND ? CT_BOUND : 0;
@@ -181,6 +185,7 @@ __noinline int nodeport_track_node(struct packet *p)
 	fresh.frontend = p->frontend.addr;
 	fresh.frontend_port = p->frontend.port;
 	note_client_end(p, &fresh, now);
+	note_serving(fresh.expires);
 	return bpf_map_update_elem(&conntrack, &key, &fresh, BPF_ANY) ? DROP_CT_MAP_INSERTION_FAILED : 0;
 }
 

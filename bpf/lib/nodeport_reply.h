@@ -5,6 +5,7 @@
 #include "lib/forward.h"
 #include "lib/nat.h"
 #include "lib/route.h"
+#include "maps/nodeport.h"
 
 /* A pod's answer, which judge() has allowed and marked PACKET_UNTRANSLATE. It is routed as from the frontend. What the
  * kernel's routing doesn't answer at once is the stack's, as it is; to_network addresses what comes out of there. */
@@ -35,6 +36,23 @@ static __always_inline bool reply_known(struct packet *p, const struct ct_key *k
 	p->frontend.port = e->frontend_port;
 	p->flags |= PACKET_UNTRANSLATE | (e->flags & CT_BOUND ? PACKET_BOUND : 0);
 	return true;
+}
+
+static __always_inline void note_serving(__u64 expires)
+{
+	__u32 zero = 0;
+	ktime_ns_t *until = bpf_map_lookup_elem(&node_serves, &zero);
+
+	if (until && *until < expires)
+		*until = expires + NSEC_PER_SEC;
+}
+
+static __always_inline bool node_may_serve(void)
+{
+	__u32 zero = 0;
+	const ktime_ns_t *until = bpf_map_lookup_elem(&node_serves, &zero);
+
+	return until && *until && *until > coarse_now();
 }
 
 /* A packet from the stack to the network: what a pod (`endpoint`) or this node itself (0) answers to a service's client,

@@ -132,6 +132,8 @@ static __always_inline const struct frontend *service_address(struct service_que
 {
 	const struct frontend *row;
 
+	if (q->owner != OWNER_ASK && q->owner != OWNER_NOBODY)
+		return NULL;
 	key->addr = q->addr;
 	key->port = 0;
 	key->proto = 0;

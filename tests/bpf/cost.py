@@ -27,6 +27,7 @@ from record import (
     syn,
     udp,
 )  # fmt: skip
+from test_nodeport import call, nodeport
 from test_policy import enforce, rule
 from test_translate import service
 
@@ -50,6 +51,7 @@ ALLOW = enforce(rule(B_IDENTITY, EGRESS, proto=6), rule(C_IDENTITY, EGRESS, prot
 ACK = syn(flags="A")
 OPEN_B = (("from_pod", lambda w: w.sent("b", ACK)),)
 ASKED = (("from_pod", lambda w: w.sent("world", udp())), ("to_network", lambda w: w.routed("a", "world", udp())))
+NODE_PORT = call(payload=syn(40000, 30080, "A"))
 PATHS = [
     Path("floor", "to_pod", lambda w: w.routed("front", "a", udp()), mark=0xF4),
     Path("pod to pod, one node", "from_pod", lambda w: w.sent("b", ACK), before=OPEN_B),
@@ -65,6 +67,12 @@ PATHS = [
     Path("masquerading in", "from_network", lambda w: w.routed("world", "node", udp(53, 61000)), before=ASKED),
     Path("node's own out (VXLAN)", "to_network", lambda w: w.routed("node", "other", udp(50000, 8472))),
     Path("node's own in (VXLAN)", "from_network", lambda w: w.routed("other", "node", udp(50000, 8472))),
+    Path("node's own out (TCP)", "to_network", lambda w: w.routed("node", "world", syn(50000, 443, "A"))),
+    Path("node's own in (TCP)", "from_network", lambda w: w.routed("world", "node", syn(443, 50000, "A"))),
+    Path("network to pod", "from_network", lambda w: w.routed("world", "a", syn(443, 50000, "A")),
+         before=(("from_network", lambda w: w.routed("world", "a", syn(443, 50000, "A"))),)),
+    Path("node port, pod here", "from_network", NODE_PORT, nodeport("a"), (("from_network", NODE_PORT),)),
+    Path("node port, pod elsewhere", "from_network", NODE_PORT, nodeport("c"), (("from_network", NODE_PORT),)),
     Path("stack to pod", "to_pod", lambda w: w.routed("b", "a", syn(80, 40000, "A")), before=OPEN_B),
     Path("stack to pod, policy", "to_pod", lambda w: w.routed("b", "a", syn(80, 40000, "A")), ALLOW, OPEN_B),
 ]  # fmt: skip

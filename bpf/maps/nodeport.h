@@ -1,0 +1,12 @@
+/* SPDX-License-Identifier: (BSD-2-Clause OR GPL-2.0-only) */
+#pragma once
+#include "include/common.h"
+
+/* Until when this node itself may have to answer a client of a service outside, CT_SCOPE_NODE. Most nodes never do, and
+ * none of their packets need be looked up then. */
+struct {
+	__uint(type, BPF_MAP_TYPE_ARRAY);
+	__uint(max_entries, 1);
+	__type(key, __u32);
+	__type(value, ktime_ns_t);
+} node_serves SEC(".maps");
