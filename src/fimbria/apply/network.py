@@ -18,6 +18,7 @@ MAIN_TABLE: Final = 254
 _METRIC6: Final = 1024
 _FAMILIES: Final = (socket.AF_INET, socket.AF_INET6)
 _PERMANENT: Final = 0x80
+_NOARP: Final = 0x40
 
 
 def plain(addr: bytes) -> bytes:
@@ -116,6 +117,58 @@ class NeighbourTarget:
         keys = list(delta.deletes)
         self._netlink.run([neighbour.delete(neighbour.Neighbour(k.ifindex, plain(k.addr), b"")) for k in keys])
         return {}
+
+
+class NextHopTarget:
+    """Neighbours that the kernel keeps resolved: whoever is next on the way to other nodes.
+
+    Ours are managed and of our protocol. Where somebody has put a permanent entry there is nothing to keep, and nothing
+    is touched: the row counts as written.
+    """
+
+    name = "next_hops"
+
+    def __init__(self, netlink: NetlinkSocket, wanted: Callable[[], Iterable[NeighbourKey]]) -> None:
+        """`wanted` lists the rows that are wanted now."""
+        self._netlink = netlink
+        self._wanted = wanted
+
+    def read(self) -> dict[NeighbourKey, bool]:
+        """Those kept resolved by us, and permanent ones that are wanted."""
+        wanted = set(self._wanted())
+        return {key: True for key, n in self._entries() if _kept(n) or (key in wanted and _fixed(n))}
+
+    def write(self, delta: Delta[NeighbourKey, bool], *, order: str) -> Mapping[NeighbourKey, str]:
+        """One batch each. What others put there meanwhile stays."""
+        entries = dict(self._entries())
+        if order == "in":
+            keys = [k for k in delta.upserts if k not in entries or not _fixed(entries[k])]
+            requests = [neighbour.replace(_managed(k)) for k in keys]
+        else:
+            keys = [k for k in delta.deletes if k in entries and _kept(entries[k])]
+            requests = [neighbour.delete(_managed(k)) for k in keys]
+        outcome = self._netlink.run(requests)
+        gone = (2, 19) if order == "out" else ()  # ENOENT, ENODEV
+        return {k: str(e) for k, e in zip(keys, outcome, strict=True) if e is not None and e.errno not in gone}
+
+    def _entries(self) -> Iterable[tuple[NeighbourKey, neighbour.Neighbour]]:
+        for family in _FAMILIES:
+            for n in neighbour.dump(self._netlink, family):
+                yield NeighbourKey(n.index, mapped(n.address)), n
+
+
+def _managed(key: NeighbourKey) -> neighbour.Neighbour:
+    return neighbour.Neighbour(
+        key.ifindex, plain(key.addr), state=0, extern_learn=True, protocol=PROTOCOL, managed=True
+    )  # fmt: skip
+
+
+def _kept(n: neighbour.Neighbour) -> bool:
+    return n.managed and n.protocol == PROTOCOL and not _fixed(n)
+
+
+def _fixed(n: neighbour.Neighbour) -> bool:
+    return bool(n.state & (_PERMANENT | _NOARP))
 
 
 def _multicast(addr: bytes) -> bool:

@@ -23,8 +23,9 @@ from fimbria.kernel.route import FAMILIES, WIDTHS, family_of, show
 RTM_NEWNEIGH, RTM_DELNEIGH, RTM_GETNEIGH = 28, 29, 30
 
 _NDMSG = struct.Struct("=BxxxiHBB")  # family, index, state, flags, type
-_NDA_DST, _NDA_LLADDR, _NDA_IFINDEX, _NDA_PROTOCOL = 1, 2, 8, 12
+_NDA_DST, _NDA_LLADDR, _NDA_IFINDEX, _NDA_PROTOCOL, _NDA_FLAGS_EXT = 1, 2, 8, 12, 15
 _NTF_PROXY, _NTF_EXT_LEARNED = 0x08, 0x10
+_NTF_EXT_MANAGED = 1 << 0
 
 
 class NudState(IntEnum):
@@ -42,7 +43,11 @@ class NudState(IntEnum):
 
 @dataclass(frozen=True, slots=True)
 class Neighbour:
-    """Who has an address on a device. `mac` is empty for proxy entries (they answer for others) and unresolved ones."""
+    """Who has an address on a device. `mac` is empty for proxy entries (they answer for others) and unresolved ones.
+
+    `managed` (Linux 5.16): the kernel finds the MAC and keeps it fresh by itself, whether or not it is used; `state` is
+    0 when such an entry is made.
+    """
 
     index: int
     address: bytes
@@ -51,6 +56,7 @@ class Neighbour:
     extern_learn: bool = False
     proxy: bool = False
     protocol: int = 0
+    managed: bool = False
 
     def __str__(self) -> str:
         return f"{show(self.address)} on device {self.index}"
@@ -63,6 +69,8 @@ def _body(n: Neighbour) -> bytes:
         if len(n.mac) != 6:
             raise ValueError(f"neighbour {n}: a MAC has 6 bytes, not {len(n.mac)}")
         body += attr(_NDA_LLADDR, n.mac)
+    if n.managed:
+        body += attr_u32(_NDA_FLAGS_EXT, _NTF_EXT_MANAGED)
     return body + (attr_u8(_NDA_PROTOCOL, n.protocol) if n.protocol else b"")
 
 
@@ -87,7 +95,7 @@ def parse_neighbour(data: bytes, start: int, end: int) -> Neighbour | None:
         return None
     return Neighbour(
         index, address, found.get(_NDA_LLADDR, b""), state, bool(flags & _NTF_EXT_LEARNED), bool(flags & _NTF_PROXY),
-        number(found.get(_NDA_PROTOCOL)),
+        number(found.get(_NDA_PROTOCOL)), bool(number(found.get(_NDA_FLAGS_EXT)) & _NTF_EXT_MANAGED),
     )  # fmt: skip
 
 

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 
 from fimbria.agent.keeper import Concern, Wanted, concerns
 from fimbria.apply.attach import DeviceHook
+from fimbria.apply.network import plain
 from fimbria.kernel import link, neighbour, route, tc
 from fimbria.kernel.monitor import Change
 from fimbria.model.address import Prefix, pack
@@ -23,6 +26,7 @@ def wanted(*, filters: bool = False) -> Wanted:
         endpoints={10: object()},
         routes={Prefix.host(POD): Route(10)},
         neighbours={NeighbourKey(10, POD): MAC},
+        next_hops={},
         hooks={DeviceHook(10, "ingress"): "from_pod"},
         programs={77: "from_pod"},
         filters=filters,
@@ -39,6 +43,15 @@ def our_route(**changes: object) -> route.Route:
 
 
 ROWS, NOTHING, DEVICES = Concern.ROWS, Concern.NOTHING, Concern.DEVICES
+
+
+def test_a_next_hop_that_somebody_flushed_is_kept_resolved_again() -> None:
+    hop = pack("192.0.2.9")
+    want = replace(wanted(), next_hops={NeighbourKey(3, hop): True})
+    entry = neighbour.Neighbour(3, plain(hop), b"", 0, managed=True)
+    assert concerns(Change(True, entry), want) is Concern.ROWS
+    assert concerns(Change(False, entry), want) is Concern.NOTHING
+    assert concerns(Change(True, entry), wanted()) is Concern.NOTHING
 
 
 @pytest.mark.parametrize(("gone", "thing", "expected"), [
