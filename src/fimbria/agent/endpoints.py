@@ -251,7 +251,7 @@ class EndpointManager:
                 raise CniError(
                     Code.NO_HOST_PORT, f"{port} of {_who(request)}: this node has no address {unpack(port.host_ip)}"
                 )
-            holder = self.engine.node_port_service(port)
+            holder = self.engine.local.node_port_service(port)
             if holder is not None:
                 raise CniError(Code.NO_HOST_PORT, f"{port} of {_who(request)} is the node port of {holder}")
         try:
@@ -334,7 +334,7 @@ class EndpointManager:
             reasons.append(failure("local_addrs", addr))
             reasons.append(failure("neighbours", NeighbourKey(ifindex, addr)))
             reasons.append(failure("routes", Prefix.host(addr)))
-        reasons += [failure("frontends", key) for key in self.engine.host_port_frontends(endpoint)]
+        reasons += [failure("frontends", key) for key in self.engine.local.host_port_frontends(endpoint)]
         return next((r for r in reasons if r is not None), None)
 
     def _result(self, request: Request, endpoint: LocalEndpoint) -> Result:

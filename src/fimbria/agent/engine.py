@@ -5,39 +5,38 @@ Everything here is synchronous: a step sees all tables at one instant and leaves
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Final
 
+from fimbria.agent.local_frontends import LocalFrontends
 from fimbria.apply.attach import DeviceHook
 from fimbria.apply.policy_sets import SetContent
 from fimbria.apply.rows import Rows
 from fimbria.apply.xdp import PROGRAM as XDP_PROGRAM
 from fimbria.apply.xdp import XdpHook
-from fimbria.compute import host_ports, network
+from fimbria.compute import network
 from fimbria.compute.ipcache import IpcacheCompute
 from fimbria.compute.policy import PolicyEngine, SetChange
 from fimbria.compute.policy_set import SetKey
 from fimbria.compute.policy_shapes import Ports
 from fimbria.compute.service import Delta as ServiceDelta
-from fimbria.compute.service import Extra, Owner, ServiceCompute
+from fimbria.compute.service import ServiceCompute
 from fimbria.compute.service_frontends import Defaults
 from fimbria.compute.service_rows import MAPS
 from fimbria.decide.numbers import Numbers
 from fimbria.model.address import Prefix
-from fimbria.model.endpoint import EndpointIdentity, HostPort, LocalEndpoint, NamedPort
+from fimbria.model.endpoint import EndpointIdentity, LocalEndpoint, NamedPort
 from fimbria.model.identity import MIN_ALLOCATED, RESERVED_LABELS, SCOPE_CIDR, Reserved
 from fimbria.model.labels import Labels, pod_labels
 from fimbria.model.network import DeviceSet, NeighbourKey, Route
 from fimbria.model.node import Node
 from fimbria.model.policy import Policy, PolicyId
-from fimbria.model.rows import Cidr, Endpoint, FrontendKey, LocalAddr, PrefixKey, Remote
+from fimbria.model.rows import Cidr, Endpoint, ExemptKey, LocalAddr, PrefixKey, Remote
 from fimbria.model.service import NodeTopology, ServiceKey, TableContent
 from fimbria.tables import ObjectKey, Tables
 from fimbria.tables.table import Changes
 
-log = logging.getLogger(__name__)
 ENDPOINT_READY: Final = 1
 SPARE_NUMBERS: Final = 1024
 API_SERVICE: Final = ServiceKey("default", "kubernetes")
@@ -52,6 +51,7 @@ class DesiredRows:
     backends: Rows[int, Any] = field(default_factory=lambda: Rows("backends"))
     service_members: Rows[Any, int] = field(default_factory=lambda: Rows("service_members"))
     source_ranges: Rows[Any, int] = field(default_factory=lambda: Rows("source_ranges"))
+    service_exempt: Rows[ExemptKey, int] = field(default_factory=lambda: Rows("service_exempt"))
     service_tables: Rows[int, TableContent] = field(default_factory=lambda: Rows("service_tables"))
     service_slots: Rows[Any, int] = field(default_factory=lambda: Rows("service_slots"))
     frontends: Rows[Any, Any] = field(default_factory=lambda: Rows("frontends"))
@@ -63,6 +63,7 @@ class DesiredRows:
     xdp_links: Rows[XdpHook, str] = field(default_factory=lambda: Rows("xdp_links"))
     socket_links: Rows[str, str] = field(default_factory=lambda: Rows("socket_links"))
     neighbours: Rows[NeighbourKey, bytes] = field(default_factory=lambda: Rows("neighbours"))
+    next_hops: Rows[NeighbourKey, bool] = field(default_factory=lambda: Rows("next_hops"))
     endpoints: Rows[int, Endpoint] = field(default_factory=lambda: Rows("endpoints"))
     local_addrs: Rows[bytes, LocalAddr] = field(default_factory=lambda: Rows("local_addrs"))
     routes: Rows[Prefix, Route] = field(default_factory=lambda: Rows("routes"))
@@ -119,6 +120,10 @@ class Engine:
             lambda origin: numbers.rules.take(str(origin)), lambda prefix: numbers.cidrs.take(str(prefix))
         )
         self.services = ServiceCompute(node, numbers.services, numbers.backends, services)
+        self.local = LocalFrontends(
+            tables, rows.service_exempt, self.services, self.put_services,
+            addrs=self._node_addrs, labels=self.labels, held=self._held,
+        )  # fmt: skip
         self._policies_of: dict[tuple[str, Any], PolicyId] = {}
         self._networks: dict[tuple[str, Any], tuple[tuple[Prefix, Route], ...]] = {}
         self._routes_to: dict[Prefix, dict[tuple[str, Any], Route]] = {}
@@ -130,8 +135,6 @@ class Engine:
         self._pending: set[int] = set()
         self._known: dict[int, LocalEndpoint] = {}
         self._own: Node | None = None
-        self._host_ports: dict[int, Owner] = {}
-        self.host_port_problems: dict[int, tuple[str, ...]] = {}
         self.changes = Changes(getattr(tables, f) for f in tables.__slots__)
         for number, labels in RESERVED_LABELS.items():
             self.policy.upsert_identity(number, labels)
@@ -156,9 +159,9 @@ class Engine:
         if "own_node" in dirty or "nodes" in dirty:
             self._topology()
         self._services(dirty.get("services", ()), dirty.get("endpoint_slices", ()))
-        self._locals(self._touched_endpoints(dirty))
-        if any(name in dirty for name in ("services", "own_node", "nodes")):
-            self._refresh_host_ports()
+        touched = self._touched_endpoints(dirty)
+        self._locals(touched)
+        self.local.step(dirty, touched)
         self._apply_policy()
         return True
 
@@ -368,6 +371,15 @@ class Engine:
             service = self.tables.services.get(service_key)
             self.put_services(self.services.update(service_key, service, [s for s in found if s]))
 
+    def _node_addrs(self) -> tuple[bytes, ...]:
+        """All addresses of this node that are known."""
+        own, here = self.own_node(), self.tables.own_node.get(self.node)
+        return ((*own.addrs, *own.routers) if own else ()) + (here.addrs if here else ())
+
+    def _held(self, addr: bytes) -> bool:
+        """Whether a node or a pod has an address."""
+        return self.ipcache.get(PrefixKey(128, addr)) is not None
+
     def _topology(self) -> None:
         """Where this node is, and which addresses are nodes' own."""
         here = self.tables.own_node.get(self.node) or NodeTopology()
@@ -433,7 +445,6 @@ class Engine:
             if labels is not None:
                 self.on_labels(endpoint_id, labels)
             self._local_networks(endpoint)
-            self._put_host_ports(endpoint_id, endpoint)
             self._pending.add(endpoint_id)
         self._flush_pending()
 
@@ -477,7 +488,6 @@ class Engine:
         self.policy.delete_endpoint(str(endpoint_id))
         self._identity_ports(("local", endpoint_id), 0, ())
         self._networks_of(("endpoint", endpoint_id), ())
-        self._put_host_ports(endpoint_id, None)
         endpoint = self._known.pop(endpoint_id, None)
         if endpoint is None:
             return
@@ -489,47 +499,6 @@ class Engine:
         for key, _ in network.pod_neighbours(endpoint):
             self.rows.neighbours.drop(key)
         self._drop_hooks(endpoint.ifindex)
-
-    # --- host ports --------------------------------------------------------------------------------------------------
-
-    def node_port_service(self, port: HostPort) -> Owner | None:
-        """Whose node port a port is."""
-        owners = (self.services.claimed(host_ports.node_port(port, v4)) for v4 in (True, False))
-        return next((o for o in owners if o is not None), None)
-
-    def host_port_frontends(self, endpoint: LocalEndpoint) -> list[FrontendKey]:
-        """The frontends of an endpoint's host ports."""
-        return [key for extra in self._host_port_extras(endpoint) for key in extra.frontends]
-
-    def _host_port_extras(self, endpoint: LocalEndpoint) -> tuple[Extra, ...]:
-        own, here = self.own_node(), self.tables.own_node.get(self.node)
-        addrs = ((*own.addrs, *own.routers) if own else ()) + (here.addrs if here else ())
-        return host_ports.extras(endpoint, addrs, self.services.claimed)
-
-    def _put_host_ports(self, endpoint_id: int, endpoint: LocalEndpoint | None) -> None:
-        owner = self._host_ports.pop(endpoint_id, None)
-        if endpoint is not None and endpoint.host_ports:
-            owner = self._host_ports[endpoint_id] = host_ports.owner(endpoint)
-            self.put_services(self.services.set_extra(owner, self._host_port_extras(endpoint)))
-            self._tell_host_ports(endpoint, owner)
-        elif owner is not None:
-            self.put_services(self.services.set_extra(owner, ()))
-            self.host_port_problems.pop(endpoint_id, None)
-
-    def _tell_host_ports(self, endpoint: LocalEndpoint, owner: Owner) -> None:
-        """Which host ports a running pod doesn't have any more; once."""
-        lost = [f"{p} is the node port of {o}" for p in endpoint.host_ports if (o := self.node_port_service(p))]
-        problems = (*lost, *self.services.conflicts(owner))
-        if problems != self.host_port_problems.get(endpoint.id, ()):
-            for problem in problems:
-                log.warning("pod %s can't be reached by its host port: %s", endpoint.label, problem)
-        self.host_port_problems.pop(endpoint.id, None)
-        if problems:
-            self.host_port_problems[endpoint.id] = problems
-
-    def _refresh_host_ports(self) -> None:
-        for endpoint_id in list(self._host_ports):
-            self._put_host_ports(endpoint_id, self.tables.endpoints.get(endpoint_id))
 
     # --- programs ----------------------------------------------------------------------------------------------------
 

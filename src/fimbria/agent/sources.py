@@ -14,12 +14,14 @@ from typing import Any, Final
 
 from fimbria.model.labels import LabelFilter
 from fimbria.model.policy import Policy, PolicyId, Problem
+from fimbria.model.redirect import Redirect
 from fimbria.model.service import EndpointSlice, Service
-from fimbria.sources.k8s import policies, policies_cilium, resources, rows, services
+from fimbria.sources.k8s import policies, policies_cilium, redirects, resources, rows, services
 from fimbria.sources.k8s.client import ApiClient
 from fimbria.sources.k8s.errors import NotFound
 from fimbria.sources.k8s.informer import KEEP, Informer
 from fimbria.sources.k8s.policies import Conversion, Vocabulary
+from fimbria.sources.k8s.redirects import RedirectConversion
 from fimbria.tables import Tables
 from fimbria.tables.table import Table
 
@@ -58,6 +60,7 @@ class Sources:
         cilium = self._convert(policies_cilium.cilium_policy)
         self._add(r.CILIUM_NETWORK_POLICIES, t.cilium_policies, cilium)
         self._add(r.CILIUM_CLUSTERWIDE_NETWORK_POLICIES, t.clusterwide_policies, cilium)
+        self._add(r.CILIUM_LOCAL_REDIRECT_POLICIES, t.redirects, self._convert(redirects.local_redirect))
 
     def tables_followed(self) -> list[Table[Any, Any]]:
         """The tables that informers fill: all must be synced before absence means anything."""
@@ -82,7 +85,8 @@ class Sources:
 
     def forget_gone(self) -> None:
         """Drop the problems of policies that aren't there any more."""
-        tables = (self.tables.network_policies, self.tables.cilium_policies, self.tables.clusterwide_policies)
+        t = self.tables
+        tables = (t.network_policies, t.cilium_policies, t.clusterwide_policies, t.redirects)
         there = {policy.id for table in tables for policy in table.values()}
         bad = {key if isinstance(key, tuple) else ("", key) for informer in self.informers for key in informer.bad}
         gone = [p for p in self.problems if p not in there and (p.namespace, p.name) not in bad]
@@ -91,7 +95,7 @@ class Sources:
 
     def _policies(self) -> int:
         t = self.tables
-        return len(t.network_policies) + len(t.cilium_policies) + len(t.clusterwide_policies)
+        return len(t.network_policies) + len(t.cilium_policies) + len(t.clusterwide_policies) + len(t.redirects)
 
     def _add(self, resource: Any, table: Any, transform: Any, *, key: Any = rows.object_key, fields: str = "") -> None:
         informer = Informer(
@@ -107,8 +111,10 @@ class Sources:
 
         return report
 
-    def _convert(self, convert: Callable[[Any, Vocabulary], Conversion]) -> Callable[[Any], Policy]:
-        def transform(obj: Any) -> Policy:
+    def _convert(
+        self, convert: Callable[[Any, Vocabulary], Conversion | RedirectConversion]
+    ) -> Callable[[Any], Policy | Redirect]:
+        def transform(obj: Any) -> Policy | Redirect:
             conversion = convert(obj, self.words)
             policy_id = PolicyId(obj.kind or type(obj).__name__, obj.metadata.namespace, obj.metadata.name)
             if conversion.policy is not None:

@@ -43,7 +43,8 @@ class HostPort(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class Pod:
-    """What an agent keeps of a pod of its own node."""
+    """What an agent keeps of a pod of its own node. `own_addresses`: its sockets shall see addresses as they are,
+    because a proxy in the pod translates Services itself (annotation fimbria.io/socket-services: "off")."""
 
     namespace: str
     name: str
@@ -52,6 +53,8 @@ class Pod:
     service_account: str
     named_ports: tuple[NamedPort, ...]
     host_network: bool
+    ready: bool = False
+    own_addresses: bool = False
 
 
 @dataclass(frozen=True, slots=True)

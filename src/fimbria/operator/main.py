@@ -31,6 +31,8 @@ from fimbria.sources.k8s.events import EventRecorder
 from fimbria.sources.k8s.informer import Informer
 from fimbria.sources.k8s.leader import LeaderElection, LeadershipLost
 from fimbria.sources.k8s.policies import Vocabulary
+from fimbria.sources.k8s.redirects import local_redirect
+from fimbria.sources.k8s.resources import Resource
 from fimbria.sources.k8s.rows import object_key
 from fimbria.sources.k8s.types.cilium import CiliumNode
 from fimbria.tables.table import Table
@@ -49,10 +51,14 @@ async def lead(config: OperatorConfig, client: ApiClient) -> None:
         group.create_task(follow_nodes.run())
         group.create_task(NodeBlockWriter(client, nodes, BlockAllocator(config.pools)).run())
         group.create_task(collector.run())
-        policies = (resources.CILIUM_NETWORK_POLICIES, resources.CILIUM_CLUSTERWIDE_NETWORK_POLICIES)
-        for resource in policies:
+        policies: tuple[tuple[Resource[Any], Any], ...] = (
+            (resources.CILIUM_NETWORK_POLICIES, judge(words)),
+            (resources.CILIUM_CLUSTERWIDE_NETWORK_POLICIES, judge(words)),
+            (resources.CILIUM_LOCAL_REDIRECT_POLICIES, judge(words, local_redirect)),
+        )
+        for resource, judgement in policies:
             verdicts: Table[Any, Verdict] = Table(resource.plural)
-            follow: Informer[Any, Any, Verdict] = Informer(client, resource, verdicts, judge(words), key=object_key)
+            follow: Informer[Any, Any, Verdict] = Informer(client, resource, verdicts, judgement, key=object_key)
             group.create_task(follow.run())
             group.create_task(PolicyStatusWriter(client, resource, verdicts).run())
         events = EventRecorder(client, component="fimbria-operator", host=os.uname().nodename)

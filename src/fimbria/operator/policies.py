@@ -14,11 +14,12 @@ from dataclasses import dataclass, field
 from typing import Any, Final
 
 from fimbria.model.policy import Problem
-from fimbria.sources.k8s import policies_cilium
 from fimbria.sources.k8s.client import ApiClient
 from fimbria.sources.k8s.errors import ApiError, NotFound
 from fimbria.sources.k8s.events import EventRecorder
-from fimbria.sources.k8s.policies import Vocabulary, network_policy
+from fimbria.sources.k8s.policies import Conversion, Vocabulary, network_policy
+from fimbria.sources.k8s.policies_cilium import cilium_policy
+from fimbria.sources.k8s.redirects import RedirectConversion
 from fimbria.sources.k8s.resources import NETWORK_POLICIES, Resource
 from fimbria.sources.k8s.timestamps import to_time
 from fimbria.sources.k8s.types.meta import ObjectMeta
@@ -47,13 +48,15 @@ class Verdict:
         return "False", "; ".join(map(str, self.problems))[:MAX_MESSAGE]
 
 
-def judge(words: Vocabulary) -> Callable[[Any], Verdict]:
+def judge(
+    words: Vocabulary, convert: Callable[[Any, Vocabulary], Conversion | RedirectConversion] = cilium_policy
+) -> Callable[[Any], Verdict]:
     """Converts an object and keeps only the outcome."""
 
     def transform(obj: Any) -> Verdict:
         conditions = [c for c in (obj.status.conditions or ()) if c.type == "Valid"] if obj.status else []
         current = (conditions[0].status, conditions[0].message) if conditions else ("", "")
-        problems = policies_cilium.cilium_policy(obj, words).problems
+        problems = convert(obj, words).problems
         return Verdict(obj.metadata.name, obj.metadata.namespace, problems, current)
 
     return transform

@@ -33,6 +33,7 @@ class Tables:
     network_policies: Table[ObjectKey, Any] = field(default_factory=lambda: Table("network_policies"))
     cilium_policies: Table[ObjectKey, Any] = field(default_factory=lambda: Table("cilium_policies"))
     clusterwide_policies: Table[ObjectKey, Any] = field(default_factory=lambda: Table("clusterwide_policies"))
+    redirects: Table[ObjectKey, Any] = field(default_factory=lambda: Table("redirects"))
     # from the container runtime (sources/cni), restored from the journal
     endpoints: Table[int, LocalEndpoint] = field(default_factory=lambda: Table("endpoints"))
     # decided: which identity each local endpoint has

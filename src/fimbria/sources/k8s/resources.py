@@ -4,7 +4,7 @@ from dataclasses import dataclass
 from typing import Generic, TypeVar
 from urllib.parse import quote
 
-from fimbria.sources.k8s.types import cilium, cilium_policy, core, networking
+from fimbria.sources.k8s.types import cilium, cilium_policy, cilium_redirect, core, networking
 from fimbria.sources.k8s.types.meta import ApiObject
 
 T = TypeVar("T", bound=ApiObject)
@@ -70,6 +70,13 @@ CILIUM_IDENTITIES = Resource(
 CILIUM_ENDPOINTS = Resource("cilium.io", "v2", "ciliumendpoints", "CiliumEndpoint", cilium.CiliumEndpoint)
 CILIUM_NETWORK_POLICIES = Resource(
     "cilium.io", "v2", "ciliumnetworkpolicies", "CiliumNetworkPolicy", cilium_policy.CiliumNetworkPolicy
+)
+CILIUM_LOCAL_REDIRECT_POLICIES = Resource(
+    "cilium.io",
+    "v2",
+    "ciliumlocalredirectpolicies",
+    "CiliumLocalRedirectPolicy",
+    cilium_redirect.CiliumLocalRedirectPolicy,
 )
 CILIUM_CLUSTERWIDE_NETWORK_POLICIES = Resource(
     "cilium.io",

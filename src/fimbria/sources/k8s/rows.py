@@ -20,6 +20,7 @@ from fimbria.sources.k8s.types.meta import ObjectMeta
 
 T = TypeVar("T")
 PROTOCOLS: Final = {"TCP": 6, "UDP": 17, "SCTP": 132}
+SOCKET_SERVICES: Final = "fimbria.io/socket-services"
 UNUSED_ANNOTATION: Final = "fimbria.io/unused-since"
 MAX_ADDRESSES: Final = 64
 MAX_BLOCKS: Final = 512
@@ -85,7 +86,15 @@ def pod(obj: core.Pod) -> Pod:
         service_account=spec.service_account_name,
         named_ports=named_ports(spec),
         host_network=spec.host_network,
+        ready=_ready(obj),
+        own_addresses=(meta.annotations or {}).get(SOCKET_SERVICES, "") == "off",
     )
+
+
+def _ready(obj: core.Pod) -> bool:
+    """As endpoints count: the condition Ready, and not on its way out."""
+    conditions = obj.status.conditions or ()
+    return not obj.metadata.deletion_timestamp and any(c.type == "Ready" and c.status == "True" for c in conditions)
 
 
 def identity(obj: cilium.CiliumIdentity) -> ClusterIdentity:
