@@ -34,6 +34,7 @@ from fimbria.agent.install import install_cni
 from fimbria.agent.journal import Journal
 from fimbria.agent.keeper import Keeper
 from fimbria.agent.learned import Learned
+from fimbria.agent.next_hops import NextHops
 from fimbria.agent.node import NodeRegistration
 from fimbria.agent.publisher import Publisher
 from fimbria.agent.sockets import SocketCutter
@@ -42,7 +43,7 @@ from fimbria.agent.wiring import Wiring
 from fimbria.apply.attach import SOCKET_HOOKS, CgroupTarget, ClsactTarget, TcxTarget
 from fimbria.apply.devices import NodeDevices
 from fimbria.apply.loop import ApplyLoop, Stage
-from fimbria.apply.network import NeighbourTarget, RouteTarget, SysctlTarget
+from fimbria.apply.network import NeighbourTarget, NextHopTarget, RouteTarget, SysctlTarget
 from fimbria.apply.programs import Constant, Datapath
 from fimbria.apply.xdp import XdpTarget
 from fimbria.compute.service_frontends import Defaults
@@ -241,7 +242,7 @@ def stages(agent: Agent) -> list[Stage]:
     cgroup = agent.config.cgroup or probe.cgroup2_mount()
     found = [
         Stage(SysctlTarget(lambda: list(rows.sysctls.desired)), rows.sysctls, quick=True),
-        plain("backends"), plain("service_members"), plain("source_ranges"),
+        plain("backends"), plain("service_members"), plain("source_ranges"), plain("service_exempt"),
         Stage(dp.tables_target(datapath, agent.config, rows.backends.desired.get), rows.service_tables),
         plain("service_slots"), plain("frontends"),
         Stage(dp.policy_target(datapath, layouts), rows.policy_sets), identities,
@@ -257,6 +258,7 @@ def stages(agent: Agent) -> list[Stage]:
         Stage(NeighbourTarget(agent.netlink, our_devices), rows.neighbours, quick=True),
         endpoints, plain("local_addrs"),
         Stage(RouteTarget(agent.netlink), rows.routes, quick=True),
+        Stage(NextHopTarget(agent.netlink, lambda: list(rows.next_hops.desired)), rows.next_hops, quick=True),
     ]  # fmt: skip
     return found
 
@@ -402,6 +404,8 @@ async def run(config: AgentConfig) -> None:
             group.create_task(promote(agent), name="promote")
             group.create_task(agent.keeper.run(), name="keeper")
             group.create_task(_after_ready(agent, health_checks(agent).run), name="health checks")
+            if config.xdp != "disabled":
+                group.create_task(NextHops(agent).run(), name="next hops")
             group.create_task(agent.learned.run(), name="learned")
             group.create_task(_after_ready(agent, agent.sockets.run), name="sockets")
 
