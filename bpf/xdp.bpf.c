@@ -13,19 +13,13 @@ static __always_inline bool for_node(const struct packet *p)
 	return config_addr_is(is_v6(p) ? &cfg_node_addr6 : &cfg_node_addr4, &p->t.daddr);
 }
 
+/* A pod of this node? */
 static __always_inline bool is_local(const addr_t *addr)
 {
-	return bpf_map_lookup_elem(&local_addrs, addr);
-}
+	/* Linux 6.1 takes a map's key from this frame's stack, not from a caller's. */
+	addr_t key = *addr;
 
-/* Is the backend elsewhere, and not behind the tunnel? */
-static __always_inline bool backend_is_near(const addr_t *backend)
-{
-	const struct remote *remote = ipcache_lookup(backend);
-
-	if (is_local(backend) || (remote && remote->identity == IDENTITY_HOST))
-		return false;
-	return !(cfg_overlay_ifindex && remote && remote->flags & REMOTE_TUNNEL);
+	return bpf_map_lookup_elem(&local_addrs, &key);
 }
 
 /* Nobody outside has our own address or a local pod's, and remote pods come through the tunnel where there is one. */
@@ -39,16 +33,30 @@ static __always_inline bool is_spoofed(const struct packet *p)
 			  (cfg_overlay_ifindex && remote->flags & REMOTE_POD && remote->flags & REMOTE_TUNNEL));
 }
 
-/* From a client to a service. Nothing is remembered before it is certain that the packet goes on from here: tc would find
- * a connection that it has not made its decisions for. */
-__noinline int from_client(struct xdp_md *ctx, struct packet *p, bool own)
+/* Is the backend elsewhere, and not behind the tunnel? */
+static __always_inline bool backend_is_near(const struct packet *p)
+{
+	const struct remote *remote = ipcache_lookup(&p->backend.addr);
+
+	if (is_local(&p->backend.addr) || (remote && remote->identity == IDENTITY_HOST))
+		return false;
+	return !(cfg_overlay_ifindex && remote && remote->flags & REMOTE_TUNNEL);
+}
+
+/* Is this a packet to a backend that can be sent on from here? */
+__noinline int passes_through(struct packet *p)
+{
+	return p && !(p->flags & PACKET_BOUND) && !ttl_expires(p) && !is_spoofed(p) && backend_is_near(p);
+}
+
+/* To p->backend. Nothing is remembered before it is certain that the packet goes on from here: tc would find a connection
+ * that it has not made its decisions for. */
+__noinline int forward(struct xdp_md *ctx, struct packet *p, __u32 chosen)
 {
 	struct xdp_change c = {};
-	__u32 chosen = 0, room = 0;
+	__u32 room = 0;
 
-	if (!p || nodeport_choose(p, own ? OWNER_THIS_NODE : OWNER_ASK, &chosen) || !p->service)
-		return XDP_PASS;
-	if (p->flags & PACKET_BOUND || ttl_expires(p) || is_spoofed(p) || !backend_is_near(&p->backend.addr))
+	if (!p)
 		return XDP_PASS;
 	if (p->flags & PACKET_DIRECT) {
 		p->source.addr = p->t.saddr;
@@ -104,6 +112,7 @@ SEC("xdp.frags")
 int from_device(struct xdp_md *ctx)
 {
 	struct packet p = {.direction = DIRECTION_INGRESS};
+	__u32 chosen = 0;
 
 	if (!xdp_parse(ctx, &p))
 		return XDP_PASS;
@@ -117,5 +126,7 @@ int from_device(struct xdp_md *ctx)
 		if (verdict != NOT_AWAITED)
 			return verdict;
 	}
-	return from_client(ctx, &p, own);
+	if (nodeport_choose(&p, own ? OWNER_THIS_NODE : OWNER_ASK, &chosen) || !p.service || !passes_through(&p))
+		return XDP_PASS;
+	return forward(ctx, &p, chosen);
 }
