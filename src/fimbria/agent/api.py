@@ -2,7 +2,8 @@
 
 GET  /v1/status                         one object; "ready", "problems", "failures"
 GET  /v1/nodes endpoints identities ipcache services policies      lists of objects
-GET  /v1/endpoints/ID, /v1/ipcache/ADDRESS, /v1/policies/KIND/NAMESPACE/NAME       one object with what is behind it
+GET  /v1/endpoints/ID, /v1/ipcache/ADDRESS, /v1/policies/KIND/NAMESPACE/NAME, /v1/services/NAMESPACE/NAME
+                                       one object with what is behind it
                                          (NAMESPACE "-" for cluster-wide policies)
 GET  /v1/maps, /v1/maps/NAME            what the kernel's maps are and hold (read back, not remembered)
 GET  /v1/plan                           what the agent would change in the kernel now
@@ -61,6 +62,7 @@ class AgentApi:
                 web.get("/v1/endpoints/{id}", self._endpoint),
                 web.get("/v1/ipcache/{address}", self._ipcache),
                 web.get("/v1/policies/{kind}/{namespace}/{name}", self._policy),
+                web.get("/v1/services/{namespace}/{name}", self._service),
                 *(web.get(f"/v1/{name}", self._table) for name in TABLES),
             ]
         )
@@ -121,6 +123,13 @@ class AgentApi:
             return _json(details.policy(self._agent, kind, "" if namespace == "-" else namespace, name))
         except KeyError:
             return _json({"error": f"there is no {kind} {namespace}/{name}"}, status=404)
+
+    async def _service(self, request: web.Request) -> web.Response:
+        namespace, name = (request.match_info[k] for k in ("namespace", "name"))
+        try:
+            return _json(details.service(self._agent, namespace, name))
+        except KeyError:
+            return _json({"error": f"there is no service {namespace}/{name}"}, status=404)
 
     async def _plan(self, _request: web.Request) -> web.Response:
         changes = await asyncio.to_thread(self._agent.loop.plan)

@@ -11,6 +11,7 @@ from fimbria.model.address import Prefix, is_v4, pack, unpack
 from fimbria.model.identity import SCOPE_CIDR
 from fimbria.model.policy import Anyone, Direction, NamedPort, Policy, PolicySpec, PortRange, Rule, Verdict
 from fimbria.model.rows import PolicyEntry, PolicyKey, PrefixKey
+from fimbria.model.service import Endpoint, EndpointPort, ServiceKey
 
 if TYPE_CHECKING:
     from fimbria.agent.main import Agent
@@ -146,3 +147,40 @@ def _port(port: PortRange | NamedPort) -> str:
     if port.proto in _ICMP:
         return f"{name} type {port.first >> 8}"
     return f"{name}/{port.first}" if port.first == port.last else f"{name}/{port.first}-{port.last}"
+
+
+def service(agent: Agent, namespace: str, name: str) -> Row:
+    """One service: its frontends, and all endpoints that its slices list, whether or not this node uses them. Raises
+    KeyError for an unknown one."""
+    key = ServiceKey(namespace, name)
+    frontends = [r for r in views.services(agent) if r["service"] == str(key) and r["frontend"]]
+    known = next((s for s in agent.tables.services.values() if s.key == key), None)
+    if known is None and not frontends:
+        raise KeyError(str(key))
+    used = {backend for r in frontends for backend in r["backends"]}
+    found = (agent.tables.endpoint_slices.get(k) for k in agent.tables.endpoint_slices.by("service", key))
+    endpoints = [_service_endpoint(p, e, s.weight, used) for s in found if s for p in s.ports for e in s.endpoints]
+    return {
+        "service": str(key),
+        "type": known.kind if known else "",
+        "frontends": frontends,
+        "endpoints": sorted(endpoints, key=lambda e: (e["port"], e["address"])),
+        "health_check_port": known.health_check_port if known else 0,
+        "warnings": list(agent.engine.services.warnings(key)),
+    }
+
+
+def _service_endpoint(port: EndpointPort, e: Endpoint, weight: int, used: set[str]) -> Row:
+    address = views.addr_port(e.addr, port.port)
+    state = "terminating" if e.terminating else "active" if e.ready else "not ready"
+    return {
+        "address": address,
+        "port": port.name,
+        "protocol": _PROTOCOLS.get(port.proto, str(port.proto)),
+        "node": e.node,
+        "state": state if e.serving or not e.terminating else "terminating, not serving",
+        "weight": weight,
+        "for_zones": list(e.zones),
+        "for_nodes": list(e.nodes),
+        "used": address in used,
+    }

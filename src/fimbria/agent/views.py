@@ -194,7 +194,7 @@ def _frontend(compute: ServiceCompute, key: FrontendKey, row: Frontend, about: D
         "service": name,
         "owner": str(owner),
         "port": about.port.name,
-        "frontend": _addr_port(key.addr, key.port),
+        "frontend": addr_port(key.addr, key.port),
         "protocol": _PROTOCOLS.get(key.proto, str(key.proto)),
         "type": about.kind,
         # Whom this row is for: frontends with externalTrafficPolicy Local have two, others one for everybody.
@@ -218,7 +218,7 @@ def _unserved(compute: ServiceCompute, key: ServiceKey) -> Row:
 
 
 def _backends(rows: Iterable[Backend | int | None]) -> list[str]:
-    return sorted(_addr_port(b.addr, b.port) for b in rows if isinstance(b, Backend))
+    return sorted(addr_port(b.addr, b.port) for b in rows if isinstance(b, Backend))
 
 
 def policies(agent: Agent) -> list[Row]:
@@ -374,7 +374,8 @@ def _texts(items: Iterable[tuple[str, str]]) -> Iterable[str]:
     return (f"{k}={v}" if v else k for k, v in items)
 
 
-def _addr_port(addr: bytes, port: int) -> str:
+def addr_port(addr: bytes, port: int) -> str:
+    """`1.2.3.4:80`, `[fd00::1]:80`."""
     text = unpack(addr) or "::"
     return f"[{text}]:{port}" if ":" in text else f"{text}:{port}"
 
@@ -386,7 +387,7 @@ def _shown(value: Any) -> Any:
         return value
     if isinstance(value, PrefixKey):
         return {"prefix": str(Prefix(value.addr, value.prefixlen))}
-    row = asdict(value)
+    row: Row = value._asdict() if hasattr(value, "_asdict") else asdict(value)
     return {k: _field(v) for k, v in row.items()}
 
 

@@ -17,7 +17,7 @@ SECTIONS: Final = {
         "endpoint": ("objects", "endpoint", "Pods of this node: addresses, identity, what their policies allow."),
         "identity": ("objects", "identity", "Security identities: numbers and the labels behind them."),
         "ipcache": ("objects", "ipcache", "Which identity an address has."),
-        "service": ("objects", "service", "Services: frontends and their backends."),
+        "service": ("services", "service", "Services: frontends and their backends."),
         "policy": ("objects", "policy", "Policies: whom they select, their rules, what is wrong with them."),
         "node": ("objects", "node", "Nodes of the cluster and their pod addresses."),
     },

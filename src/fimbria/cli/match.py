@@ -86,9 +86,9 @@ def identity_names(r: Row) -> list[str]:
 
 
 def service_names(r: Row) -> list[str]:
-    """namespace/name, name, address:port, address."""
-    address = r["frontend"].rpartition(":")[0].strip("[]")
-    return [r["service"], r["service"].rpartition("/")[2], r["frontend"], address]
+    """namespace/name, name, address:port, address, :port."""
+    address, _, port = r["frontend"].rpartition(":")
+    return [r["service"], r["service"].rpartition("/")[2], r["frontend"], address.strip("[]"), f":{port}"]
 
 
 def policy_names(r: Row) -> list[str]:

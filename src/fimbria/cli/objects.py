@@ -352,61 +352,6 @@ def ipcache_get(agent: Local, address: str, output: str) -> None:
         listing(matches, IPCACHE_COLUMNS, "wide", "")
 
 
-# --- services --------------------------------------------------------------------------------------------------------
-
-
-@click.group()
-def service() -> None:
-    """Services: frontends and their backends."""
-
-
-SERVICE_COLUMNS: Final = (
-    Column("SERVICE", lambda r: r["service"]),
-    Column("PORT", lambda r: r["port"]),
-    Column("FRONTEND", lambda r: r["frontend"]),
-    Column("PROTOCOL", lambda r: r["protocol"]),
-    Column("BACKENDS", lambda r: str(len(r["backends"])) if r["backends"] else bad("none")),
-    Column("WARNINGS", lambda r: warn("; ".join(r["warnings"])) if r["warnings"] else "", wide=True),
-    Column("ADDRESSES", lambda r: ", ".join(r["backends"]), wide=True),
-)
-
-
-@service.command("list")
-@namespace_option
-@click.option("--empty", is_flag=True, help="Only those without backends.")
-@socket_option("agent")
-@output_option
-def service_list(agent: Local, namespace: str, empty: bool, output: str) -> None:
-    """List the frontends of Services with their backends."""
-    rows = [
-        r
-        for r in agent.get("services")
-        if (not namespace or r["service"].startswith(namespace + "/")) and (not empty or not r["backends"])
-    ]
-    listing(rows, SERVICE_COLUMNS, output, "No such services.")
-
-
-@service.command("get")
-@click.argument("name", shell_complete=match.completer("services", lambda r: [r["service"]]))
-@socket_option("agent")
-@_get_output
-def service_get(agent: Local, name: str, output: str) -> None:
-    """Show a Service by [NAMESPACE/]NAME, or by a frontend's address (and :PORT)."""
-    rows = match.some(agent.get("services"), name, "service", match.service_names, lambda r: str(r["service"]))
-    if output == "json":
-        dump(rows)
-        return
-    fields([("Service", rows[0]["service"]), ("Warnings", _lines(warn(w) for w in rows[0]["warnings"]))])
-    for r in rows:
-        click.echo()
-        fields(
-            [
-                ("Frontend", f"{r['frontend']} {r['protocol']}" + (f" ({r['port']})" if r["port"] else "")),
-                ("Backends", _lines(_some(r["backends"])) or bad("none: connections are refused")),
-            ]
-        )
-
-
 # --- policies --------------------------------------------------------------------------------------------------------
 
 

@@ -42,6 +42,10 @@ def entry(ports: str, peer: int = 300, verdict: str = "allow", rule: Any = RULE)
     }
 
 
+SERVED = {"type": "ClusterIP", "scope": "all", "policy": "Cluster", "affinity_seconds": 0, "forwarding": "",
+          "algorithm": "random", "source_ranges": [], "source_policy": "", "without_backends": "refuse"}  # fmt: skip
+
+
 @pytest.fixture
 def filled(agent):
     web = pod(1, "web", 301, enforced_by={"ingress": [POLICY], "egress": []})
@@ -81,6 +85,7 @@ def filled(agent):
                 "protocol": "TCP",
                 "backends": ["10.244.0.1:80"],
                 "warnings": [],
+                **SERVED,
             },
             {
                 "id": 2,
@@ -90,6 +95,7 @@ def filled(agent):
                 "protocol": "TCP",
                 "backends": [],
                 "warnings": ["no"],
+                **SERVED,
             },
         ],
         "policies": [
@@ -245,6 +251,29 @@ def test_services(call, filled) -> None:
     assert json.loads(call("service", "list", "-n", "sho", "-o", "json").stdout) == []
     assert "10.244.0.1:80" in call("service", "get", "10.96.0.2:80").stdout
     assert "none: connections are refused" in call("service", "get", "empty").stdout
+    assert [r["id"] for r in json.loads(call("service", "list", "--warnings", "-o", "json").stdout)] == [2]
+    assert json.loads(call("service", "list", "--type", "nodeport", "-o", "json").stdout) == []
+
+
+def test_a_service_with_everything_behind_it(call, filled) -> None:
+    local = SERVED | {"type": "NodePort", "policy": "Local", "forwarding": "dsr", "algorithm": "maglev",
+                      "service": "shop/web", "port": "http", "protocol": "TCP", "frontend": "0.0.0.0:30080", "id": 4,
+                      "warnings": []}  # fmt: skip
+    frontends = [
+        local | {"scope": "outside", "backends": [], "without_backends": "drop"},
+        local | {"scope": "inside", "backends": ["10.244.0.1:80"]},
+    ]
+    endpoint = {"address": "10.244.0.1:80", "port": "http", "protocol": "TCP", "node": "node1", "state": "terminating",
+                "weight": 50, "for_zones": ["a"], "for_nodes": ["node1"], "used": True}  # fmt: skip
+    filled.answers["services"] = frontends
+    filled.answers["services/shop/web"] = {
+        "service": "shop/web", "type": "NodePort", "frontends": frontends, "endpoints": [endpoint],
+        "health_check_port": 30001, "warnings": ["a warning"],
+    }  # fmt: skip
+    said = call("service", "get", ":30080").stdout
+    for text in ("port 30001 of every node", "a warning", "the outside", "pods and nodes", "dropped, other nodes",
+                 "maglev", "dsr", "terminating", "50", "node node1, zone a", "yes"):  # fmt: skip
+        assert text in said, (text, said)
 
 
 def test_policies(call, filled) -> None:
