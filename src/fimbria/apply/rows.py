@@ -60,16 +60,18 @@ class Rows(Generic[K, V]):
     def put_many(self, rows: Mapping[K, V]) -> None:
         """`put` each."""
         desired = self.desired
-        news = {k: v for k, v in rows.items() if desired.get(k) != v}
-        if news:
-            desired.update(news)
-            self.dirty.update(news)
+        changed = [key for key, row in rows.items() if desired.get(key) != row]
+        if changed:
+            desired.update(rows)
+            self.dirty.update(changed)
             self.on_change()
 
     def drop_many(self, keys: Iterable[K]) -> None:
         """`drop` each."""
-        for key in keys:
-            self.drop(key)
+        changed = [key for key in keys if self.desired.pop(key, None) is not None]
+        if changed:
+            self.dirty.update(changed)
+            self.on_change()
 
     def touch_all(self) -> None:
         """Write all rows again although they did not change."""
@@ -79,8 +81,10 @@ class Rows(Generic[K, V]):
     def take(self) -> Delta[K, V]:
         """Hand over what is dirty; from now on new changes collect anew."""
         dirty, self.dirty = self.dirty, set()
-        upserts = {k: self.desired[k] for k in dirty if k in self.desired}
-        return Delta(upserts, frozenset(dirty - upserts.keys()))
+        desired = self.desired
+        upserts = {k: row for k in dirty if (row := desired.get(k)) is not None}
+        deletes = frozenset(dirty - upserts.keys()) if len(upserts) < len(dirty) else frozenset[K]()
+        return Delta(upserts, deletes)
 
     def settle(self, delta: Delta[K, V], failures: Mapping[K, str]) -> None:
         """Record the outcome of writing a delta."""

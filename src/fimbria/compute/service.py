@@ -54,6 +54,7 @@ __all__ = (
 _PROTOCOLS: Final = {6: "TCP", 17: "UDP", 132: "SCTP"}
 _KINDS: Final = {front.CLUSTER_IP: "ClusterIP", front.NODE_PORT: "NodePort", front.HOST_PORT: "HostPort"}
 _SERVES: Final[Standing] = GOING_ON | READY | SERVING | ALIVE
+_new: Final = tuple.__new__  # a NamedTuple's own is three times as slow
 REDIRECT: Final = 0
 SERVICE: Final = 1
 HOST_PORT: Final = 2
@@ -117,7 +118,7 @@ class ServiceCompute:
         self,
         node: str,
         services: Numbers[Any],
-        backends: Numbers[BackendKey],
+        backends: Numbers[Backend],
         defaults: Defaults = Defaults(),  # noqa: B008 frozen
     ) -> None:
         """`node` is this node's name, as endpoints state it."""
@@ -138,6 +139,7 @@ class ServiceCompute:
         self._restored: dict[int, list[int]] = {}
         self._adoptable: dict[FrontendKey, int] = {}
         self._losing: set[int] = set()
+        self._standings: dict[tuple[bool, bool], dict[tuple[Any, ...], Standing]] = {}
 
     # --- decided state -------------------------------------------------------------------------------------------
 
@@ -161,8 +163,7 @@ class ServiceCompute:
                 first[row.service] = key
         self.services.restore((key, number) for number, key in first.items())
         self._adoptable = {key: number for number, key in first.items()}
-        rows = (((row.addr, row.port, row.proto), number) for number, row in backends.items())
-        self.backends.restore(rows, spent_backends)
+        self.backends.restore(((row, number) for number, row in backends.items()), spent_backends)
         for slot in sorted(slots, key=lambda s: (s.service, s.slot)):
             if self.backends.key(slots[slot]) is not None:
                 self._restored.setdefault(slot.service, []).append(slots[slot])
@@ -223,6 +224,7 @@ class ServiceCompute:
         for addr in changed & self._addresses.keys():
             self._address_row(addr, delta)
         self.topology, self.place = topology, self.place._replace(zone=zone)
+        self._standings.clear()
         for owner, state in list(self._states.items()):
             hinted = zone != former.zone and any(e.zones for s in state.slices.values() for e in s.endpoints)
             selected = former.labels != topology.labels and state.service.nodes is not None
@@ -240,7 +242,7 @@ class ServiceCompute:
         for number in self._users:
             key = self.backends.key(number)
             assert key is not None
-            rows[BACKENDS][number] = Backend(*key)
+            rows[BACKENDS][number] = key
         rows[FRONTENDS].update(self._frontends)
         for number, (_, group) in self._groups.items():
             rows[SLOTS].update((SlotKey(number, slot), backend) for slot, backend in enumerate(group.order))
@@ -320,7 +322,7 @@ class ServiceCompute:
         if found is None:
             return False
         members = self._members_of(*found)
-        backend = self.backends.get((addr, port, members.port.proto))
+        backend = self.backends.get(Backend(addr, port, members.port.proto))
         return backend is not None and members.standings.get(backend, 0) & ALIVE > 0
 
     def claimed(self, frontend: FrontendKey) -> Owner | None:
@@ -466,7 +468,7 @@ class ServiceCompute:
 
     def _has(self, owner: Owner, state: _State, frontend: FrontendKey, port: PortKey, local: bool) -> bool:
         """Whether a row belongs where it is."""
-        known = frontend if frontend.scope == 0 else replace(frontend, scope=0)
+        known = frontend if frontend.scope == 0 else frontend._replace(scope=0)
         want = state.plan.get(known)
         if want is None or want.port != port or self._owners[known] != owner:
             return False
@@ -493,7 +495,7 @@ class ServiceCompute:
                 grouped.setdefault((want.port, want.local), {})[frontend] = want
                 if want.flags & front.TWO_SCOPES:
                     inside = Want(want.port, False, want.flags & ~front.OUTSIDE_ONLY)
-                    grouped.setdefault((want.port, False), {})[replace(frontend, scope=front.SCOPE_INTERNAL)] = inside
+                    grouped.setdefault((want.port, False), {})[frontend._replace(scope=front.SCOPE_INTERNAL)] = inside
         for port in dict.fromkeys(port for port, _ in grouped):
             members = state.members.get(port)
             if members is None:
@@ -550,17 +552,21 @@ class ServiceCompute:
     def _relist(self, state: _State, port: PortKey, members: Members, delta: Delta) -> None:
         """All listings anew: whatever decides about standings may have changed."""
         former, weights = members.standings, dict[int, int]()
-        members.standings, members.more, members.counts = {}, {}, {}
+        now = members.clear()
         for found, weight in self._listings(state, port):
             for key, stands in found.items():
-                backend = self.backends.take(key)
-                members.add(backend, stands)
-                weights[backend] = max(weight, weights.get(backend, 0))
-                if backend not in former:
-                    former[backend] = stands
-                    self._list(backend, key, delta)
-        members.weights = {b: weight for b, weight in weights.items() if weight not in (0, DEFAULT_WEIGHT)}
-        for backend in former.keys() - members.standings.keys():
+                backend, least = self.backends.take(key), 0
+                if backend in now:
+                    members.add(backend, stands)
+                    least = weights.get(backend, DEFAULT_WEIGHT)
+                else:
+                    now[backend] = stands
+                    if backend not in former:
+                        self._list(backend, key, delta)
+                if weight != DEFAULT_WEIGHT or backend in weights:
+                    weights[backend] = max(weight, least)
+        members.recount(weights)
+        for backend in former.keys() - now.keys() if former else ():
             self._unlist(backend)
 
     def _refresh(self, state: _State, former: dict[str, EndpointSlice], delta: Delta) -> None:
@@ -590,7 +596,7 @@ class ServiceCompute:
                 self._finish(members, group, local, delta)
 
     def _exchange(
-        self, members: Members, before: dict[BackendKey, Standing], after: dict[BackendKey, Standing], delta: Delta
+        self, members: Members, before: dict[Backend, Standing], after: dict[Backend, Standing], delta: Delta
     ) -> Iterator[int]:
         """One slice says something else now. Yields the backends that it is about."""
         for key, stands in before.items():
@@ -606,25 +612,29 @@ class ServiceCompute:
                 if members.add(backend, stands):
                     self._list(backend, key, delta)
 
-    def _listings(self, state: _State, port: PortKey) -> Iterator[tuple[dict[BackendKey, Standing], int]]:
+    def _listings(self, state: _State, port: PortKey) -> Iterator[tuple[dict[Backend, Standing], int]]:
         for slice_ in state.slices.values():
             yield self._contributions(state, port, slice_), slice_.weight
         if state.extras:
-            yield dict.fromkeys(state.extras[port.port].backends, _SERVES), DEFAULT_WEIGHT
+            yield {Backend(*key): _SERVES for key in state.extras[port.port].backends}, DEFAULT_WEIGHT
 
-    def _contributions(self, state: _State, key: PortKey, slice_: EndpointSlice | None) -> dict[BackendKey, Standing]:
+    def _contributions(self, state: _State, key: PortKey, slice_: EndpointSlice | None) -> dict[Backend, Standing]:
         """The backends that a slice lists for a port. One that it lists twice stands as its best listing."""
-        found: dict[BackendKey, Standing] = {}
+        found: dict[Backend, Standing] = {}
         if slice_ is None or slice_.v4 != key.v4:
             return found
-        name, proto, place = state.ports[key].name, key.proto, self.place
-        numbers = [p.port for p in slice_.ports if p.name == name and p.proto == proto]
+        name, proto = state.ports[key].name, key.proto
         publish, drained = state.service.publish_not_ready, slice_.weight == 0
-        for number in numbers:
+        known = self._standings.setdefault((publish, drained), {})
+        for number in [p.port for p in slice_.ports if p.name == name and p.proto == proto]:
             for endpoint in slice_.endpoints:
-                stands = standing(endpoint, place, publish_not_ready=publish, drained=drained)
-                backend = (endpoint.addr, number, proto)
-                if stands > found.get(backend, -1):
+                # What is asked for every endpoint of the cluster has few answers: by all there is but the address.
+                stands = known.get(endpoint[1:])
+                if stands is None:
+                    stands = standing(endpoint, self.place, publish_not_ready=publish, drained=drained)
+                    known[endpoint[1:]] = stands
+                backend = _new(Backend, (endpoint[0], number, proto, 0))
+                if stands > found.setdefault(backend, stands):
                     found[backend] = stands
         return found
 
@@ -637,11 +647,16 @@ class ServiceCompute:
         if touched is None:
             members.decide()
             self._losing.add(group.number)
-            touched = (*group.order, *members.standings)
+            touched = members.standings if group.fresh and not group.order else (*group.order, *members.standings)
         elif not all(members.standings.get(b, 0) & ALIVE for b in touched):
             self._losing.add(group.number)
         group.serves = serves = members.wanted(local)
         order, index, stands = group.order, group.index, members.standings
+        if group.fresh and not order:
+            order += [b for b in touched if stands[b] in serves]
+            index.update(zip(order, range(len(order)), strict=True))
+            self._show(group, delta)
+            return
         touched = dict.fromkeys(touched)
         gone = sorted(index[b] for b in touched if b in index and stands.get(b) not in serves)
         come = [b for b in touched if b not in index and stands.get(b) in serves]
@@ -664,9 +679,13 @@ class ServiceCompute:
             order.append(backend)
             self._place(group, len(order) - 1, backend, delta)
         if group.fresh:
-            # Restored slots are news to whoever collects the deltas.
-            delta.upserts[SLOTS].update((SlotKey(group.number, slot), b) for slot, b in enumerate(order))
-            group.fresh = False
+            self._show(group, delta)
+
+    def _show(self, group: Group, delta: Delta) -> None:
+        """All slots of a new group. Restored ones are news to whoever collects the deltas."""
+        number = group.number
+        delta.upserts[SLOTS].update((_new(SlotKey, (number, slot)), b) for slot, b in enumerate(group.order))
+        group.fresh = False
 
     def _place(self, group: Group, slot: int, backend: int, delta: Delta) -> None:
         group.index[backend] = slot
@@ -701,11 +720,11 @@ class ServiceCompute:
             delta.drop(TABLES, group.number)
             group.table = None
 
-    def _list(self, backend: int, key: BackendKey, delta: Delta) -> None:
+    def _list(self, backend: int, key: Backend, delta: Delta) -> None:
         users = self._users.get(backend, 0)
         self._users[backend] = users + 1
         if users == 0 and backend not in self._unlisted:
-            delta.put(BACKENDS, backend, Backend(*key))
+            delta.put(BACKENDS, backend, key)
 
     def _unlist(self, backend: int) -> None:
         self._users[backend] -= 1

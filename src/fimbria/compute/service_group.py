@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterable
 from typing import Final
 
@@ -9,7 +10,7 @@ from fimbria.compute.service_choice import Choice, Standing, choose
 from fimbria.compute.service_frontends import Want
 from fimbria.model.address import Prefix
 from fimbria.model.rows import FrontendKey
-from fimbria.model.service import ServicePort, TableContent
+from fimbria.model.service import DEFAULT_WEIGHT, ServicePort, TableContent
 
 _NOTHING: Final[frozenset[Standing]] = frozenset()
 
@@ -49,6 +50,16 @@ class Members:
         self.present = _NOTHING
         self.choice: Choice = choose(_NOTHING)
         self.groups: dict[bool, Group] = {}  # by whether it is of this node's endpoints only
+
+    def clear(self) -> dict[int, Standing]:
+        """Forget every listing, to fill `standings` anew; `recount` completes that."""
+        self.standings, self.more, self.weights = {}, {}, {}
+        return self.standings
+
+    def recount(self, weights: dict[int, int]) -> None:
+        """All listings are there, of these weights (a backend that isn't named has the default)."""
+        self.counts = dict(Counter(self.standings.values()))
+        self.weights = {b: weight for b, weight in weights.items() if weight not in (0, DEFAULT_WEIGHT)}
 
     def add(self, backend: int, standing: Standing) -> bool:
         """One more listing. True if it is the backend's first."""

@@ -81,7 +81,10 @@ class Numbers(Generic[K]):
         """The number of `key`: the one it has, or the next free one. Raises NumbersExhausted."""
         number = self._numbers.get(key)
         if number is None:
-            number = self._next()
+            number = self._cursor
+            if number > self.last or number in self._keys:
+                number = self._next()
+            self._cursor = number + 1
             self._set(key, number)
         elif self._waiting:
             self._waiting.discard(key)

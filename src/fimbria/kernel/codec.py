@@ -1,4 +1,4 @@
-"""Turns dataclasses into the bytes of C structs and back, by the structs' BTF.
+"""Turns dataclasses and NamedTuples into the bytes of C structs and back, by the structs' BTF.
 
 A dataclass restates the field names only. Sizes, offsets, signedness and, through typedef names, the meaning come from
 BTF, so there is nothing to keep in step; what doesn't match is refused when the codec is made. By typedef name:
@@ -87,11 +87,13 @@ def _hint(hint: Any) -> Any:
 
 
 def _fields(cls: type, what: str) -> dict[str, Any]:
-    if not dataclasses.is_dataclass(cls):
+    named = _is_named_tuple(cls)
+    if not named and not dataclasses.is_dataclass(cls):
         raise LayoutError(f"{what}: {cls.__name__} is no dataclass")
     # The class's own namespace would shadow builtins: a field may well be called `bytes`.
     module = typing.get_type_hints(cls, localns={})
-    return {f.name: _hint(module[f.name]) for f in dataclasses.fields(cls) if f.init}
+    names = cls._fields if named else (f.name for f in dataclasses.fields(cls) if f.init)  # type: ignore[attr-defined]
+    return {name: _hint(module[name]) for name in names}
 
 
 def _struct(b: _Builder, found: Type, cls: type, source: str, what: str) -> str:
@@ -118,6 +120,8 @@ def _struct(b: _Builder, found: Type, cls: type, source: str, what: str) -> str:
     b.skip_to(base + found.size, what)
     by_name = dict(a for a in arguments if isinstance(a, tuple))
     order = [by_name[name] for name in fields if name in by_name] + [a for a in arguments if isinstance(a, str)]
+    if _is_named_tuple(cls):
+        return f"{b.known(tuple.__new__)}({b.known(cls)}, ({', '.join(order)},))"
     return f"{b.known(b.makers.get(cls, cls))}({', '.join(order)})"
 
 
@@ -139,8 +143,12 @@ def _twin(cls: type) -> type:
     return type(cls.__name__, (), {"__slots__": slots, "__init__": scope["__init__"]})
 
 
+def _is_named_tuple(cls: type) -> bool:
+    return issubclass(cls, tuple) and hasattr(cls, "_fields")
+
+
 def _keyword_only(cls: Any, name: str) -> bool:
-    return any(f.name == name and f.kw_only for f in dataclasses.fields(cls))
+    return not _is_named_tuple(cls) and any(f.name == name and f.kw_only for f in dataclasses.fields(cls))
 
 
 def _value(b: _Builder, found: Resolved, hint: Any, source: str, what: str) -> str:

@@ -2,13 +2,14 @@
 
 Only field *names* are restated here; layout, sizes and byte order come from the BTF of `layout.bpf.o` at start
 (`fimbria.kernel.codec`), and a difference is an error there. The meaning of each field is documented in `bpf/types/`.
-Addresses are 16 bytes (IPv4-mapped for IPv4), ports are in host order, MACs are 6 bytes.
+Addresses are 16 bytes (IPv4-mapped for IPv4), ports are in host order, MACs are 6 bytes. What there are hundreds of
+thousands of is a NamedTuple: made, hashed and compared several times as fast as a frozen dataclass.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Final
+from typing import Final, NamedTuple
 
 NO_ADDR: Final = bytes(16)
 NO_MAC: Final = bytes(6)
@@ -79,8 +80,7 @@ class PolicyEntry:
     rule: int
 
 
-@dataclass(frozen=True, slots=True)
-class FrontendKey:
+class FrontendKey(NamedTuple):
     """`struct frontend_key`."""
 
     addr: bytes
@@ -99,16 +99,14 @@ class Frontend:
     affinity_seconds: int = 0
 
 
-@dataclass(frozen=True, slots=True)
-class SlotKey:
+class SlotKey(NamedTuple):
     """`struct slot_key`; the value is a backend id."""
 
     service: int
     slot: int
 
 
-@dataclass(frozen=True, slots=True)
-class Backend:
+class Backend(NamedTuple):
     """`struct backend`; key is a backend id."""
 
     addr: bytes
@@ -117,8 +115,7 @@ class Backend:
     flags: int = 0
 
 
-@dataclass(frozen=True, slots=True)
-class MemberKey:
+class MemberKey(NamedTuple):
     """`struct member_key`, the key of `service_members`."""
 
     service: int

@@ -70,8 +70,7 @@ class Service:
     health_check_port: int = 0
 
 
-@dataclass(frozen=True, slots=True)
-class Endpoint:
+class Endpoint(NamedTuple):
     """One address that serves. `node` is empty if unknown; the conditions are those of discovery.k8s.io/v1.
 
     `zones`, `nodes`: who should use it (hints); empty: no hint.
