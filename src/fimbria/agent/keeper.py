@@ -62,6 +62,7 @@ class Wanted:
     endpoints: Mapping[int, object]
     routes: Mapping[Prefix, Route]
     neighbours: Mapping[NeighbourKey, bytes]
+    next_hops: Mapping[NeighbourKey, bool]
     hooks: Mapping[DeviceHook, str]
     programs: Mapping[int, str]
     filters: bool
@@ -73,8 +74,10 @@ def concerns(change: Change, wanted: Wanted) -> Concern:
     if isinstance(thing, route.Route):
         return _route(thing, gone, wanted)
     if isinstance(thing, neighbour.Neighbour):
-        mac = wanted.neighbours.get(NeighbourKey(thing.index, mapped(thing.address)))
-        return Concern.ROWS if mac is not None and (gone or thing.mac != mac) else Concern.NOTHING
+        key = NeighbourKey(thing.index, mapped(thing.address))
+        mac = wanted.neighbours.get(key)
+        lost = mac is not None and (gone or thing.mac != mac)
+        return Concern.ROWS if lost or (gone and key in wanted.next_hops) else Concern.NOTHING
     if isinstance(thing, link.Device):
         return _device(thing, gone, wanted)
     if isinstance(thing, link.Address):
@@ -179,8 +182,8 @@ class Keeper:
         agent = self.agent
         return Wanted(
             agent.devices, agent.registration.addrs, agent.rows.endpoints.desired, agent.rows.routes.desired,
-            agent.rows.neighbours.desired, agent.rows.device_links.desired, agent.datapath.program_ids,
-            agent.attach == "clsact",
+            agent.rows.neighbours.desired, agent.rows.next_hops.desired, agent.rows.device_links.desired,
+            agent.datapath.program_ids, agent.attach == "clsact",
         )  # fmt: skip
 
     # --- devices -----------------------------------------------------------------------------------------------------
