@@ -1,0 +1,214 @@
+"""The settings of Services, one after the other on a running lab: how connections from outside are spread and
+forwarded, where they are translated, and that clients get the same answers whatever is set.
+
+Servers are `near` (node1) and `far` (node2); node3 has none. The fabric lets nodes send from each other's addresses, as
+direct server return through node ports needs it.
+"""
+
+from collections.abc import Callable, Iterator
+
+import pytest
+from balance import (
+    EXTERNAL,
+    FAMILIES,
+    TCP,
+    UDP,
+    Clients,
+    Front,
+    ask,
+    node_address,
+    node_addresses,
+    script,
+    server,
+    service,
+    wait_answers,
+    world_address,
+)
+from traffic import pod, set_options, wait_settled
+
+from fimbria.lab.handle import Lab
+
+PROTOCOLS = {"tcp": TCP, "udp": UDP}
+PLACES = {"near": "node1", "far": "node2"}
+MANIFESTS = (
+    pod("client", "node1", sleeps=True)
+    + server("near", "node1")
+    + server("far", "node2")
+    + service("both", type="LoadBalancer", externalIPs=list(EXTERNAL.values()))
+    + service("direct", type="NodePort", annotations={"service.cilium.io/forwarding-mode": "dsr"})
+)
+SETTINGS = [
+    # options, protocols whose clients are seen by servers on other nodes too
+    pytest.param((), (), id="defaults"),
+    pytest.param(("forwarding=dsr",), ("tcp", "udp"), id="dsr"),
+    pytest.param(("forwarding=hybrid",), ("tcp",), id="hybrid"),
+    pytest.param(("load-balancing=maglev",), (), id="maglev"),
+    pytest.param(
+        ("load-balancing=maglev", "forwarding=dsr", "maglev-table-size=1021"), ("tcp", "udp"), id="maglev-dsr"
+    ),
+    pytest.param(("xdp=generic",), (), id="xdp"),
+    pytest.param(("xdp=native",), (), id="xdp-native"),
+    pytest.param(("xdp=generic", "forwarding=dsr"), ("tcp", "udp"), id="xdp-dsr"),
+    pytest.param(("socket-services=host",), (), id="pods by packet"),
+    pytest.param(("socket-services=off",), (), id="all by packet"),
+    pytest.param(("attach=clsact",), (), id="clsact"),
+    pytest.param(("no-fast-path",), (), id="through the stack"),
+]
+
+
+@pytest.fixture(scope="module", params=["overlay", "native"])
+def lab(request: pytest.FixtureRequest, make_lab: Callable[..., Lab]) -> Lab:
+    lab = make_lab(nodes=3, routing=request.param, source_check=False)
+    lab.apply(MANIFESTS)
+    lab.wait_ready(["client", "near", "far"])
+    enter_by(lab, "node3")
+    wait_answers(lab, "node/world", node_address(lab, "node3", 4), Front(lab, "both").node_port(TCP))
+    return lab
+
+
+@pytest.fixture(autouse=True)
+def _settled(lab: Lab) -> Iterator[None]:
+    yield
+    wait_settled(lab)
+
+
+def enter_by(lab: Lab, node: str) -> None:
+    """Routes the external addresses to a node."""
+    for family, address in EXTERNAL.items():
+        done = lab.run("node/fabric", "ip", "route", "replace", address, "via", node_address(lab, node, family))
+        assert done.returncode == 0, done.stderr
+
+
+def restart(lab: Lab, options: tuple[str, ...]) -> None:
+    set_options(lab, *options)
+    for node in lab.spec.node_names:
+        lab.kill(f"{node}/agent")
+        lab.restart(f"{node}/agent")
+    wait_settled(lab)
+
+
+@pytest.mark.parametrize(("options", "kept"), SETTINGS)
+def test_every_setting_serves_everybody(lab: Lab, options: tuple[str, ...], kept: tuple[str, ...]) -> None:
+    restart(lab, options)
+    front = Front(lab, "both")
+    nodes = {n: node_addresses(lab, n) for n in lab.spec.node_names}
+    for family in FAMILIES:
+        world = {world_address(lab, family)}
+        for proto, port in PROTOCOLS.items():
+            for entry in ("node1", "node3"):
+                host = node_address(lab, entry, family)
+                got = ask(lab, "node/world", proto, host, front.node_port(port))
+                assert got.ok and set(got.names) == {"near", "far"}, (family, proto, entry, got)
+                for name, place in PLACES.items():
+                    expected = world if place == entry or proto in kept else nodes[entry]
+                    assert got.seen(name) <= expected, (family, proto, entry, name, got)
+            for host in (front.balancer(family), EXTERNAL[family]):
+                got = ask(lab, "node/world", proto, host, port)
+                assert got.ok and set(got.names) == {"near", "far"}, (family, proto, host, got)
+            for client in ("client", "node/node1"):
+                ways = [(front.cluster_ip(family), port), (node_address(lab, "node3", family), front.node_port(port))]
+                for way in (*ways, (front.balancer(family), port), (EXTERNAL[family], port)):
+                    got = ask(lab, client, proto, *way)
+                    assert got.ok and set(got.names) == {"near", "far"}, (client, proto, way, got)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_direct_return_for_one_service_by_annotation(lab: Lab, family: int) -> None:
+    restart(lab, ())
+    for proto, port in PROTOCOLS.items():
+        got = ask(lab, "node/world", proto, node_address(lab, "node3", family), Front(lab, "direct").node_port(port))
+        assert got.ok and set(got.peers) == {world_address(lab, family)}, got
+
+
+LARGE = """
+import json, os, socket, sys
+host, port = sys.argv[1], int(sys.argv[2])
+done = 0
+for _ in range(4):
+    s = socket.create_connection((host, port), 5)
+    data = os.urandom(200_000)
+    sent = got = b""
+    s.setblocking(False)
+    import selectors, time
+    view, back, end = memoryview(data), bytearray(), time.monotonic() + 5
+    with selectors.DefaultSelector() as chosen:
+        chosen.register(s, selectors.EVENT_READ | selectors.EVENT_WRITE)
+        while len(back) < len(data) and time.monotonic() < end:
+            for _, events in chosen.select(1):
+                if events & selectors.EVENT_WRITE and view:
+                    view = view[s.send(view[:1024]):]
+                    if not view:
+                        chosen.modify(s, selectors.EVENT_READ)
+                if events & selectors.EVENT_READ:
+                    back += s.recv(65536)
+    done += bytes(back) == data
+    s.close()
+print(json.dumps(done))
+"""
+
+
+@pytest.mark.parametrize("options", [("forwarding=dsr",), ("xdp=generic", "forwarding=dsr"), ("xdp=generic",)])
+def test_full_packets_get_through(lab: Lab, options: tuple[str, ...]) -> None:
+    """What is added to packets on the way to the backend's node must fit into the MTU."""
+    restart(lab, options)
+    port = Front(lab, "both").node_port(TCP)
+    for family in FAMILIES:
+        assert script(lab, "node/world", LARGE, node_address(lab, "node3", family), port) == [4], family
+
+
+CHOICES = """
+import json, socket, sys
+host, port = sys.argv[1], int(sys.argv[2])
+family = socket.AF_INET6 if ":" in host else socket.AF_INET
+found = {}
+for source in range(42000, 42060):
+    s = socket.socket(family, socket.SOCK_DGRAM)
+    s.settimeout(2)
+    s.bind(("", source))
+    s.connect((host, port))
+    s.send(b"who")
+    found[source] = json.loads(s.recv(500))["name"]
+    s.close()
+print(json.dumps(found))
+"""
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_maglev_chooses_the_same_on_every_node(lab: Lab, family: int) -> None:
+    """A client that comes in by another node meets the backend of before."""
+    restart(lab, ("load-balancing=maglev",))
+    enter_by(lab, "node3")
+    (before,) = script(lab, "node/world", CHOICES, EXTERNAL[family], UDP)
+    assert set(before.values()) == {"near", "far"}
+    enter_by(lab, "node2")
+    assert script(lab, "node/world", CHOICES, EXTERNAL[family], UDP) == [before]
+    enter_by(lab, "node3")
+
+
+def test_cluster_ips_for_the_world(lab: Lab) -> None:
+    restart(lab, ("external-cluster-ip",))
+    for family in FAMILIES:
+        address = Front(lab, "both").cluster_ip(family)
+        gateway = lab.spec.world.gateway4 if family == 4 else lab.spec.world.gateway6
+        lab.run("node/world", "ip", "route", "add", address, "via", gateway)
+        lab.run("node/fabric", "ip", "route", "add", address, "via", node_address(lab, "node3", family))
+        try:
+            got = ask(lab, "node/world", "tcp", address, TCP)
+            assert got.ok and set(got.names) == {"near", "far"}, got
+        finally:
+            lab.run("node/world", "ip", "route", "del", address)
+            lab.run("node/fabric", "ip", "route", "del", address)
+
+
+def test_settings_change_under_traffic(lab: Lab) -> None:
+    """New connections don't notice which way packets take; nor do those through a node with its own backend."""
+    restart(lab, ())
+    front = Front(lab, "both")
+    ways = {
+        "pod": ("client", "tcp", front.cluster_ip(4), TCP),
+        "world": ("node/world", "tcp", node_address(lab, "node3", 4), front.node_port(TCP)),
+        "world, IPv6": ("node/world", "tcp", node_address(lab, "node1", 6), front.node_port(TCP)),
+    }
+    with Clients(lab, ways, {"pod": ways["pod"]}):
+        for options in (("load-balancing=maglev",), ("xdp=generic", "load-balancing=maglev"), ("xdp=generic",), ()):
+            restart(lab, options)
