@@ -44,8 +44,11 @@ class AgentConfig:
     attach: str = "auto"
     xdp: str = "disabled"
     reset_tcp: bool = False
-    conntrack_entries: int = 131072
-    nat_entries: int = 65536
+    map_memory_ratio: float = 0.0025
+    conntrack_entries: int = 0
+    nat_entries: int = 0
+    affinity_entries: int = 0
+    socket_entries: int = 0
     ipcache_entries: int = 524288
     service_entries: int = 131072
     forwarding: str = "snat"
@@ -109,9 +112,12 @@ class AgentConfig:
 
 
 _ENTRIES: Final = (1, 1 << 27)
+_OWN_ENTRIES: Final = (0, 1 << 27)
 RANGES: Final[Mapping[str, tuple[float, float]]] = {
     "overlay_port": (1, 65535), "mtu": (0, 65535), "audit_interval": (0.5, 86400), "trace_interval": (0.001, 86400),
-    "conntrack_entries": _ENTRIES, "nat_entries": _ENTRIES, "ipcache_entries": _ENTRIES, "service_entries": _ENTRIES,
+    "conntrack_entries": _OWN_ENTRIES, "nat_entries": _OWN_ENTRIES, "affinity_entries": _OWN_ENTRIES,
+    "socket_entries": _OWN_ENTRIES, "map_memory_ratio": (0.0001, 0.5),
+    "ipcache_entries": _ENTRIES, "service_entries": _ENTRIES,
     "identity_entries": _ENTRIES, "policy_sets": _ENTRIES,
 }  # fmt: skip
 HELP: Mapping[str, str] = {
@@ -136,8 +142,11 @@ HELP: Mapping[str, str] = {
     "attach": "how programs are attached to devices: auto, tcx or clsact",
     "xdp": "send Services' traffic from outside on in the network devices' drivers: disabled, native, generic "
     "(after the driver, slow) or best-effort (native where the driver can)",
-    "conntrack_entries": "size of the connection table",
-    "nat_entries": "size of the masquerading table",
+    "map_memory_ratio": "share of the machine's memory for the tables of connections, unless their sizes are given",
+    "conntrack_entries": "size of the connection table; 0: by memory",
+    "nat_entries": "size of the table of translated source ports, two rows a connection; 0: by memory",
+    "affinity_entries": "size of the table of clients that keep their backend; 0: by memory",
+    "socket_entries": "size of the table of sockets that reached a Service; 0: by memory",
     "ipcache_entries": "size of the table of the cluster's addresses",
     "service_entries": "size of the tables of services: twice as many frontends and backends, four times as many slots",
     "forwarding": "service traffic from outside to other nodes: snat, dsr (they answer directly), hybrid (dsr for TCP)",

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import os
 import zlib
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from importlib.resources import files
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, Final
 
 from fimbria.agent.config import AgentConfig, port_range
@@ -17,6 +19,7 @@ from fimbria.kernel import netns
 from fimbria.kernel.btf import Btf
 from fimbria.kernel.codec import Codec, layout_hash
 from fimbria.kernel.maps import Map
+from fimbria.learned import sizing
 from fimbria.model import rows
 from fimbria.model.address import Prefix, unpack
 from fimbria.model.network import DeviceSet
@@ -166,11 +169,32 @@ def show_key(key: object) -> str:
     return f"key {key}"
 
 
-def sizes(config: AgentConfig) -> dict[str, int]:
-    """max_entries of the maps sized by settings."""
-    return {
-        "conntrack": config.conntrack_entries,
-        "nat": config.nat_entries,
+def machine_memory() -> int:
+    """In bytes."""
+    pages: int = os.sysconf("SC_PHYS_PAGES")
+    return pages * os.sysconf("SC_PAGE_SIZE")
+
+
+_NONE: Final[Mapping[str, int]] = MappingProxyType({})
+
+
+def existing_entries(bpffs: Path) -> dict[str, int]:
+    """How large the pinned maps are, the largest of each name."""
+    found: dict[str, int] = {}
+    for path in (bpffs / "fimbria" / "maps").glob("*-*-*"):
+        name, _, size = path.name.rsplit("-", 2)
+        if size.isdecimal():
+            found[name] = max(found.get(name, 0), int(size))
+    return found
+
+
+def sizes(config: AgentConfig, memory: int = 0, existing: Mapping[str, int] = _NONE) -> dict[str, int]:
+    """max_entries of the maps sized by settings, by the machine's memory in bytes, and by the maps that exist."""
+    told = {
+        "conntrack": config.conntrack_entries, "nat": config.nat_entries, "affinity": config.affinity_entries,
+        "sock_revnat": config.socket_entries, "sock_choices": config.socket_entries // 4,
+    }  # fmt: skip
+    return sizing.entries(told, memory, config.map_memory_ratio, existing) | {
         "ipcache": config.ipcache_entries,
         "frontends": config.service_entries * 2,
         "service_slots": config.service_entries * 4,

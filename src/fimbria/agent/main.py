@@ -52,6 +52,7 @@ from fimbria.decide.ipam import AddressPool
 from fimbria.kernel import probe
 from fimbria.kernel.grace import GracePeriod
 from fimbria.kernel.netlink import NetlinkSocket
+from fimbria.learned import sizing
 from fimbria.model.network import DeviceSet
 from fimbria.model.node import Node
 from fimbria.model.rows import Runtime
@@ -173,7 +174,7 @@ def build(config: AgentConfig, client: ApiClient) -> Agent:
     layouts = dp.Layouts()
     netlink = NetlinkSocket()
     datapath = Datapath(
-        Path(config.bpffs), dp.objects_folder(), dp.sizes(config), layouts.of_map, dp.arrays(config),
+        Path(config.bpffs), dp.objects_folder(), _sizes(config), layouts.of_map, dp.arrays(config),
         names=dp.objects(config),
     )  # fmt: skip
     words = vocabulary(config.label_filter, config.cluster_name)
@@ -195,6 +196,13 @@ def build(config: AgentConfig, client: ApiClient) -> Agent:
     agent.loop.on_applied = agent.bump_epoch
     agent.restore_numbers()
     return agent
+
+
+def _sizes(config: AgentConfig) -> dict[str, int]:
+    found = dp.sizes(config, dp.machine_memory(), dp.existing_entries(Path(config.bpffs)))
+    shown = ", ".join(f"{name} {found[name]}" for name in sizing.TABLES)
+    log.info("tables of connections: %s", shown)
+    return found
 
 
 async def prepare(agent: Agent) -> None:

@@ -22,7 +22,7 @@ from fimbria.kernel.bpf import BpfObject, Map, MapError, MapSpec, MapType, Progr
 
 log = logging.getLogger(__name__)
 OBJECTS: Final = ("pod", "host", "overlay", "socket")
-LEARNED: Final = ("conntrack", "nat", "sock_revnat", "sock_choices")
+LEARNED: Final = ("conntrack", "nat", "affinity", "sock_revnat", "sock_choices")
 Constant = int | bool | bytes
 
 
