@@ -106,7 +106,8 @@ def test_settings_page_is_current() -> None:
 
 
 def test_every_metric_is_documented_and_no_other() -> None:
-    made = re.findall(r'(Counter|Gauge)MetricFamily\(\s*"(fimbria_\w+)"', _source("agent/metrics.py"))
+    sources = "".join(_source(f"agent/{name}.py") for name in ("metrics", "learned", "sockets"))
+    made = re.findall(r'(Counter|Gauge)MetricFamily\(\s*"(fimbria_\w+)"', sources)
     names = {name + ("_total" if kind == "Counter" else "") for kind, name in made}
     assert len(names) > 15
     assert set(METRIC.findall(page("operations.md"))) - {"fimbria_host", "fimbria_net"} == names
