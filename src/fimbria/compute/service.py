@@ -265,7 +265,7 @@ class ServiceCompute:
         for slice_ in state.slices.values():
             found += (f"EndpointSlice {slice_.name}: {text}" for text in slice_.warnings)
         found += self._lost(owner, state)
-        if len(state.ports) < len(state.service.ports) * len(front.families(state.service)):
+        if len({(p.port, p.proto) for p in state.service.ports}) < len(state.service.ports):
             found.append("it names the same port and protocol more than once; only the first counts")
         return tuple(found)
 
@@ -453,28 +453,31 @@ class ServiceCompute:
         """Give up frontends that aren't planned any more or have become another's."""
         if state is None:
             return
-        for key, members in list(state.members.items()):
+        needed = self._grouped(owner, state)
+        for port, members in list(state.members.items()):
             for local, group in list(members.groups.items()):
-                for frontend in [f for f in group.frontends if not self._has(owner, state, f, key, local)]:
+                kept = needed.get((port, local), {})
+                for frontend in group.frontends.keys() - kept.keys():
                     del group.frontends[frontend], self._frontends[frontend]
                     delta.drop(FRONTENDS, frontend)
-                if not group.frontends:
+                if not kept:
                     del members.groups[local]
                     self._dissolve(group, delta)
             if not members.groups:
-                del state.members[key]
+                del state.members[port]
                 for backend in members.standings:
                     self._unlist(backend)
 
-    def _has(self, owner: Owner, state: _State, frontend: FrontendKey, port: PortKey, local: bool) -> bool:
-        """Whether a row belongs where it is."""
-        known = frontend if frontend.scope == 0 else frontend._replace(scope=0)
-        want = state.plan.get(known)
-        if want is None or want.port != port or self._owners[known] != owner:
-            return False
-        if frontend.scope:
-            return not local and want.flags & front.TWO_SCOPES > 0
-        return want.local == local
+    def _grouped(self, owner: Owner, state: _State) -> dict[tuple[PortKey, bool], dict[FrontendKey, Want]]:
+        """The frontends that are planned and won, by the group they belong to."""
+        grouped: dict[tuple[PortKey, bool], dict[FrontendKey, Want]] = {}
+        for frontend, want in state.plan.items():
+            if self._owners[frontend] == owner:
+                grouped.setdefault((want.port, want.local), {})[frontend] = want
+                if want.flags & front.TWO_SCOPES:
+                    inside = Want(want.port, False, want.flags & ~front.OUTSIDE_ONLY)
+                    grouped.setdefault((want.port, False), {})[frontend._replace(scope=front.SCOPE_INTERNAL)] = inside
+        return grouped
 
     def _dissolve(self, group: Group, delta: Delta) -> None:
         for slot in range(len(group.order)):
@@ -489,13 +492,7 @@ class ServiceCompute:
 
     def _fill(self, owner: Owner, state: _State, delta: Delta) -> None:
         """Take the frontends that are planned and won, and bring everything behind them up to date."""
-        grouped: dict[tuple[PortKey, bool], dict[FrontendKey, Want]] = {}
-        for frontend, want in state.plan.items():
-            if self._owners[frontend] == owner:
-                grouped.setdefault((want.port, want.local), {})[frontend] = want
-                if want.flags & front.TWO_SCOPES:
-                    inside = Want(want.port, False, want.flags & ~front.OUTSIDE_ONLY)
-                    grouped.setdefault((want.port, False), {})[frontend._replace(scope=front.SCOPE_INTERNAL)] = inside
+        grouped = self._grouped(owner, state)
         for port in dict.fromkeys(port for port, _ in grouped):
             members = state.members.get(port)
             if members is None:

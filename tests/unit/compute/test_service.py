@@ -3,7 +3,18 @@
 from typing import Any
 
 from fimbria.compute import service_frontends as front
-from fimbria.compute.service import BACKENDS, FRONTENDS, SLOTS, Delta, ServiceCompute
+from fimbria.compute.service import (
+    BACKENDS,
+    FRONTENDS,
+    HOST_PORT,
+    REDIRECT,
+    SERVICE,
+    SLOTS,
+    Delta,
+    Extra,
+    Owner,
+    ServiceCompute,
+)
 from fimbria.compute.service_rows import no_rows
 from fimbria.decide.numbers import Numbers
 from fimbria.model.address import pack
@@ -256,3 +267,81 @@ def test_merged_deltas_end_in_the_last_word() -> None:
     assert first.deletes[BACKENDS] == {1}
     assert len(first) == 2
     assert not Delta()
+
+
+# --- other claimants ---------------------------------------------------------------------------------------------
+
+POD = Owner(HOST_PORT, "pod", "default", "proxy")
+POLICY = Owner(REDIRECT, "policy", "default", "dns")
+NODE_PORT = FrontendKey(front.UNSPECIFIED[True], 30080, 6)
+
+
+def lead(frontend: FrontendKey, *pods: Endpoint, flags: int = front.HOST_PORT) -> Extra:
+    return Extra((frontend,), tuple((p.addr, 8080, 6) for p in pods), flags)
+
+
+def test_a_host_port_waits_for_the_node_port_of_a_service() -> None:
+    c = compute()
+    c.set_extra(POD, [lead(NODE_PORT, pod(9))])
+    assert slots(c.all_rows(), NODE_PORT) == [9]
+    assert c.conflicts(POD) == ()
+    about = c.describe(NODE_PORT)
+    assert about is not None
+    assert (about.kind, about.owner) == ("HostPort", POD)
+    c.update(KEY, Service(KEY, (IP,), (ServicePort("http", 80, 6, 30080),)), (part(pod(1)),))
+    assert slots(c.all_rows(), NODE_PORT) == [1]
+    assert c.conflicts(POD) == ("port 30080/TCP of the nodes (IPv4) already belongs to service default/web",)
+    assert c.warnings(KEY) == ()
+    c.update(KEY, None)
+    assert slots(c.all_rows(), NODE_PORT) == [9]
+
+
+def test_a_redirect_takes_a_frontend_over_and_gives_it_back() -> None:
+    c = compute()
+    c.update(KEY, WEB, (part(pod(1), pod(2)),))
+    number = c.number(FRONTEND)
+    c.set_extra(POLICY, [lead(FRONTEND, pod(7), flags=front.EXEMPT)])
+    assert slots(c.all_rows()) == [7]
+    assert c.number(FRONTEND) != number
+    assert c.all_rows()[FRONTENDS][FRONTEND].flags == front.EXEMPT
+    assert c.warnings(KEY) == ()
+    assert c.claimed(FRONTEND) == POLICY
+    c.set_extra(POLICY, [])
+    assert slots(c.all_rows()) == [1, 2]
+    assert c.claimed(FRONTEND) == Owner(SERVICE, "service", "default", "web")
+
+
+def test_a_redirect_without_backends_refuses() -> None:
+    c = compute()
+    c.update(KEY, WEB, (part(pod(1)),))
+    c.set_extra(POLICY, [lead(FRONTEND)])
+    assert slots(c.all_rows()) == []
+
+
+def test_extras_survive_a_restart() -> None:
+    c = compute()
+    c.update(KEY, WEB, (part(pod(1)),))
+    c.set_extra(POD, [lead(NODE_PORT, pod(8), pod(9))])
+    rows, again = c.all_rows(), compute()
+    again.restore(rows[FRONTENDS], rows[SLOTS], rows[BACKENDS])
+    delta = again.set_extra(POD, [lead(NODE_PORT, pod(8), pod(9))])
+    delta.merge(again.update(KEY, WEB, (part(pod(1)),)))
+    again.settle()
+    assert again.all_rows() == delta.upserts == rows
+
+
+def test_ready_endpoints_of_this_node_are_counted_for_health_checks() -> None:
+    c = compute()
+    c.update(KEY, WEB, (part(pod(1), pod(2, node="there"), pod(3, NOT_READY), pod(4, DRAINING)),))
+    assert c.local_ready(KEY) == 1
+    c.update(KEY, WEB, (part(pod(4, DRAINING)),))
+    assert c.local_ready(KEY) == 0
+    assert c.local_ready(ServiceKey("no", "such")) == 0
+
+
+def test_services_that_lost_every_frontend_are_told_of() -> None:
+    c = compute()
+    late = ServiceKey("default", "zzz")
+    c.update(KEY, WEB)
+    c.update(late, Service(late, (IP,), WEB.ports))
+    assert c.unserved() == [late]
