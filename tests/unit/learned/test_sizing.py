@@ -16,7 +16,7 @@ LEAST: Mapping[str, int] = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize(("gib", "conntrack"), [(0.5, 131072), (24, 131072), (64, 360448), (512, 3112960)])
+@pytest.mark.parametrize(("gib", "conntrack"), [(0.5, 131072), (24, 163840), (64, 458752), (512, 3702784)])
 def test_memory_decides_within_limits(gib: float, conntrack: int) -> None:
     sized = by_memory(int(gib * GIB), RATIO)
     assert sized["conntrack"] == conntrack
@@ -39,12 +39,12 @@ def test_a_little_memory_more_or_less_makes_no_other_tables() -> None:
 
 def test_what_exists_is_not_made_smaller_unless_told() -> None:
     existing = {"conntrack": 500000, "nat": 70}
-    assert entries({}, 24 * GIB, RATIO, existing) == LEAST | {"conntrack": 500000}
-    assert entries({"conntrack": 1000}, 24 * GIB, RATIO, existing) == LEAST | {"conntrack": 1000}
+    assert entries({}, 16 * GIB, RATIO, existing) == LEAST | {"conntrack": 500000}
+    assert entries({"conntrack": 1000}, 16 * GIB, RATIO, existing) == LEAST | {"conntrack": 1000}
 
 
 def test_settings_reach_the_maps() -> None:
-    sized = dp.sizes(AgentConfig(nat_entries=4000, socket_entries=800), 24 * GIB, {"affinity": 90000})
+    sized = dp.sizes(AgentConfig(nat_entries=4000, socket_entries=800), 16 * GIB, {"affinity": 90000})
     assert (sized["nat"], sized["sock_revnat"], sized["sock_choices"]) == (4000, 800, 200)
     assert (sized["affinity"], sized["conntrack"]) == (90000, 131072)
 
