@@ -144,7 +144,7 @@ class Story:
                 inside = " inside" if rows[FRONTENDS][key].flags & front.CLUSTER_IP else ""
                 lines.append(f"address {unpack(key.addr)}{inside}")
         for number, table in sorted(rows[TABLES].items()):
-            lines.append(f"table {number}: {', '.join(f'#{b} x{w}' for b, w in table.backends)}")
+            lines.append(f"table {number}: {', '.join(f'#{b} x{w}' for b, w in table.backends) or 'empty'}")
         lines += [f"idle {socket_name(rows[BACKENDS][n])} #{n}" for n in sorted(idle)]
         lines += [f"warning {key}: {text}" for key in sorted(self.services) for text in self.compute.warnings(key)]
         return lines
