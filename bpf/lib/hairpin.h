@@ -24,7 +24,7 @@ static __always_inline bool is_router(const addr_t *addr, bool v6)
 
 static __always_inline bool is_for_router(const struct packet *p)
 {
-	return p->flags & PACKET_PORTS && is_router(&p->t.daddr, is_v6(p));
+	return p->flags & (PACKET_PORTS | PACKET_ERROR) && is_router(&p->t.daddr, is_v6(p));
 }
 
 /* Remembers whom the pod called, for its own answers. The packet is already addressed to the backend. */
@@ -65,15 +65,22 @@ static __always_inline int hairpin(struct __sk_buff *skb, struct packet *p, stru
 	return rewrite(skb, p, &caller, END_SOURCE);
 }
 
-/* The answer: from the service to the pod. Returns 0, HAIRPIN_NONE if it isn't one, or the reason to drop. */
+/* The answer, or an error about the call: from the service to the pod. Returns 0, HAIRPIN_NONE if it isn't one, or the
+ * reason to drop. */
 __noinline int hairpin_back(struct __sk_buff *skb, struct packet *p, struct endpoint *ep)
 {
 	struct ct_key key;
 	struct end to = {};
+	int reason = 0;
 
 	if (!p || !ep)
 		return DROP_INVALID_PACKET;
-	ct_key_of(&key, &p->t, DIRECTION_EGRESS, CT_SCOPE_HAIRPIN);
+	bool error = p->flags & PACKET_ERROR;
+
+	if (error)
+		ct_key_of(&key, &p->inner, DIRECTION_INGRESS, CT_SCOPE_HAIRPIN);
+	else
+		ct_key_of(&key, &p->t, DIRECTION_EGRESS, CT_SCOPE_HAIRPIN);
 	struct ct_entry *e = ct_lookup(&key, ep->id, coarse_now());
 
 	if (!e)
@@ -83,9 +90,11 @@ __noinline int hairpin_back(struct __sk_buff *skb, struct packet *p, struct endp
 	p->frontend.port = e->frontend_port;
 	p->flags |= PACKET_UNTRANSLATE | (e->flags & CT_BOUND ? PACKET_BOUND : 0);
 	to.addr = p->t.saddr;
-	to.port = p->t.dport;
+	to.port = key.remote_port;
 	count(METRIC_FORWARDED, DIRECTION_INGRESS, p->len);
-	int reason = rewrite(skb, p, &to, END_DESTINATION);
-
+	if (error)
+		reason = rewrite_inner(skb, p, &to, END_SOURCE);
+	if (!reason)
+		reason = rewrite(skb, p, &to, END_DESTINATION);
 	return reason ? reason : reply_address(skb, p);
 }

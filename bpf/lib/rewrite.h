@@ -138,7 +138,8 @@ static __always_inline __u32 patch_csum(struct __sk_buff *skb, __u32 off, __u64 
 
 	if (bpf_skb_load_bytes(skb, off, &old, sizeof(old)) < 0)
 		return 0;
-	new = csum_fold((__u64)(__u16)~old + (diff & 0xffffffff));
+	/* The sum of an address and a port may have a 33rd bit, that counts. */
+	new = csum_fold((__u64)(__u16)~old + diff);
 	if (bpf_skb_store_bytes(skb, off, &new, sizeof(new), 0) < 0)
 		return 0;
 	return word_diff(old, new);
@@ -178,6 +179,7 @@ __noinline int rewrite_inner(struct __sk_buff *skb, struct packet *p, struct end
 	if (!v6)
 		all += patch_csum(skb, p->inner_l3 + offsetof(struct iphdr, check), addresses);
 	all += patch_inner_l4(skb, p, addresses, ports);
+	all = (all & 0xffffffff) + (all >> 32);
 	all = (all & 0xffffffff) + (all >> 32);
 	if (bpf_l4_csum_replace(skb, p->l4 + ICMP_CSUM_OFFSET, 0, all, 0) < 0)
 		return DROP_L4_CHECKSUM;
