@@ -18,6 +18,7 @@ from tests.bench.measure import BenchError, Place, server_command
 
 from fimbria.lab import components, kernel
 from fimbria.lab.errors import LabError
+from fimbria.lab.layout import LabSpec
 
 NETNS: Final = Path("/run/netns")
 PREFIX: Final = "fimb"
@@ -145,11 +146,30 @@ def one_node_as(n: Net, pods: Mapping[str, str]) -> None:
     """Pods with given addresses, each on a cable of its own to a host that routes."""
     n.add("host", HOST)
     for pod, address in pods.items():
-        n.add(pod, {})
-        n.cable("host", f"v{pod}", pod, "eth0")
-        n.ip("host", f"address add {GATEWAY}/32 dev v{pod}", f"route add {address} dev v{pod}")
-        n.ip(pod, f"address add {address}/32 dev eth0", f"route add {GATEWAY} dev eth0",
-             f"route add default via {GATEWAY}")  # fmt: skip
+        _pod(n, "host", pod, address)
+
+
+def cluster_as(n: Net, spec: LabSpec, nodes: Mapping[str, str], pods: Mapping[str, tuple[str, str]]) -> None:
+    """The nodes and the outside world of a lab around a router, and pods that the router knows, all by their addresses
+    there. `nodes` maps our members to the lab's names, `pods` pods to their node (of ours) and address."""
+    n.add("fabric", ROUTER)
+    members = {member: spec.node(name) for member, name in nodes.items()} | {"world": spec.world}
+    for member, place in members.items():
+        n.add(member, HOST)
+        n.cable("fabric", member, member, "eth0")
+        n.ip("fabric", f"address add {place.gateway4}/{place.ipv4_prefix} dev {member}")
+        n.ip(member, f"address add {place.ipv4}/{place.ipv4_prefix} dev eth0",
+             f"route add default via {place.gateway4}")  # fmt: skip
+    for pod, (node, address) in pods.items():
+        _pod(n, node, pod, address)
+        n.ip("fabric", f"route add {address} via {members[node].ipv4}")
+
+
+def _pod(n: Net, node: str, pod: str, address: str) -> None:
+    n.add(pod, {})
+    n.cable(node, f"v{pod}", pod, "eth0")
+    n.ip(node, f"address add {GATEWAY}/32 dev v{pod}", f"route add {address} dev v{pod}")
+    n.ip(pod, f"address add {address}/32 dev eth0", f"route add {GATEWAY} dev eth0", f"route add default via {GATEWAY}")
 
 
 def one_node_bridged(n: Net, services: int = 10) -> str:

@@ -22,7 +22,7 @@ GROUPS: Final[Mapping[str, Callable[[Settings], list[Figure]]]] = {
 }
 TITLES: Final[Mapping[str, str]] = {
     "pods": "Pod to pod",
-    "services": "Services: connections through cluster IPs",
+    "services": "Services: connections",
     "changes": "Services: changes",
     "programming": "Services: very many at once, one of very many",
     "cni": "CNI plugin",
@@ -38,6 +38,7 @@ WORDS: Final[Mapping[str, tuple[str, ...]]] = {
     ),
     "services": (
         "Selector-less Services with one backend each, the one measured created last; client and backend on one node.",
+        "Node ports are asked from outside the cluster, at the node that has the backend or at another one.",
         "kube-proxy is the real one of Kubernetes 1.36 in each mode (iptables: legacy back end), following the same",
         "API server in a node of its own that is like ours but for us: plain veth pairs, routing, the same addresses.",
     ),

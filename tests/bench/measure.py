@@ -96,15 +96,16 @@ def interleave(variants: Mapping[str, Measure], rounds: int) -> dict[str, list[f
     for i in range(rounds):
         start = i % len(names)
         for name in [*names[start:], *names[:start]]:
-            samples[name].append(_again(variants[name]))
+            samples[name].append(_again(name, variants[name]))
     return samples
 
 
-def _again(work: Measure) -> float:
+def _again(name: str, work: Measure) -> float:
     """A few tries: a single timeout on a crowded machine must not cost the whole run. The last failure counts."""
-    for _ in range(TRIES - 1):
+    for left in reversed(range(TRIES)):
         try:
             return work()
-        except BenchError:
-            continue
-    return work()
+        except BenchError as e:
+            if not left:
+                raise BenchError(f"{name}: {e}") from None
+    raise AssertionError
