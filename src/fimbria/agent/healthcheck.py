@@ -61,18 +61,18 @@ class Freshness:
 
 @dataclass(slots=True)
 class HealthChecks:
-    """Serves both kinds of questions. `local_ready(service)` counts ready endpoints of this node, `eligible()` says
-    whether the node stays, `listen` is HOST:PORT for /healthz, empty for none; 0.0.0.0 means IPv6 as well."""
+    """Serves both kinds of questions. `local_ready(service, v4)` counts ready endpoints of this node in a family, that
+    of the question. `eligible()` says whether the node stays, `listen` is HOST:PORT for /healthz, empty for none; 0.0.0.0 means IPv6 as well."""
 
     services: Table[Any, Service]
-    local_ready: Callable[[ServiceKey], int]
+    local_ready: Callable[[ServiceKey, bool], int]
     freshness: Freshness
     eligible: Callable[[], bool]
     listen: str
     problems: dict[str, str] = field(default_factory=dict)
     """What can't be served, by what it is for."""
     _asked: dict[int, ServiceKey] = field(default_factory=dict)
-    _counts: dict[ServiceKey, tuple[float, int]] = field(default_factory=dict)
+    _counts: dict[tuple[ServiceKey, bool], tuple[float, int]] = field(default_factory=dict)
     _ports: SmallServer = field(init=False)
     _own: SmallServer = field(init=False)
 
@@ -127,11 +127,11 @@ class HealthChecks:
 
     # --- answers -----------------------------------------------------------------------------------------------------
 
-    def _about_service(self, port: int, _path: str) -> Reply:
+    def _about_service(self, host: str, port: int, _path: str) -> Reply:
         key = self._asked.get(port)
         if key is None:
             return Reply(404, b"")
-        count, healthy = self._count(key), self.freshness.healthy()
+        count, healthy = self._count(key, ":" not in host), self.freshness.healthy()
         body = {
             "service": {"namespace": key.namespace, "name": key.name},
             "localEndpoints": count,
@@ -140,15 +140,15 @@ class HealthChecks:
         headers = {**JSON, "X-Load-Balancing-Endpoint-Weight": str(count)}
         return Reply(200 if count and healthy else 503, json.dumps(body, indent="\t").encode(), headers)
 
-    def _count(self, key: ServiceKey) -> int:
+    def _count(self, key: ServiceKey, v4: bool) -> int:
         now = time.monotonic()
-        counted, count = self._counts.get(key, (0.0, 0))
+        counted, count = self._counts.get((key, v4), (0.0, 0))
         if now - counted > KEPT:
-            count = self.local_ready(key)
-            self._counts[key] = now, count
+            count = self.local_ready(key, v4)
+            self._counts[key, v4] = now, count
         return count
 
-    def _about_node(self, _port: int, path: str) -> Reply:
+    def _about_node(self, _host: str, _port: int, path: str) -> Reply:
         if path not in ("/healthz", "/livez"):
             return Reply(404, b"404 page not found\n", {"Content-Type": "text/plain; charset=utf-8"})
         healthy, eligible = self.freshness.healthy(), self.eligible()

@@ -56,6 +56,7 @@ from fimbria.learned import sizing
 from fimbria.model.network import DeviceSet
 from fimbria.model.node import Node
 from fimbria.model.rows import Runtime
+from fimbria.model.service import ServiceKey
 from fimbria.sources.cni.server import CniServer
 from fimbria.sources.cni.spec import CniError, Code, Request
 from fimbria.sources.k8s import config as k8s_config
@@ -432,9 +433,10 @@ def health_checks(agent: Agent) -> HealthChecks:
         here = agent.tables.own_node.get(name)
         return here is not None and not here.leaving
 
-    return HealthChecks(
-        agent.tables.services, agent.engine.services.local_ready, freshness, eligible, agent.config.healthz_listen
-    )
+    def local_ready(key: ServiceKey, v4: bool) -> int:
+        return agent.engine.services.local_ready(key, v4=v4)
+
+    return HealthChecks(agent.tables.services, local_ready, freshness, eligible, agent.config.healthz_listen)
 
 
 async def _serve_cni(agent: Agent, request: Request) -> bytes:

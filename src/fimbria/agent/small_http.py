@@ -30,11 +30,11 @@ class Reply:
     headers: Mapping[str, str] = field(default_factory=dict)
 
 
-Answer = Callable[[int, str], Reply]
+Answer = Callable[[str, int, str], Reply]
 
 
 class SmallServer:
-    """Asks `answer(local port, path)` for every request with a method that reads. Any number of ports."""
+    """Asks `answer(local address, local port, path)` for every request, whatever its method. Any number of ports."""
 
     def __init__(self, answer: Answer) -> None:
         self.answer = answer
@@ -94,12 +94,12 @@ class _Exchange(asyncio.Protocol):
         self._head = bytearray()
         self._transport: asyncio.Transport | None = None
         self._deadline: asyncio.TimerHandle | None = None
-        self.port = 0
+        self.host, self.port = "", 0
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         assert isinstance(transport, asyncio.Transport)
         self._transport = transport
-        self.port = transport.get_extra_info("sockname")[1]
+        self.host, self.port = transport.get_extra_info("sockname")[:2]
         while len(self._server.open) >= MAX_CONNECTIONS:
             next(iter(self._server.open)).abort()
         self._server.open[self] = None
@@ -130,7 +130,7 @@ class _Exchange(asyncio.Protocol):
             reply = Reply(400, b"400 Bad Request", {"Content-Type": "text/plain; charset=utf-8"})
         else:
             try:
-                reply = self._server.answer(self.port, path)
+                reply = self._server.answer(self.host, self.port, path)
             except Exception:
                 log.exception("health check on port %d", self.port)
                 reply = Reply(500, b"")

@@ -334,12 +334,12 @@ class ServiceCompute:
         row = self._frontends.get(frontend)
         return row.service if row else None
 
-    def local_ready(self, key: ServiceKey) -> int:
-        """How many endpoints a health check of this node counts: those of this node that serve."""
+    def local_ready(self, key: ServiceKey, *, v4: bool) -> int:
+        """How many endpoints of a family a health check of this node counts: those of this node that serve."""
         state = self._states.get(Owner(SERVICE, "service", *key))
         found: set[bytes] = set()
-        for members in state.members.values() if state else ():
-            wanted = members.wanted(True)
+        for port, members in state.members.items() if state else ():
+            wanted = members.wanted(True) if port.v4 == v4 else frozenset()
             for backend, stands in members.standings.items():
                 name = self.backends.key(backend) if stands in wanted and stands & READY else None
                 if name is not None:

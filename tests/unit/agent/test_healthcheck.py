@@ -44,7 +44,8 @@ class Node:
         listen = f"127.0.0.1:{self.health_port}"
         self.checks = HealthChecks(self.services, self.count, freshness, lambda: self.eligible, listen)
 
-    def count(self, key: ServiceKey) -> int:
+    def count(self, key: ServiceKey, v4: bool) -> int:
+        assert v4
         self.counted += 1
         return self.ready.get(key, 0)
 

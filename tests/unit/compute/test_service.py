@@ -333,10 +333,10 @@ def test_extras_survive_a_restart() -> None:
 def test_ready_endpoints_of_this_node_are_counted_for_health_checks() -> None:
     c = compute()
     c.update(KEY, WEB, (part(pod(1), pod(2, node="there"), pod(3, NOT_READY), pod(4, DRAINING)),))
-    assert c.local_ready(KEY) == 1
+    assert c.local_ready(KEY, v4=True) == 1
     c.update(KEY, WEB, (part(pod(4, DRAINING)),))
-    assert c.local_ready(KEY) == 0
-    assert c.local_ready(ServiceKey("no", "such")) == 0
+    assert c.local_ready(KEY, v4=True) == 0
+    assert c.local_ready(ServiceKey("no", "such"), v4=True) == 0
 
 
 def test_services_that_lost_every_frontend_are_told_of() -> None:
