@@ -51,8 +51,14 @@ def lab(make_lab: Callable[..., Lab]) -> Lab:
 
 @pytest.fixture(autouse=True)
 def _settled(lab: Lab) -> Iterator[None]:
+    lab.wait("all that were told to end have ended", lambda: not ending(lab), LINGER + 10)
     yield
     wait_settled(lab)
+
+
+def ending(lab: Lab) -> list[str]:
+    pods = lab.request("GET", "/api/v1/namespaces/default/pods")["items"]
+    return [p["metadata"]["name"] for p in pods if p["metadata"].get("deletionTimestamp")]
 
 
 def status(lab: Lab) -> dict[str, Any]:
