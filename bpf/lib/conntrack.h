@@ -132,6 +132,16 @@ static __always_inline void ct_note_tcp(struct packet *p, struct ct_entry *e, bo
 	}
 }
 
+/* Who is on the other side? A node that calls a pod for a client outside says so by the tunnel; the answer only has its
+ * address. */
+static __always_inline identity_t ct_peer(const struct packet *p, const struct ct_entry *e, bool reply)
+{
+	bool for_world = reply && p->direction == DIRECTION_EGRESS && p->peer_flags & REMOTE_NODE &&
+			 *(const volatile identity_t *)&e->peer == IDENTITY_WORLD;
+
+	return for_world ? IDENTITY_WORLD : p->peer;
+}
+
 /* A packet of a connection that was allowed: still allowed? Then the entry learns from it. */
 static __always_inline int ct_known(struct packet *p, struct endpoint *ep, const struct ct_key *key,
 				    struct ct_entry *e, __u64 now)
@@ -139,6 +149,7 @@ static __always_inline int ct_known(struct packet *p, struct endpoint *ep, const
 	bool error = p->flags & PACKET_ERROR;
 	bool reply = !error && (p->direction == DIRECTION_EGRESS) != !!(e->flags & CT_OPENED_EGRESS);
 
+	p->peer = ct_peer(p, e, reply);
 	p->ct_state = error ? CT_STATE_RELATED : reply ? CT_STATE_REPLY : CT_STATE_ESTABLISHED;
 	p->rule = e->rule;
 	if (!ct_is_judged(e, p->epoch, p->peer, error)) {

@@ -255,7 +255,9 @@ static __always_inline bool wants_option(const struct packet *p)
 	return !(p->flags & PACKET_HEADLESS) && (p->t.proto != IPPROTO_TCP || tcp_attempt(p));
 }
 
-/* To a backend elsewhere, whose node answers the client itself. Returns as nodeport_forward(). */
+/* To a backend elsewhere, whose node answers the client itself. Returns as nodeport_forward(); without room for the frontend
+ * DROP_FRAGMENTATION_NOT_SUPPORTED, the packet as it was. The first of IPv4's fragments may have none, and its sender not
+ * care to be told: hence none of them goes this way. */
 __noinline int nodeport_direct(struct __sk_buff *skb, struct packet *p, struct next_hop *hop)
 {
 	int reason;
@@ -267,6 +269,8 @@ __noinline int nodeport_direct(struct __sk_buff *skb, struct packet *p, struct n
 
 	if (ttl_expires(p))
 		return DROP_TTL_EXCEEDED;
+	if (!tunnel && !is_v6(p) && p->flags & PACKET_FRAGMENT)
+		return DROP_FRAGMENTATION_NOT_SUPPORTED;
 	p->wire_len += room;
 	reason = tunnel ? tunnel_fits(skb, p, 0, hop) : find_next_hop(skb, p, &p->t.saddr, &p->backend.addr, hop);
 	p->wire_len -= room;
@@ -358,8 +362,15 @@ static __always_inline int nodeport_send(struct __sk_buff *skb, struct packet *p
 
 	if (p->flags & PACKET_ERROR)
 		return place == PLACE_ELSEWHERE ? nodeport_forward_error(skb, p, hop) : 0;
-	if (place == PLACE_ELSEWHERE)
-		return p->flags & PACKET_DIRECT ? nodeport_direct(skb, p, hop) : nodeport_forward(skb, p, hop);
+	if (place == PLACE_ELSEWHERE) {
+		if (p->flags & PACKET_DIRECT) {
+			reason = nodeport_direct(skb, p, hop);
+			/* What may be cut on its way isn't answered about that. */
+			if (reason != DROP_FRAGMENTATION_NOT_SUPPORTED || !may_fragment(skb, p))
+				return reason;
+		}
+		return nodeport_forward(skb, p, hop);
+	}
 	if (place == PLACE_POD && ttl_expires(p))
 		return DROP_TTL_EXCEEDED;
 	reason = nodeport_address(skb, p);

@@ -106,10 +106,11 @@ struct icmp_start {
 	__be32 rest;
 };
 
-/* As much of the packet as the answer quotes. */
+/* As much of the packet as the answer quotes: the headers, and of the last one as much as tells whose it is. Packets with
+ * more before it get no answer. */
 struct quote {
 	struct icmp_start icmp;
-	__u8 packet[sizeof(struct ipv6hdr) + QUOTED_L4];
+	__u8 packet[72];
 };
 
 /* What an ICMP error says. */
@@ -145,15 +146,14 @@ __noinline int complain(struct __sk_buff *skb, struct packet *p, __u32 about, __
 	bool v6 = is_v6(p);
 	__u8 proto = v6 ? IPPROTO_ICMPV6 : IPPROTO_ICMP;
 	__u32 ip_len = v6 ? sizeof(struct ipv6hdr) : sizeof(struct iphdr);
-	__u32 quoted = ip_len + QUOTED_L4;
+	__u32 quoted = p->l4 - L3_OFFSET + QUOTED_L4;
 	__s64 sum = v6 ? pseudo_sum(p, proto, sizeof(q.icmp) + quoted) : 0;
 
-	/* Packets with options or extension headers get no answer: their quote would have no fixed size. Nor do errors. */
-	if (p->l4 != L3_OFFSET + ip_len || p->flags & (PACKET_ERROR | PACKET_HEADLESS))
+	if (p->flags & (PACKET_ERROR | PACKET_HEADLESS))
 		return -1;
 	complaint_start(&q.icmp, v6, about, mtu);
-	if (v6 ? bpf_skb_load_bytes(skb, L3_OFFSET, q.packet, sizeof(struct ipv6hdr) + QUOTED_L4)
-	       : bpf_skb_load_bytes(skb, L3_OFFSET, q.packet, sizeof(struct iphdr) + QUOTED_L4))
+	if (quoted < sizeof(struct iphdr) + QUOTED_L4 || quoted > sizeof(q.packet) ||
+	    bpf_skb_load_bytes(skb, L3_OFFSET, q.packet, quoted) < 0)
 		return -1;
 	/* The quote is followed by zeroes, which don't count. */
 	q.icmp.csum = csum_fold(bpf_csum_diff(NULL, 0, (__be32 *)&q, sizeof(q), sum));
