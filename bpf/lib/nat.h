@@ -92,15 +92,16 @@ static __always_inline bool nat_back_is_ours(const struct nat_key *back, const s
 	return true;
 }
 
-/* Takes the first free port of up to NAT_PROBES. Creating the ingress row is what reserves it. `back` lacks the port. */
-static __always_inline bool nat_allocate(struct nat_key *back, const struct nat_entry *e)
+/* Takes the first free port of up to NAT_PROBES. Creating the ingress row is what reserves it. `back` lacks the port.
+ * A client that keeps its address needs another port than its own: a connection of its own without a binding has that. */
+static __always_inline bool nat_allocate(struct nat_key *back, const struct nat_entry *e, bool other_port)
 {
 	__u32 range = (__u32)(cfg_nat_port_max - cfg_nat_port_min) + 1;
 	__u32 port = bpf_ntohs(e->port);
 
 	for (int i = 0; i < NAT_PROBES; i++) {
 		back->dport = bpf_htons(cfg_nat_port_min + port % range);
-		if (!bpf_map_update_elem(&nat, back, e, BPF_NOEXIST))
+		if (!(other_port && back->dport == e->port) && !bpf_map_update_elem(&nat, back, e, BPF_NOEXIST))
 			return true;
 		port = i ? port + 1 : bpf_get_prandom_u32();
 	}
@@ -139,7 +140,7 @@ __noinline int nat_bind(struct packet *p)
 		e.frontend = out.daddr;
 		e.frontend_port = out.dport;
 	}
-	if (!nat_allocate(&back, &e))
+	if (!nat_allocate(&back, &e, addr_equal(&p->source.addr, &out.saddr)))
 		return DROP_NAT_NO_MAPPING;
 	p->source.port = back.dport;
 	e.addr = p->source.addr;
