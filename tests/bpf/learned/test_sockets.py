@@ -18,6 +18,7 @@ from fimbria.kernel._libbpf import lib
 from fimbria.kernel.fd import check
 from fimbria.kernel.maps import Map, MapType, create_map
 from fimbria.kernel.sock_diag import SockDiag
+from fimbria.lab.slowness import factor
 from fimbria.learned.sockets import Backend, TranslatedSockets, cut
 from fimbria.model.address import pack
 from fimbria.model.rows import SockRevnat, SockRevnatKey
@@ -136,7 +137,7 @@ def test_a_resolver_waiting_for_a_dead_backend_is_told_at_once_and_asks_another(
     began = time.monotonic()
     assert world.cut(backend(port, kind)) == (1, [])
     thread.join()
-    assert told[0] - began < 0.1
+    assert told[0] - began < 0.1 * factor()
     again = world.client(1, other, kind)
     again.send(b"question")
     assert living.recv(100) == b"question"
@@ -204,7 +205,7 @@ def test_many_backends_in_many_namespaces_are_one_pass(world: World) -> None:
     world.through(kept, backend(kept.getpeername()[1]))
     began = time.monotonic()
     assert world.cut(*gone) == (120, [])
-    assert time.monotonic() - began < 0.5
+    assert time.monotonic() - began < 0.5 * factor()
     assert all(is_cut(s) for s in clients)
     assert not is_cut(kept)
 
