@@ -435,14 +435,13 @@ def test_source_ranges(lab: Lab, name: str, family: int) -> None:
 
 TWINS = """
 import json, socket, sys
-kind, targets = sys.argv[1], [(sys.argv[n], int(sys.argv[n + 1])) for n in range(2, len(sys.argv), 2)]
+kind, port, *rest = sys.argv[1:]
+targets, port, socks = [(rest[n], int(rest[n + 1])) for n in range(0, len(rest), 2)], int(port), []
 family = socket.AF_INET6 if ":" in targets[0][0] else socket.AF_INET
-socks, port = [], 0
 for target in targets:
     s = socket.socket(family, socket.SOCK_STREAM if kind == "tcp" else socket.SOCK_DGRAM)
     s.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
     s.bind(("", port))
-    port = s.getsockname()[1]
     s.settimeout(3)
     s.connect(target)
     socks.append(s)
@@ -458,14 +457,17 @@ print(json.dumps(port))
 
 @pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("proto", PROTOCOLS)
-def test_two_services_with_one_backend_from_one_client_port(lab: Lab, proto: str, family: int) -> None:
+@pytest.mark.parametrize("client_port", [45017, 55017])  # the second is one that nodes use for masquerading
+def test_two_services_with_one_backend_from_one_client_port(
+    lab: Lab, client_port: int, proto: str, family: int
+) -> None:
     one, two, port = Front(lab, "one"), Front(lab, "two"), PROTOCOLS[proto]
     for node in ("node1", "node2"):  # the backend is on another node, and on the same one
         host = node_address(lab, node, family)
-        script(lab, "node/world", TWINS, proto, host, one.node_port(port), host, two.node_port(port))
+        script(lab, "node/world", TWINS, proto, client_port, host, one.node_port(port), host, two.node_port(port))
     # Through two nodes: what comes to the backend differs by the node at most.
     hosts = [node_address(lab, node, family) for node in ("node1", "node3")]
-    script(lab, "node/world", TWINS, proto, hosts[0], one.node_port(port), hosts[1], one.node_port(port))
+    script(lab, "node/world", TWINS, proto, client_port + 1, hosts[0], one.node_port(port), hosts[1], one.node_port(port))
 
 
 # --- UDP whose backend goes ----------------------------------------------------------------------------------------
