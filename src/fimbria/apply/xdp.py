@@ -11,17 +11,21 @@ from dataclasses import dataclass
 from typing import Final
 
 from fimbria.apply.attach import PinnedLinks
-from fimbria.kernel.bpf import BpfError, Link, LinkInfo, Program, attach_xdp
+from fimbria.kernel.bpf import BpfError, Link, LinkInfo, Program, attach_xdp, program_by_id
 
 # XDP_FLAGS_DRV_MODE, XDP_FLAGS_SKB_MODE of include/uapi/linux/if_link.h: what to try, in this order
 _DRIVER, _GENERIC = 1 << 2, 1 << 1
 MODES: Final = {"native": (_DRIVER,), "generic": (_GENERIC,), "best-effort": (_DRIVER, _GENERIC)}
 PROGRAM: Final = "from_device"
+_GENERIC_PROGRAM: Final = "from_device_skb"
 
 
 @dataclass(frozen=True, slots=True)
 class XdpHook:
-    """A network device, and how a program is to run there: a key of MODES. The value is the program's name."""
+    """A network device, and how a program is to run there: a key of MODES. The value is PROGRAM.
+
+    There it runs as itself in the driver, and as its twin after it.
+    """
 
     ifindex: int
     mode: str
@@ -34,6 +38,10 @@ class XdpTarget(PinnedLinks[XdpHook]):
     """Programs on devices by XDP links."""
 
     name = "xdp_links"
+
+    def read(self) -> dict[XdpHook, str]:
+        """Pinned links; either twin is PROGRAM."""
+        return {h: PROGRAM if name == _GENERIC_PROGRAM else name for h, name in super().read().items()}
 
     def parse(self, pin: str) -> XdpHook | None:
         """From `xdp-<ifindex>-<mode>`."""
@@ -62,7 +70,8 @@ class XdpTarget(PinnedLinks[XdpHook]):
 
     def _attach_as(self, hook: XdpHook, program: Program, flags: int) -> Link:
         try:
-            return attach_xdp(program, hook.ifindex, flags)
+            chosen = self._datapath.programs[_GENERIC_PROGRAM] if flags == _GENERIC else program
+            return attach_xdp(chosen, hook.ifindex, flags)
         except BpfError as error:
             # EEXIST: in the other one of the two modes.
             if error.errno in (errno.EBUSY, errno.EEXIST):
@@ -75,7 +84,14 @@ class XdpTarget(PinnedLinks[XdpHook]):
         # A device that changes its mode has no program for a moment, in which tc does the work.
         for other in [h for h in self._links if h.ifindex == hook.ifindex and h != hook]:
             self._detach(other)
-        super()._ensure(hook, program)
+        super()._ensure(hook, self._twin(hook, program))
+
+    def _twin(self, hook: XdpHook, program: Program) -> Program:
+        """What takes a running program's place runs in the same mode."""
+        if not self._alive(hook):
+            return program
+        with program_by_id(self._links[hook].info().prog_id) as running:
+            return self._datapath.programs[_GENERIC_PROGRAM] if running.name == _GENERIC_PROGRAM else program
 
     def _drop(self, hook: XdpHook) -> None:
         self._detach(hook)

@@ -14,7 +14,7 @@ from fimbria.agent.config import AgentConfig
 from fimbria.apply.programs import Datapath
 from fimbria.apply.rows import Delta, compare
 from fimbria.apply.xdp import PROGRAM, XdpHook, XdpTarget
-from fimbria.kernel.bpf import BpfObject, Link, Program, attach_xdp
+from fimbria.kernel.bpf import BpfObject, Link, Program, attach_xdp, prog_info
 from fimbria.model.network import DeviceSet
 from fimbria.model.rows import NO_ADDR
 from lab import Space
@@ -145,6 +145,18 @@ def test_what_is_unpinned_is_pinned_again(node: Node) -> None:
     assert not target.intact()
     assert node.bring(target, hook) == {}
     assert target.intact() and node.mode() == "xdp"
+
+
+@pytest.mark.parametrize(("mode", "name"), [("native", PROGRAM), ("generic", "from_device_skb")])
+def test_a_new_program_runs_in_the_same_mode(node: Node, mode: str, name: str) -> None:
+    hook = XdpHook(node.ifindex, mode)
+    node.bring(node.agent(), hook)
+    node.datapath.load({**CONSTANTS, "cfg_nat_port_min": 50001})
+    fresh = {p.name: i for i, p in ((prog_info(p.fd).id, p) for p in node.datapath.programs.values())}
+    target = node.agent()
+    assert node.bring(target, hook) == {}
+    with Link.open(node.datapath.links / f"xdp-{node.ifindex}-{mode}") as link:
+        assert link.info().prog_id == fresh[name]
 
 
 def test_another_mode_takes_the_place(node: Node) -> None:
