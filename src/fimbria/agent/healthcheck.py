@@ -62,7 +62,8 @@ class Freshness:
 @dataclass(slots=True)
 class HealthChecks:
     """Serves both kinds of questions. `local_ready(service, v4)` counts ready endpoints of this node in a family, that
-    of the question. `eligible()` says whether the node stays, `listen` is HOST:PORT for /healthz, empty for none; 0.0.0.0 means IPv6 as well."""
+    of the question. `eligible()` says whether the node stays, `listen` is
+    HOST:PORT for /healthz, empty for none; 0.0.0.0 means IPv6 as well."""
 
     services: Table[Any, Service]
     local_ready: Callable[[ServiceKey, bool], int]

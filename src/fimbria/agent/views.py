@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 import time
+from collections import Counter
 from collections.abc import Iterable
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any, Final
@@ -285,12 +287,31 @@ def map_rows(agent: Agent, name: str) -> list[Row]:
         ]
     if name == "metrics":
         return metrics_rows(agent)
+    if name == "service_tables":
+        return _table_rows(agent)
     codecs = map_codecs(agent.layouts).get(name)
     if codecs is None:
         return [{"key": k.hex(), "value": v.hex()} for k, v in bpf_map.items()] if bpf_map.key_size else []
     keys, values = bpf_map.dump()
     pairs = zip(codecs[0].decode_many(keys), codecs[1].decode_many(values), strict=True)
     return [{"key": _shown(k), "value": _shown(v)} for k, v in pairs]
+
+
+def _table_rows(agent: Agent) -> list[Row]:
+    """Who shares each Maglev table, by entries. Equal digests on two nodes: they send each connection to one backend."""
+    target = next(s.target for s in agent.loop.stages if s.rows.name == "service_tables")
+    names = {n: _backend_name(row) for n, row in list(agent.rows.backends.desired.items())}
+    rows = []
+    for number, entries in sorted(target.entries().items()):  # type: ignore[attr-defined]
+        named = [names.get(backend, f"backend {backend}") for backend in entries]
+        digest = hashlib.sha256("\n".join(named).encode()).hexdigest()[:16]
+        rows.append({"service": number, "entries": len(named), "backends": Counter(named), "digest": digest})
+    return rows
+
+
+def _backend_name(row: Backend) -> str:
+    host = unpack(row.addr) if is_v4(row.addr) else f"[{unpack(row.addr)}]"
+    return f"{host}:{row.port}/{_PROTOCOLS.get(row.proto, row.proto)}"
 
 
 def metrics_rows(agent: Agent) -> list[Row]:

@@ -73,6 +73,14 @@ class ServiceTablesTarget:
                 found[number] = known.content if known and known.digest == digest else ForeignTable(digest.hex())
         return found
 
+    def entries(self) -> dict[int, list[int]]:
+        """The backend ids of every table, as they are in the kernel."""
+        found: dict[int, list[int]] = {}
+        for number, map_id in self._inner_ids().items():
+            with suppress(BpfError), Map.by_id(map_id) as inner:
+                found[number] = U32().decode_many(inner.dump()[1])
+        return found
+
     def write(self, delta: Delta[int, TableContent], *, order: str) -> Mapping[int, str]:
         """Create, change or remove tables."""
         if order == "in":
