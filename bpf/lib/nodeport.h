@@ -46,7 +46,7 @@ static __always_inline enum known nodeport_known(struct packet *p)
 	const struct backend *backend = e->service == p->service ? service_backend(e->backend) : NULL;
 
 	if (!backend)
-		return p->t.proto == IPPROTO_UDP || tcp_attempt(p) ? KNOWN_NOT : KNOWN_LOST;
+		return p->t.proto != IPPROTO_TCP || tcp_attempt(p) ? KNOWN_NOT : KNOWN_LOST;
 	p->backend.addr = backend->addr;
 	p->backend.port = backend->port;
 	if (e->flags & CT_BOUND)
@@ -101,6 +101,17 @@ __noinline int nodeport_remember(struct packet *p, __u32 backend)
 	return bpf_map_update_elem(&conntrack, &key, &e, BPF_ANY) ? DROP_CT_MAP_INSERTION_FAILED : 0;
 }
 
+/* Would the client speak to the overlay of a node? From our address other nodes would believe what it says about identities.
+ * See from_pod: pods may serve that port. */
+static __always_inline bool backend_is_tunnel(const struct packet *p)
+{
+	if (!cfg_overlay_ifindex || p->t.proto != IPPROTO_UDP || p->backend.port != bpf_htons(cfg_overlay_port))
+		return false;
+	const struct remote *remote = ipcache_lookup(&p->backend.addr);
+
+	return !remote || !(remote->flags & REMOTE_POD);
+}
+
 /* Which service a packet is for (p->service; 0: none) and which backend of it. `owner`: of the address. `chosen`: the
  * backend's number, if it wasn't known before. Returns 0 or the reason to drop. */
 __noinline int nodeport_choose(struct packet *p, __u32 owner, __u32 *chosen)
@@ -133,6 +144,8 @@ __noinline int nodeport_choose(struct packet *p, __u32 owner, __u32 *chosen)
 	if (known == KNOWN_LOST || service_choose(&q) != SERVICE_FOUND)
 		return DROP_SERVICE_NO_BACKEND;
 	p->backend = q.to;
+	if (backend_is_tunnel(p))
+		return DROP_INVALID_IDENTITY;
 	*chosen = q.backend;
 	return 0;
 }

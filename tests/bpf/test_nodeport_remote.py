@@ -196,6 +196,11 @@ def test_called_by_this_node(native: Datapath, space: Space, record: Record, fam
 
 
 TUNNELLED = [
+    remote("no client speaks to a node's overlay through us", ASK[1], SHOT, rows=nodeport("other", port=8472),
+           drop="DROP_INVALID_IDENTITY"),
+    remote("nor to our own", ASK[1], SHOT, rows=nodeport("node", port=8472), drop="DROP_INVALID_IDENTITY"),
+    remote("a pod may serve that port", ASK[1], REDIRECT, rows=nodeport("c", port=8472), mark=TUNNEL_KEY),
+    remote("and one that isn't UDP", CALL[1], REDIRECT, rows=nodeport("other", port=8472), mark=ANSWER),
     remote("through the tunnel the router calls", CALL[1], REDIRECT, mark=TUNNEL_KEY,
            gives=lambda w: w.routed("router", "c", syn(BOUND, 8080), ttl=63)),
     remote("another node is called by this one's address", CALL[1], REDIRECT, rows=nodeport("other"), mark=ANSWER,
