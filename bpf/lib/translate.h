@@ -137,8 +137,8 @@ __noinline int service_of_packet(struct packet *p, struct endpoint *ep)
 		return known == KNOWN_NOT ? 0 : DROP_SERVICE_NO_BACKEND;
 	p->service = q.frontend.service;
 	if (known != KNOWN_BACKEND) {
-		/* No other backend knows of a connection that has lost its own. */
-		if (known == KNOWN_LOST && p->t.proto != IPPROTO_UDP && !tcp_attempt(p))
+		/* No other backend knows of a connection that has lost its own. (Of SCTP's, it tells so itself.) */
+		if (known == KNOWN_LOST && p->t.proto == IPPROTO_TCP && !tcp_attempt(p))
 			return DROP_SERVICE_NO_BACKEND;
 		int result = service_choose(&q);
 

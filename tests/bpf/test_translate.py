@@ -95,6 +95,14 @@ def dead(dp: Datapath, w: Wire) -> None:
     assert dp.maps["backends"].delete((700).to_bytes(4, "little"))
 
 
+def sctp_dead(dp: Datapath, w: Wire) -> None:
+    service("b", port=80)(dp, w)
+    send(dp, "from_pod", sctp(w, "front"))
+    assert dp.maps["backends"].delete((900).to_bytes(4, "little"))
+    dp.put("backends", 901, rows.Backend(w.packed("c"), 80, SCTP))
+    dp.put("service_slots", rows.SlotKey(9, 0), 901)
+
+
 def replaced(dp: Datapath, w: Wire) -> None:
     """Another service has the connection's frontend now."""
     removed(dp, w)
@@ -119,8 +127,8 @@ def names_service(dp: Datapath, w: Wire) -> None:
     assert (found.service, found.frontend, found.frontend_port) == (7, w.packed("front"), 80)
 
 
-def sctp(w: Wire, dst: str) -> Packet:
-    packet = w.sent(dst, Raw(b"\x9c\x40\x00\x50" + b"\0" * 20))
+def sctp(w: Wire, dst: str, ttl: int = 64) -> Packet:
+    packet = w.sent(dst, Raw(b"\x9c\x40\x00\x50" + b"\0" * 20), ttl=ttl)
     packet.payload.proto = SCTP if w.family == 4 else 0
     if w.family == 6:
         packet.payload.nh = SCTP
@@ -225,6 +233,8 @@ RECORDS = [
     Record("a connection ends with its backend", lambda w: w.sent("front", acked()), REDIRECT, rows=dead,
            gives=lambda w: answered(w, TcpHeader(sport=80, dport=40000, flags="R", seq=555, window=0), "front"),
            drop="DROP_SERVICE_NO_BACKEND"),
+    Record("SCTP goes to another one, which knows nothing of it", lambda w: sctp(w, "front"), REDIRECT, rows=sctp_dead,
+           gives=lambda w: sctp(w, "c", ttl=63), mark=0xF2),
     Record("a new attempt gets another backend", CALL[1], REDIRECT, rows=dead,
            gives=lambda w: w.sent("c", syn(dport=8080), ttl=63)),
     Record("a connection without its backend gets another", ASK[1], REDIRECT, rows=moved,
