@@ -105,7 +105,8 @@ def test_every_setting_serves_everybody(lab: Lab, options: tuple[str, ...], kept
             for host in (front.balancer(family), EXTERNAL[family]):
                 got = ask(lab, "node/world", proto, host, port)
                 assert got.ok and set(got.names) == {"near", "far"}, (family, proto, host, got)
-            for client in ("client", "node/node1"):
+            # By packet only what leaves a pod or comes from outside is translated: a node's own processes need the socket.
+            for client in ("client",) if "socket-services=off" in options else ("client", "node/node1"):
                 ways = [(front.cluster_ip(family), port), (node_address(lab, "node3", family), front.node_port(port))]
                 for way in (*ways, (front.balancer(family), port), (EXTERNAL[family], port)):
                     got = ask(lab, client, proto, *way)

@@ -121,6 +121,7 @@ def _lines(s: Row, observer: Row | None, verbose: bool) -> list[tuple[str, str]]
         ("Observer", _observed(observer)),
         ("Failures", "\n".join(_failures(s["failures"]))),
         ("Policies", "\n".join(warn(f"{p}: {'; '.join(x)}") for p, x in s["policy_problems"].items())),
+        ("Not as asked", "\n".join(warn(f"{who}: {'; '.join(x)}") for who, x in s["not_as_asked"].items())),
         ("Programs of others", _foreign(s["foreign_programs"])),
     ]
     return lines + (_more(s) if verbose else [])

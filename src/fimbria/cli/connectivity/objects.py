@@ -38,8 +38,9 @@ def server(s: Server, node: str, image: str, host_port: int) -> Json:
 
 
 def service(name: str) -> Json:
-    """A ClusterIP in front of a server, for both families where the cluster has them."""
+    """A cluster IP and a node port in front of a server, for both families where the cluster has them."""
     spec = {
+        "type": "NodePort",
         "selector": {"app.kubernetes.io/name": APP, ROLE: name},
         "ipFamilyPolicy": "PreferDualStack",
         "ports": [{"name": "http", "port": SERVICE_PORT, "targetPort": HTTP_PORT, "protocol": "TCP"}],

@@ -155,7 +155,9 @@ class _Test:
         pods = await self._until("servers", self._servers_ready(servers))
         services = await self._until("services", self._services_ready)
         await asyncio.sleep(SETTLE)
-        return Places(pods, services, self._s.host_port, self._s.external)
+        addresses = {n: _by_family(s.get("clusterIPs") or [s.get("clusterIP", "")]) for n, s in services.items()}
+        node_ports = {n: p.get("nodePort") or 0 for n, s in services.items() for p in (s.get("ports") or ())[:1]}
+        return Places(pods, addresses, self._s.host_port, self._s.external, node_ports)
 
     def _servers_ready(self, servers: Sequence[str]) -> Callable[[], Awaitable[tuple[str, dict[str, dict[int, str]]]]]:
         async def look() -> tuple[str, dict[str, dict[int, str]]]:
@@ -169,16 +171,14 @@ class _Test:
 
         return look
 
-    async def _services_ready(self) -> tuple[str, dict[str, dict[int, str]]]:
+    async def _services_ready(self) -> tuple[str, dict[str, Json]]:
         slices = (await self._client.list(SLICES, self._s.namespace)).items
         filled = {(s.metadata.labels or {}).get("kubernetes.io/service-name") for s in slices if s.endpoints}
         missing = [name for name in SERVICES if name not in filled]
         if missing:
             return f"no EndpointSlice for service {missing[0]}", {}
         found = (await self._client.list(SERVICES_, self._s.namespace)).items
-        return "", {
-            s.metadata.name: _by_family(s.spec.get("clusterIPs") or [s.spec.get("clusterIP", "")]) for s in found
-        }
+        return "", {s.metadata.name: s.spec for s in found}
 
     async def _round(self, name: str, node: str, named: Mapping[str, Probe], *, policies: bool) -> dict[str, Outcome]:
         """Starts the clients and waits for every connection's end."""

@@ -72,12 +72,13 @@ class External:
 
 @dataclass(frozen=True, slots=True)
 class Places:
-    """Where everything is: addresses by name and family (4, 6)."""
+    """Where everything is: addresses by name and family (4, 6), and node ports of services by name."""
 
     pods: Mapping[str, Mapping[int, str]]
     services: Mapping[str, Mapping[int, str]]
     host_port: int
     external: External | None = None
+    node_ports: Mapping[str, int] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True)
@@ -113,6 +114,7 @@ def probes(places: Places) -> list[Probe]:
     for family in sorted(places.pods.get("near", {})):
         found += _to_pods(places, family)
         found += _to_services(places, family)
+        found += _to_node_ports(places, family)
         found += _from_and_to_nodes(places, family)
         found += _policies(places, family)
     if places.external is not None:
@@ -149,6 +151,18 @@ def _to_services(places: Places, family: int) -> Iterator[Probe]:
     yield from _service(places, family, "service, backend on same node", "plain", "near")
     yield from _service(places, family, "service, backend on other node", "plain", "far")
     yield from _service(places, family, "service, from a node", "host", "far")
+
+
+def _to_node_ports(places: Places, family: int) -> Iterator[Probe]:
+    """Through the clients' node and the servers' node, to backends on either: half of them leave the node again."""
+    for node, where in (("host-near", "its own node"), ("host-far", "another node")):
+        address = places.pods.get(node, {}).get(family)
+        for name in ("near", "far"):
+            port = places.node_ports.get(name)
+            if address and port:
+                what = f"service {name}", "http", address, port, True, family
+                yield Probe(f"node port of {where}", "plain", *what)
+                yield Probe(f"node port of {where}, from a node", "host", *what)
 
 
 def _from_and_to_nodes(places: Places, family: int) -> Iterator[Probe]:

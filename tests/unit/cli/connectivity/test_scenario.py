@@ -26,6 +26,7 @@ def places(*families: int, external: External | None = None) -> Places:
         {name: addresses(i + 50) for i, name in enumerate(SERVICES)},
         38080,
         external,
+        {name: 30000 + i for i, name in enumerate(SERVICES)},
     )
 
 
@@ -70,7 +71,8 @@ def test_ports() -> None:
         if p.target.startswith("pod "):
             assert p.port == PORTS[p.proto]
         elif p.target.startswith("service "):
-            assert p.port == 80
+            number = SERVICES.index(p.target.removeprefix("service "))
+            assert p.port == (30000 + number if "node port" in p.check else 80)
         else:
             assert p.port == 38080
 
@@ -82,10 +84,16 @@ def test_one_node_leaves_out_what_needs_two() -> None:
     assert {p.check for p in found} >= {"pod to pod, same node", "default deny", "service, from a node"}
 
 
+def test_node_ports_of_both_nodes_for_backends_on_both() -> None:
+    found = {(p.client, p.target, p.check) for p in probes(places(4)) if p.check.startswith("node port")}
+    assert len(found) == 8
+    assert not [p for p in probes(Places(places(4).pods, places(4).services, 1)) if p.check.startswith("node port")]
+
+
 def test_nodes_may_have_a_family_that_pods_lack() -> None:
     both, four = places(4, 6), places(4)
     pods = {name: (both if name.startswith("host") else four).pods[name] for name in four.pods}
-    assert probes(Places(pods, four.services, 38080)) == probes(four)
+    assert probes(Places(pods, four.services, 38080, None, four.node_ports)) == probes(four)
 
 
 def test_nothing_for_addresses_that_are_missing() -> None:
