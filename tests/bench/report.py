@@ -114,7 +114,7 @@ def explain(found: Figure, why: str = "") -> Figure:
     noise = found.spread / found.median if found.median else 0.0
     if noise > NOISY:
         why = f"not conclusive, the samples of this run spread by {noise:.0%}" + (f"; {why}" if why else "")
-    note = "; ".join(filter(None, (found.note, why)))
+    note = "; ".join(filter(None, (why, found.note)))
     return replace(found, note=f"goal missed: {note}" if note else "goal missed")
 
 
