@@ -279,9 +279,49 @@ def test_namespaces_by_process_and_by_bind_mount(lab: Lab, box: Box) -> None:
         box.node("rm", elsewhere)
 
 
+def mapped(*rows: dict[str, Any]) -> dict[str, Any]:
+    return CONF | {"runtimeConfig": {"portMappings": list(rows)}}
+
+
+def frontends(lab: Lab, port: int) -> set[str]:
+    rows = agent(lab, NODE, "maps/frontends")
+    return {r["key"]["addr"] for r in rows if r["key"]["port"] == port}
+
+
+def test_host_ports_come_and_go_with_their_attachment(box: Box, lab: Lab) -> None:
+    mapping = {"hostPort": 8080, "containerPort": 80, "protocol": "tcp"}
+    status, result = box.call("ADD", conf=mapped(mapping))
+    assert status == 0, result
+    assert box.call("CHECK", conf=mapped(mapping) | {"prevResult": result}) == (0, None)
+    code, text = error(box.call("CHECK", conf=mapped(mapping | {"hostPort": 8081}) | {"prevResult": result}))
+    assert code == 101 and "portMappings" in text
+    spec = lab.spec.node(NODE)
+    assert {spec.ipv4, spec.ipv6, "127.0.0.1", "::1"} <= frontends(lab, 8080)
+    assert box.call("DEL", conf=mapped(mapping)) == (0, None)
+    assert frontends(lab, 8080) == set()
+
+
+def test_a_host_port_that_can_not_be_had_is_refused_by_name(box: Box, lab: Lab) -> None:
+    mapping = {"hostPort": 8080, "containerPort": 80, "protocol": "tcp"}
+    assert box.call("ADD", conf=mapped(mapping))[0] == 0
+    other = Box(lab)
+    try:
+        code, text = error(other.call("ADD", conf=mapped(mapping | {"hostIP": "127.0.0.1"})))
+        assert code == 103
+        assert "host port 127.0.0.1 8080/TCP belongs to container" in text
+        code, text = error(other.call("ADD", conf=mapped(mapping | {"hostPort": 1, "hostIP": "8.8.8.8"})))
+        assert code == 103 and "no address 8.8.8.8" in text
+        assert error(other.call("ADD", conf=mapped(mapping | {"hostPort": 0})))[0] == 7
+        assert {d["ifname"] for d in other.ip("link")} == {"lo"}
+        assert other.call("ADD", conf=mapped(mapping | {"protocol": "udp"}))[0] == 0
+        assert box.call("DEL") == (0, None)
+        assert other.call("ADD", "eth1", conf=mapped(mapping))[0] == 0, "free again"
+    finally:
+        other.close()
+
+
 def test_what_is_not_supported_says_so(box: Box) -> None:
-    ports = {"portMappings": [{"hostPort": 8080, "containerPort": 80, "protocol": "tcp"}]}
-    code, text = error(box.call("ADD", conf=CONF | {"runtimeConfig": ports}))
+    code, text = error(box.call("ADD", conf=CONF | {"runtimeConfig": {"bandwidth": {"ingressRate": 8080}}}))
     assert code == 2
     assert "8080" in text
     assert error(box.call("ADD", conf=CONF | {"prevResult": {"interfaces": []}}))[0] == 7

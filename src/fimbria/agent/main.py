@@ -100,6 +100,7 @@ class Agent:
     constants: Mapping[str, Constant] = field(default_factory=dict)
     endpoints: EndpointManager | None = None
     cni: CniServer | None = None
+    health: HealthChecks | None = None
     started: float = field(default_factory=time.time)
     ready_after: float = 0.0
     ready: asyncio.Event = field(default_factory=asyncio.Event)
@@ -412,7 +413,8 @@ async def run(config: AgentConfig) -> None:
             group.create_task(save(agent), name="save")
             group.create_task(promote(agent), name="promote")
             group.create_task(agent.keeper.run(), name="keeper")
-            group.create_task(_after_ready(agent, health_checks(agent).run), name="health checks")
+            agent.health = health_checks(agent)
+            group.create_task(_after_ready(agent, agent.health.run), name="health checks")
             if config.xdp != "disabled":
                 group.create_task(NextHops(agent).run(), name="next hops")
             group.create_task(agent.learned.run(), name="learned")

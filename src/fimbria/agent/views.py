@@ -72,6 +72,8 @@ def status(agent: Agent) -> Row:
         "failures": {k: [str(r) for r in v.values()] for k, v in agent.loop.failures().items()},
         "repaired": {s.rows.name: s.repaired for s in agent.loop.stages if s.repaired},
         "policy_problems": {str(p): [str(x) for x in found] for p, found in agent.sources.problems.items() if found},
+        "not_as_asked": {who: list(found) for who, found in agent.engine.local.problems.items()}
+        | {who: [text] for who, text in (agent.health.problems if agent.health else {}).items()},
         "foreign_programs": foreign(agent),
     }
 
@@ -134,6 +136,7 @@ def _endpoint(agent: Agent, endpoint_id: int) -> Row:
         "ipv4": unpack(e.addr4),
         "ipv6": unpack(e.addr6),
         "mac": e.pod_mac.hex(":"),
+        "host_ports": [str(p) for p in e.host_ports],
         "identity": decided.number if decided else 0,
         "labels": sorted(f"{k}={v}" for k, v in decided.labels.items()) if decided else [],
         "policy_set": row.policy_set if row else 0,
@@ -298,7 +301,7 @@ def map_rows(agent: Agent, name: str) -> list[Row]:
 
 
 def _table_rows(agent: Agent) -> list[Row]:
-    """Who shares each Maglev table, by entries. Equal digests on two nodes: they send each connection to one backend."""
+    """Who shares each Maglev table, by entries. Equal digests on two nodes: equal choices for equal connections."""
     target = next(s.target for s in agent.loop.stages if s.rows.name == "service_tables")
     names = {n: _backend_name(row) for n, row in list(agent.rows.backends.desired.items())}
     rows = []

@@ -41,6 +41,7 @@ STATUS: dict[str, Any] = {
     "failures": {},
     "repaired": {},
     "policy_problems": {},
+    "not_as_asked": {},
     "foreign_programs": {},
 }
 

@@ -41,12 +41,13 @@ def test_not_ready_says_why(call, agent) -> None:
 def test_warnings_do_not_make_it_unwell(call, agent) -> None:
     agent.answers["status"] |= {
         "repaired": {"routes": 2},
+        "not_as_asked": {"pod a/b": ["host port 80/TCP is the node port of service a/c"]},
         "policy_problems": {"NetworkPolicy a/b": ["ingress[0]: bad CIDR"]},
         "foreign_programs": {"eth0 ingress": ["someone"]},
     }
     result = call("status")
     assert result.exit_code == 0
-    for text in ("routes 2", "NetworkPolicy a/b: ingress[0]: bad CIDR", "eth0 ingress: someone"):
+    for text in ("routes 2", "a/b: ingress[0]: bad CIDR", "is the node port of service a/c", "eth0 ingress: someone"):
         assert text in result.stdout
 
 
