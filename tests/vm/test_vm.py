@@ -150,6 +150,14 @@ def test_programs_load(kernel: str, place: Path) -> None:
     assert result.rc == 0, result.output
 
 
+@pytest.mark.timeout(900)
+@pytest.mark.parametrize("kernel", KERNELS)
+def test_real_sctp(kernel: str, place: Path) -> None:
+    """The machines that this is developed on have no SCTP of their own."""
+    summary = suite.run_tests(kernel, "tests/bpf/test_sctp_traffic.py", "-q", timeout=800)
+    assert summary.rc == 0 and set(summary.counts) == {"passed"}, summary.output
+
+
 # A lab of two nodes is a dozen Python processes; emulated, each takes seconds to start.
 STORY = {"FIMBRIA_STORY_ROUTINGS": "overlay", "FIMBRIA_STORY_NODES": "2", "FIMBRIA_LAB_SLOWNESS": "15"}
 
