@@ -366,10 +366,13 @@ class Engine:
             keys |= self._slice_services(key)
         if API_SERVICE in keys:
             self._api_servers()
+        delta = ServiceDelta()
+        # In one order, so that of several which claim a frontend the same one has it first after every start.
         for service_key in sorted(keys):
             found = (self.tables.endpoint_slices.get(k) for k in self.tables.endpoint_slices.by("service", service_key))
             service = self.tables.services.get(service_key)
-            self.put_services(self.services.update(service_key, service, [s for s in found if s]))
+            self.services.update(service_key, service, [s for s in found if s], delta)
+        self.put_services(delta)
 
     def _node_addrs(self) -> tuple[bytes, ...]:
         """All addresses of this node that are known."""

@@ -220,12 +220,13 @@ class ApplyLoop:
                 stage.unreadable = f"{stage.rows.name} can't be read back: {error}"
                 log.error("%s", stage.unreadable)
         # No await from the first `take` to the last comparison. What was read is still true: only this loop writes.
-        deltas = {s.rows.name: s.rows.take() for s in self.stages}
+        deltas = {s.rows.name: s.rows.take() for s in self.stages if s.rows.name not in actual}
         for stage in stages:
             name = stage.rows.name
             if name in actual:
+                pending = stage.rows.take_keys()
                 delta = compare(stage.rows.desired, actual[name])
-                self._note_drift(stage, delta, deltas[name], actual[name])
+                self._note_drift(stage, delta, pending, actual[name])
                 for key in stage.rows.failed.keys() - delta.upserts.keys() - delta.deletes:
                     del stage.rows.failed[key]
                 deltas[name] = delta
@@ -234,11 +235,11 @@ class ApplyLoop:
         self.stats.last_audit_seconds = time.perf_counter() - started
 
     def _note_drift(
-        self, stage: Stage, delta: Delta[Any, Any], pending: Delta[Any, Any], actual: Mapping[Any, Any]
+        self, stage: Stage, delta: Delta[Any, Any], pending: set[Any], actual: Mapping[Any, Any]
     ) -> None:
         if not self.stats.audits:
             return
-        known = pending.upserts.keys() | pending.deletes | stage.rows.failed.keys()
+        known = pending | stage.rows.failed.keys()
         upserts = {k: v for k, v in delta.upserts.items() if k not in known}
         drift = Delta(upserts, frozenset(delta.deletes - known))
         if not drift:

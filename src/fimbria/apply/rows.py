@@ -86,12 +86,16 @@ class Rows(Generic[K, V]):
         deletes = frozenset(dirty - upserts.keys()) if len(upserts) < len(dirty) else frozenset[K]()
         return Delta(upserts, deletes)
 
+    def take_keys(self) -> set[K]:
+        """`take` for whoever compares all rows anyway: the keys alone."""
+        dirty, self.dirty = self.dirty, set()
+        return dirty
+
     def settle(self, delta: Delta[K, V], failures: Mapping[K, str]) -> None:
         """Record the outcome of writing a delta."""
-        for key in delta.upserts:
-            self.failed.pop(key, None)
-        for key in delta.deletes:
-            self.failed.pop(key, None)
+        if self.failed:
+            for key in (*delta.upserts, *delta.deletes):
+                self.failed.pop(key, None)
         self.failed.update(failures)
 
     def _mark(self, key: K) -> None:
@@ -103,7 +107,7 @@ def compare(desired: Mapping[K, V], actual: Mapping[K, V]) -> Delta[K, V]:
     """What turns `actual` into `desired`: rows that are missing or differ, and orphans."""
     if not actual:
         return Delta(dict(desired), frozenset())
-    upserts = {k: v for k, v in desired.items() if actual.get(k) != v}
+    upserts = {k: v for k, v in desired.items() if actual.get(k) != v} if actual else dict(desired)
     return Delta(upserts, frozenset(k for k in actual if k not in desired))
 
 

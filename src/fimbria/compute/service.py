@@ -177,10 +177,17 @@ class ServiceCompute:
 
     # --- what is wanted ------------------------------------------------------------------------------------------
 
-    def update(self, key: ServiceKey, service: Service | None, slices: Iterable[EndpointSlice] = ()) -> Delta:
+    def update(
+        self,
+        key: ServiceKey,
+        service: Service | None,
+        slices: Iterable[EndpointSlice] = (),
+        delta: Delta | None = None,
+    ) -> Delta:
         """A service or its slices (all of them) changed; None: it is gone. An unchanged slice costs next to nothing
-        if it is the same object as before."""
-        delta, owner = Delta(), Owner(SERVICE, "service", *key)
+        if it is the same object as before. What changes is added to `delta`, if one is given."""
+        delta = Delta() if delta is None else delta
+        owner = Owner(SERVICE, "service", *key)
         old = self._states.get(owner)
         now = {s.name: s for s in slices}
         if old is not None and service is not None and (old.service is service or old.service == service):
