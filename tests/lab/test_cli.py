@@ -134,7 +134,10 @@ def test_get_by_address(shop: Lab) -> None:
 
 def test_get_service_policy_node(shop: Lab) -> None:
     service = answer(shop, "service", "get", "shop/web")
-    assert service[0]["backends"] == [f"{shop.addresses('shop/web')[0]}:80"]
+    assert service["frontends"][0]["backends"] == [f"{shop.addresses('shop/web')[0]}:80"]
+    assert [(e["node"], e["state"], e["used"]) for e in service["endpoints"]] == [("node1", "active", True)]
+    said = fimbria(shop, "service", "get", service["frontends"][0]["frontend"]).stdout
+    assert "active" in said and "ClusterIP" in said
     policy = answer(shop, "policy", "get", "only-clients")
     assert policy["selects"] == ["shop/web"]
     assert policy["specs"][0]["rules"][0]["ports"] == ["TCP/80"]

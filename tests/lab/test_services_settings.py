@@ -105,7 +105,7 @@ def test_every_setting_serves_everybody(lab: Lab, options: tuple[str, ...], kept
             for host in (front.balancer(family), EXTERNAL[family]):
                 got = ask(lab, "node/world", proto, host, port)
                 assert got.ok and set(got.names) == {"near", "far"}, (family, proto, host, got)
-            # By packet only what leaves a pod or comes from outside is translated: a node's own processes need the socket.
+            # A node's own processes need the socket: by packet only pods and clients outside are served.
             for client in ("client",) if "socket-services=off" in options else ("client", "node/node1"):
                 ways = [(front.cluster_ip(family), port), (node_address(lab, "node3", family), front.node_port(port))]
                 for way in (*ways, (front.balancer(family), port), (EXTERNAL[family], port)):

@@ -356,10 +356,43 @@ def _place(name: str, namespace: str, pod: str) -> Any:
 @click.argument("target")
 @click.argument("command", nargs=-1, required=True, type=click.UNPROCESSED)
 def exec_(name: str, namespace: str, container: str, target: str, command: tuple[str, ...]) -> None:
-    """Run a command in a pod ([NAMESPACE/]POD), a node (node/NAME), or node/world, node/control, node/fabric."""
+    """Run a command in a pod ([NAMESPACE/]POD), a node (node/NAME), or world, node/control, node/fabric."""
+    _inside(name, namespace, container, target, command)
+
+
+@lab.command(
+    context_settings={"ignore_unknown_options": True},
+    epilog="""\b
+Examples:
+  fimbria lab probe world http 203.0.113.1 80              a load balancer, from outside
+  fimbria lab probe node/node1 tcp 127.0.0.1 30000         a node port, from the node itself
+  fimbria lab probe shop/client udp 10.96.0.7 53 --count 5
+  fimbria lab probe world tcp 172.31.1.10 30000 --source 198.51.100.10 --timeout 300
+
+\b
+The exit status is 0 if every attempt succeeded. More options: --count, --interval, --concurrency.""",
+)
+@name_option
+@namespace_option
+@click.argument("source", metavar="FROM")
+@click.argument("protocol", type=click.Choice(["tcp", "http", "udp", "icmp"]))
+@click.argument("address")
+@click.argument("rest", metavar="[PORT] [OPTIONS]", nargs=-1, type=click.UNPROCESSED)
+def probe(*, name: str, namespace: str, source: str, protocol: str, address: str, rest: tuple[str, ...]) -> None:
+    """Try a connection from a pod, a node (node/NAME) or the outside world, and say what came of it."""
+    from fimbria.lab import kernel
+
+    with errors():
+        tool = kernel.binary("labtool")
+    _inside(name, namespace, "", source, (tool, "probe", protocol, address, *rest))
+
+
+def _inside(name: str, namespace: str, container: str, target: str, command: tuple[str, ...]) -> None:
+    """Becomes the command, in a place of the lab. A pod that is named world is pod/world."""
     from fimbria.lab import access, components, state
 
     paths = Paths(name)
+    target = "node/world" if target == "world" else target
     member = target.removeprefix("node/") if target.startswith("node/") else ""
     with errors():
         spec = state.load(name)
