@@ -2,18 +2,20 @@
 
 import struct
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path as File
 
 from costs import Path
 from datapath import DEFAULTS, Datapath, addr
 from record import Wire, syn
-from sockets import BACKENDS, FRONTEND, UDP, loaded
+from sockets import BACKENDS, FRONTEND, OBJECT, UDP, Net, Services, network, sub_cgroup
 from test_nodeport import BOUND, CALL, CLIENT, DIRECT, NODE_PORT, TCP_PORT, call, from_a, nodeport
 from test_nodeport_remote import ARRIVED, answer
 from test_xdp import came
 
-from fimbria.kernel.bpf import MapType, create_map, prog_info, program_by_id, program_ids
+from fimbria.apply.attach import SOCKET_HOOKS
+from fimbria.kernel import netns
+from fimbria.kernel.bpf import BpfObject, MapType, attach_cgroup, create_map, prog_info
 from fimbria.model import rows
 
 AFFINITY, TABLE, HASH = 4, 128, 256
@@ -78,13 +80,23 @@ def counted() -> Iterator[None]:
 
 def connects(family: int, rounds: int = 9) -> dict[str, list[float]]:
     """Nanoseconds of one run of the connect hook, a figure a round: to a Service, and to an address that is none's."""
-    known = set(program_ids())
-    with loaded() as (services, net), counted():
+    name = f"connect{family}"
+    with ExitStack() as stack:
+        host, pod = stack.enter_context(network())
+        cgroup = stack.enter_context(sub_cgroup())
+        obj = stack.enter_context(BpfObject(OBJECT))
+        wanted = {**DEFAULTS, "cfg_host_netns": netns.cookie(host)}
+        obj.set_constants({name: wanted[name] for name in obj.constants})
+        obj.load()
+        hook = stack.enter_context(obj.program(f"sock_{name}"))
+        stack.enter_context(attach_cgroup(hook, cgroup, SOCKET_HOOKS[name]))
+        maps = {n: stack.enter_context(obj.map(n)) for n, spec in obj.maps.items() if not spec.internal}
+        services, net = Services(maps), Net(host, pod)
+        stack.callback(net.close)
+        stack.enter_context(counted())
         services.frontend((FRONTEND[family], 53), UDP, 1, {n: (b, 53) for n, b in enumerate(BACKENDS[family])})
         targets = {"connect to a Service by socket": (FRONTEND[family], 53),
                    "connect by socket, no Service": (BACKENDS[family][0], 53)}  # fmt: skip
-        name = f"sock_connect{family}"
-        (hook,) = (p for p in map(program_by_id, set(program_ids()) - known) if p.name == name)
         found: dict[str, list[float]] = {n: [] for n in targets}
         sock = net.open(family, UDP)
         for _ in range(rounds):
@@ -96,5 +108,4 @@ def connects(family: int, rounds: int = 9) -> dict[str, list[float]]:
                 runs = after.run_count - before.run_count
                 assert runs == CONNECTS, "somebody else's connections are counted"
                 found[path].append((after.run_time_ns - before.run_time_ns) / runs)
-        net.close()
         return found
