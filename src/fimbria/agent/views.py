@@ -15,6 +15,7 @@ from fimbria.apply.attach import DeviceHook
 from fimbria.compute import service_frontends as front
 from fimbria.compute.service import SERVICE, Description, ServiceCompute
 from fimbria.kernel.maps import Map, MapType
+from fimbria.kernel.sweep import count
 from fimbria.model.address import Prefix, is_v4, pack, unpack
 from fimbria.model.identity import RESERVED_LABELS
 from fimbria.model.policy import Direction
@@ -30,7 +31,6 @@ Row = dict[str, Any]
 DIRECTIONS: Final = ("ingress", "egress")
 _NOT_DROPS: Final = {0: "FORWARDED", 1: "EVENT_LOST"}
 _REMOTE_FLAGS: Final = {1: "pod", 2: "node", 4: "tunnel", 8: "no-masquerade"}
-_COUNTED: Final = frozenset({MapType.HASH, MapType.LRU_HASH, MapType.LPM_TRIE})
 _PROTOCOLS: Final = {1: "ICMP", 6: "TCP", 17: "UDP", 58: "ICMPv6", 132: "SCTP"}
 
 
@@ -273,9 +273,9 @@ def maps(agent: Agent) -> list[Row]:
 
 def _entries(bpf_map: Map) -> int | None:
     """Rows in the kernel now; None for what has no rows (ring buffers), or always the same number (arrays)."""
-    if bpf_map.type not in _COUNTED:
-        return None
-    return len(bpf_map.dump()[0]) // bpf_map.key_size
+    if bpf_map.type == MapType.LPM_TRIE:
+        return len(bpf_map.dump()[0]) // bpf_map.key_size
+    return count(bpf_map) if bpf_map.type in (MapType.HASH, MapType.LRU_HASH) else None
 
 
 def map_rows(agent: Agent, name: str) -> list[Row]:

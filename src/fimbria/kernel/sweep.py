@@ -102,6 +102,15 @@ class Sweep:
         return taken, int(renewed[0])
 
 
+def count(bpf_map: Map) -> int:
+    """The entries of a hash map, without reading all of them into memory at once. Blocks. Raises MapError."""
+    sweep, total, last = Sweep(bpf_map), 0, False
+    while not last:
+        last = sweep.step()
+        total += sweep.count
+    return total
+
+
 @dataclass(frozen=True, slots=True)
 class Groups:
     """Limits by a 32-bit number in the key; what has another number takes the general one."""

@@ -12,7 +12,7 @@ import pytest
 from fimbria.agent.datapath import Layouts, objects_folder
 from fimbria.kernel.btf import Btf
 from fimbria.kernel.maps import Map, MapType, create_map
-from fimbria.kernel.sweep import Sweep
+from fimbria.kernel.sweep import Sweep, count
 from fimbria.learned.collect import (
     AFFINITY_GRACE,
     CT_GRACE,
@@ -135,6 +135,12 @@ def test_a_walk_sees_every_entry_in_bounded_steps(conntrack: Map) -> None:
     assert (collector.figures.removed, collector.figures.entries) == (1500, 1500)
     assert walk(collector) == 0
     assert len(keys(conntrack, "ct_key")) == 1500
+
+
+def test_counting_takes_every_entry_once(conntrack: Map) -> None:
+    assert count(conntrack) == 0
+    put(conntrack, *(connection(NOW, port) for port in range(1, 3001)))
+    assert count(conntrack) == 3000
 
 
 def test_what_is_renewed_between_look_up_and_removal_stays(conntrack: Map) -> None:
