@@ -35,9 +35,9 @@ def test_collector_runs_again_and_leaves_the_modules_alone() -> None:
         "with cheap_imports():\n"
         "    assert not gc.isenabled()\n"
         "    import asyncio\n"
-        "print(gc.isenabled(), gc.get_freeze_count() > 1000)"
+        "print(gc.isenabled(), gc.get_freeze_count() > 1000, gc.get_threshold())"
     )
-    assert answer(code) == "True True"
+    assert answer(code) == "True True (20000, 20, 20)"
 
 
 @pytest.mark.parametrize(
