@@ -32,7 +32,7 @@ static __always_inline void note_client_end(const struct packet *p, struct ct_en
 }
 
 /* A connection goes on with its backend while the frontend is still the same service's; a new attempt after its end
- * chooses anew. No other backend knows a connection that has lost its own: TCP and SCTP are told so. */
+ * chooses anew. No other backend knows a connection that has lost its own: TCP is told so. */
 static __always_inline enum known nodeport_known(struct packet *p)
 {
 	struct ct_key key;

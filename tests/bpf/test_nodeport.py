@@ -1,5 +1,6 @@
 """Services for clients outside the node: to every kind of backend and back, errors and refusals included."""
 
+import contextlib
 from collections.abc import Callable, Iterator
 
 import pytest
@@ -12,6 +13,7 @@ from datapath import (
     TCX_NEXT,
     WORLD,
     Datapath,
+    Setting,
     addr,
 )  # fmt: skip
 from record import (
@@ -359,6 +361,28 @@ COLLISIONS = [
 @pytest.mark.parametrize(("record", "family"), cases(COLLISIONS), ids=case_id)
 def test_one_client_port_by_two_frontends(dp: Datapath, space: Space, record: Record, family: int) -> None:
     space.inside(lambda: check(dp, record, family))
+
+
+@pytest.mark.parametrize("family", [4, 6])
+def test_cluster_ips_from_outside_if_that_is_wanted(space: Space, family: int) -> None:
+    record = local("", OTHER_CALL[1], REDIRECT, rows=nodeport("a", flags=CLUSTER_IP),
+                   gives=lambda w: w.delivered("a", "world", syn(CLIENT, 8080)))  # fmt: skip
+    with contextlib.closing(Datapath({**OVERLAY, "cfg_external_cluster_ip": True})) as wanted:
+        space.inside(lambda: check(wanted, record, family))
+
+
+@pytest.mark.parametrize("family", [4, 6])
+def test_by_the_stack_the_pod_is_judged_before_it(space: Space, family: int) -> None:
+    """The stack only carries what from_network has let in; what comes out of it isn't asked again."""
+    denied = local("", CALL[1], SHOT, rows=both(nodeport("a"), enforce(a=ENFORCE_INGRESS)), drop="DROP_POLICY_DENIED")
+    allowed = local("", CALL[1], TCX_NEXT, mark=ANSWER, then=names_frontend,
+                    gives=lambda w: w.routed("world", "a", syn(CLIENT, 8080)))  # fmt: skip
+    answer = local("", from_a(syn(8080, CLIENT, "SA")), TCX_NEXT, program="from_pod", before=[CALL],
+                   mark=A_IDENTITY << 8 | REPLY, gives=from_a(syn(8080, CLIENT, "SA")))  # fmt: skip
+    slow: dict[str, Setting] = {**OVERLAY, "cfg_redirect_peer": False, "cfg_redirect_neigh": False}
+    with contextlib.closing(Datapath(slow)) as by_stack_only:
+        for record in (denied, allowed, answer):
+            space.inside(lambda record=record: check(by_stack_only, record, family))  # type: ignore[misc]
 
 
 def port_error(address: str, backend: str, port: int) -> Build:
