@@ -5,16 +5,14 @@
  *
  *	struct service_query q = {.client = saddr, .client_port = sport, .addr = daddr, .port = dport, .proto = proto};
  *
- *	switch (service_select(&q)) {
- *	case SERVICE_NONE:    not a service's, or not for this client: the packet stays as it is
- *	case SERVICE_FOUND:   to q.to, backend q.backend; conntrack wants q.frontend.service
- *	case SERVICE_REFUSE:  answer with a reset or port unreachable (DROP_SERVICE_NO_BACKEND)
- *	case SERVICE_SILENT:  drop, and don't answer (DROP_SERVICE_NO_BACKEND)
- *	case SERVICE_DENIED:  drop, and don't answer (DROP_SERVICE_SOURCE_RANGE)
- *	}
+ *	service_find(&q)       SERVICE_NONE: not a service's, or not for this client: the address is meant as it is
+ *	service_exempts(&q)    so it is for this client inside
+ *	service_admits(&q)     false: not for this client outside, drop without an answer (DROP_SERVICE_SOURCE_RANGE)
+ *	service_choose(&q)     SERVICE_FOUND: to q.to, backend q.backend of q.frontend.service
+ *	                       SERVICE_REFUSE: answer with a reset or port unreachable; SERVICE_SILENT: don't answer
  *
- * A packet of a known connection: service_find() alone, and its entry holds if that returns SERVICE_FOUND with the same
- * q.frontend.service and service_backend(entry->backend) is there. Only ask for TCP, UDP and SCTP. */
+ * A known connection goes on while service_find() gives the same q.frontend.service and its backend's row is there. Only
+ * ask for TCP, UDP and SCTP. */
 #pragma once
 #include "include/packet.h"
 #include "lib/identity.h"
@@ -51,7 +49,6 @@ enum service_result {
 	SERVICE_FOUND = 1,
 	SERVICE_REFUSE = 2,
 	SERVICE_SILENT = 3,
-	SERVICE_DENIED = 4,
 };
 
 struct service_query {
@@ -76,11 +73,6 @@ struct service_query {
 static __always_inline const struct backend *service_backend(__u32 id)
 {
 	return bpf_map_lookup_elem(&backends, &id);
-}
-
-static __always_inline int service_reason(int result)
-{
-	return result == SERVICE_DENIED ? DROP_SERVICE_SOURCE_RANGE : DROP_SERVICE_NO_BACKEND;
 }
 
 static __always_inline bool addr_is_unspecified(const addr_t *a)
@@ -359,12 +351,4 @@ __noinline int service_choose(struct service_query *q)
 	if (q->frontend.flags & FRONTEND_AFFINITY ? service_choose_affine(q) : service_choose_anew(q))
 		return SERVICE_FOUND;
 	return SERVICE_REFUSE;
-}
-
-/* All of it: frontend, who may use it, backend. See the top of this file. */
-__noinline int service_select(struct service_query *q)
-{
-	if (!q || service_find(q) == SERVICE_NONE || service_exempts(q))
-		return SERVICE_NONE;
-	return service_admits(q) ? service_choose(q) : SERVICE_DENIED;
 }

@@ -36,7 +36,7 @@ _CODEC: Final[dict[type, Codec[Any]]] = {
 
 
 class Result(IntEnum):
-    """enum service_result."""
+    """enum service_result, and what service_admits() refuses."""
 
     NONE = 0
     FOUND = 1

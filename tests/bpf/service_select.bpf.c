@@ -3,8 +3,16 @@
 #include "lib/service.h"
 
 #define TOO_SHORT -1
+#define DENIED 4
 
-/* Returns enum service_result. */
+static __always_inline int select_backend(struct service_query *q)
+{
+	if (service_find(q) == SERVICE_NONE || service_exempts(q))
+		return SERVICE_NONE;
+	return service_admits(q) ? service_choose(q) : DENIED;
+}
+
+/* Returns enum service_result, or DENIED. */
 SEC("tc")
 int select_test(struct __sk_buff *skb)
 {
@@ -13,7 +21,7 @@ int select_test(struct __sk_buff *skb)
 
 	if (bpf_skb_load_bytes(skb, 0, &q, sizeof(q)))
 		return TOO_SHORT;
-	result = service_select(&q);
+	result = select_backend(&q);
 	return bpf_skb_store_bytes(skb, 0, &q, sizeof(q), 0) ? TOO_SHORT : result;
 }
 
