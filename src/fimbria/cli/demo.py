@@ -103,11 +103,14 @@ async def _run(spec: LabSpec, stage: Stage) -> None:
     stage.console.print(_matrix("before the policies", before, before))
     stage.console.print(_matrix("after the policies", after, before))
 
-    stage.title("4  A Service spreads connections over its backends on all nodes")
+    stage.title("4  Services spread connections over their backends on all nodes, from inside and from outside")
     frontend = next(p for p in pods if p.workload == "shop/frontend")
     with stage.working(f"{CONNECTIONS} connections from {frontend.name} to Service shop/api, each family"):
         spread = await show.spread(frontend, "shop/api", CONNECTIONS)
-    stage.console.print(_spread(spread, pods))
+    with stage.working(f"{CONNECTIONS} connections from the outside world to Service shop/frontend, each way"):
+        outside = await show.from_outside("shop/frontend", CONNECTIONS)
+    stage.console.print(_spread("shop/api", spread, pods))
+    stage.console.print(_spread("shop/frontend", outside.answers, pods))
 
     stage.title("5  What the datapath saw")
     stage.console.print(
@@ -116,7 +119,7 @@ async def _run(spec: LabSpec, stage: Stage) -> None:
     stage.console.print(
         _flows("every drop, with its reason and the policy behind it", await show.flows(10, "&verdict=DROPPED"))
     )
-    _closing(spec, stage, (await show.services())["shop/api"][0])
+    _closing(spec, stage, (await show.services())["shop/api"][0], outside.balancer)
 
 
 @contextmanager
@@ -190,9 +193,9 @@ def _matrix(title: str, cells: dict[tuple[str, str], str], before: dict[tuple[st
     return table
 
 
-def _spread(spread: dict[str, Any], pods: list[DemoPod]) -> Table:
-    table = Table("Backend", "Node", *spread, title="answers of Service shop/api", title_justify="left")
-    for p in (p for p in pods if p.workload == "shop/api"):
+def _spread(service: str, spread: dict[str, Any], pods: list[DemoPod]) -> Table:
+    table = Table("Backend", "Node", *spread, title=f"answers of Service {service}", title_justify="left")
+    for p in (p for p in pods if p.workload == service):
         table.add_row(p.name, p.node, *(f"{c[p.name]:3d} {'▇' * (c[p.name] // 2)}" for c in spread.values()))
     return table
 
@@ -207,7 +210,7 @@ def _flows(title: str, flows: list[dict[str, Any]]) -> Table:
     return table
 
 
-def _closing(spec: LabSpec, stage: Stage, denied: tuple[str, int]) -> None:
+def _closing(spec: LabSpec, stage: Stage, denied: tuple[str, int], balancer: tuple[str, int]) -> None:
     option = "" if spec.name == "fimbria" else f" --name {spec.name}"
     visitor = f"-n guest $(fimbria lab get{option} pods -n guest -o name)"
     stage.title(f"Done after {time.monotonic() - stage.begun:.0f} s. The lab goes on running; try")
@@ -221,6 +224,8 @@ def _closing(spec: LabSpec, stage: Stage, denied: tuple[str, int]) -> None:
   fimbria lab exec{option} node/node1 -- fimbria status
   fimbria lab exec{option} node/node1 -- fimbria monitor --verdict DROPPED
   fimbria lab exec{option} {visitor} -- labtool probe http {denied[0]} {denied[1]}
+  fimbria lab probe{option} world http {balancer[0]} {balancer[1]}
+  fimbria lab exec{option} node/node1 -- fimbria service get shop/frontend
   fimbria lab down{option}          [dim]or: make demo-down[/]""",
         highlight=False,
     )

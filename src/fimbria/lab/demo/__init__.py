@@ -54,6 +54,15 @@ class DemoPod:
         return f"{self.namespace}/{self.app}"
 
 
+@dataclass(frozen=True, slots=True)
+class Outside:
+    """A Service as the outside world sees it: the load balancer's address and port, and how many connections each
+    backend answered by each way in."""
+
+    balancer: tuple[str, int]
+    answers: dict[str, Counter[str]]
+
+
 class Demo:
     """The steps of the demo on a lab that is up."""
 
@@ -140,30 +149,46 @@ class Demo:
             found[f"{host}"] = Counter(r["answer"]["name"] for r in results if r["result"] == "ok")
         return found
 
+    async def from_outside(self, service: str, count: int) -> Outside:
+        """`count` connections from the outside world through its load balancer's address, and as many through a node
+        port. Raises LabError."""
+        namespace, name = service.split("/")
+        async with cluster.api(self.paths) as objects:
+            path = f"/api/v1/namespaces/{namespace}/services/{name}"
+            found = await _given(objects, path)
+        port, balancer = found["spec"]["ports"][0], found["status"]["loadBalancer"]["ingress"][0]["ip"]
+        node = self.spec.node(self.spec.node_names[-1])
+        ways = {
+            f"load balancer {balancer}:{port['port']}": (balancer, port["port"]),
+            f"node port {node.ipv4}:{port['nodePort']}": (node.ipv4, port["nodePort"]),
+        }
+        inside = components.enter(self.paths, "world")
+        results = await asyncio.gather(*(self._run([*inside, "--"], *where, count) for where in ways.values()))
+        answers = {
+            way: Counter(r["answer"]["name"] for r in rows if r["result"] == "ok")
+            for way, rows in zip(ways, results, strict=True)
+        }
+        return Outside((balancer, port["port"]), answers)
+
     async def probe(
         self, pod: DemoPod, host: str, port: int, count: int = 1, *, timeout_ms: int = TIMEOUT_MS
     ) -> list[Json]:
         """Real HTTP connections from inside a pod; one result each."""
-        place = access.PodPlace.of(pod.raw)
-        command = [
-            str(self.labtool),
-            "probe",
-            "http",
-            host,
-            str(port),
-            "--timeout",
-            str(timeout_ms),
-            "--count",
-            str(count),
-        ]
-        argv = access.pod_argv(self.paths, place, "", command)
+        inside = access.pod_argv(self.paths, access.PodPlace.of(pod.raw), "", [])
+        return await self._run(inside, host, port, count, timeout_ms)
+
+    async def _run(
+        self, inside: list[str], host: str, port: int, count: int, timeout_ms: int = TIMEOUT_MS
+    ) -> list[Json]:
+        options = ("--timeout", str(timeout_ms), "--count", str(count))
         process = await asyncio.create_subprocess_exec(
-            *argv, stdout=asyncio.subprocess.PIPE, stderr=asyncio.subprocess.PIPE, env=components.ENVIRONMENT
-        )
+            *inside, self.labtool, "probe", "http", host, str(port), *options,
+            stdout=asyncio.subprocess.PIPE, stderr=asyncio.subprocess.PIPE, env=components.ENVIRONMENT,
+        )  # fmt: skip
         out, err = await process.communicate()
         lines = [json.loads(line) for line in out.splitlines() if line.startswith(b"{")]
         if not lines:
-            raise LabError(f"probe in {pod.namespace}/{pod.name}: {err.decode(errors='replace').strip()}")
+            raise LabError(f"probe of {host} port {port}: {err.decode(errors='replace').strip()}")
         return lines
 
     async def flows(self, last: int, query: str = "") -> list[Json]:
@@ -178,6 +203,18 @@ class Demo:
             ):
                 found += [json.loads(line) for line in (await response.text()).splitlines()]
         return sorted(found, key=lambda f: f["time"])[-last:]
+
+
+async def _given(objects: Any, path: str) -> Json:
+    """A Service, once the lab's cloud has given it an address. Raises LabError."""
+    deadline = asyncio.get_running_loop().time() + READY_WITHIN
+    while True:
+        found: Json = await objects.request("GET", path)
+        if found["status"]["loadBalancer"].get("ingress"):
+            return found
+        if asyncio.get_running_loop().time() > deadline:
+            raise LabError(f"{path} has no load balancer's address after {READY_WITHIN:.0f} s")
+        await asyncio.sleep(0.1)
 
 
 async def _items(objects: Any, path: str) -> Iterable[Json]:
