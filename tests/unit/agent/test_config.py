@@ -28,6 +28,7 @@ def test_an_argument_wins_over_the_environment() -> None:
         ([*NODE, "--routing", "tunnel"], {}, "--routing"),
         ([*NODE, "--attach", "xdp"], {}, "--attach"),
         ([*NODE, "--masquerade-ports", "9-1"], {}, "--masquerade-ports"),
+        ([*NODE, "--node-ports", "30000"], {}, "--node-ports"),
         ([*NODE, "--log-level", "loud"], {}, "--log-level"),
         ([*NODE, "--mtu", "-1"], {}, "--mtu"),
         ([*NODE, "--overlay-port", "99999"], {}, "--overlay-port"),
