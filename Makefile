@@ -86,8 +86,8 @@ test-vm: setup-test build ## other kernels in a virtual machine
 # --- figures ---
 
 .PHONY: bench
-bench: setup-test build ## measure against baselines; writes docs/benchmarks.md and .json
-	@$(PY) -m tests.bench
+bench: setup-test build ## measure against baselines; writes docs/benchmarks.md and .json; GROUPS='NAME...' only some
+	@$(PY) -m tests.bench $(GROUPS)
 
 .PHONY: lock clean
 lock: venv ## pin dependencies anew: all of them, and those that a node needs

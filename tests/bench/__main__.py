@@ -1,7 +1,7 @@
 """`python -m tests.bench [NAME...]`: measure against baselines, print a table, write docs/benchmarks.md and .json.
 
-Without names everything is measured. With names, figures of other groups are kept from the files. `--quick` is a smoke
-test of the bench itself: too short to mean anything, and never written.
+Without names everything is measured but what takes very long (ipvs). With names, figures of other groups are kept
+from the files. `--quick` is a smoke test of the bench itself: too short to mean anything, and never written.
 """
 
 from __future__ import annotations
@@ -42,8 +42,9 @@ def document(figures: Sequence[Figure], failed: Sequence[str], load: str, took: 
     judged = [f for f in figures if f.met is not None]
     lines = [
         "# Benchmarks", "",
-        "Written by `make bench`; `python -m tests.bench NAME...` measures some groups again "
-        f"({', '.join(TITLES)}). The same figures for programs: [benchmarks.json](benchmarks.json).", "",
+        "Written by `make bench`; `make bench GROUPS='NAME...'` measures some groups again "
+        f"({', '.join(TITLES)}); {', '.join(groups.OPTIONAL)} takes long and is measured only so. "
+        "The same figures for programs: [benchmarks.json](benchmarks.json).", "",
         f"- Machine: {machine()}",
         f"- Last run: {datetime.now(UTC):%Y-%m-%d %H:%M} UTC, {took / 60:.0f} minutes, {load}",
         f"- Goals met: {len(judged) - len(missed)} of {len(judged)}",
@@ -57,7 +58,7 @@ def document(figures: Sequence[Figure], failed: Sequence[str], load: str, took: 
         mine = [f for f in figures if f.group == group]
         if mine:
             lines += ["", f"## {title}", "", *groups.WORDS[group], "", *table(mine)]
-            lines += ["", f"`python -m tests.bench {group}`, {mine[0].date}"]
+            lines += ["", f"`make bench GROUPS={group}`, {mine[0].date}"]
     return "\n".join(lines) + "\n"
 
 
@@ -102,7 +103,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     labs.sweep()
     load = f"load average before {os.getloadavg()[0]:.1f}"
     settings = Settings(rounds=2 if options.quick else options.rounds, quick=options.quick, say=say)
-    found, failed = measure(options.names or list(TITLES), settings)
+    found, failed = measure(options.names or [n for n in TITLES if n not in groups.OPTIONAL], settings)
     if not (options.quick or options.no_write):
         write(found, failed, load, time.monotonic() - began)
     for name in failed:

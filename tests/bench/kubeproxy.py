@@ -26,7 +26,7 @@ from tests.bench.measure import BenchError
 from fimbria.lab import components, kernel
 from fimbria.lab.handle import Lab
 
-MODES: Final = ("iptables", "nftables")
+MODES: Final = ("iptables", "nftables")  # those that this kernel can do; "ipvs" needs another one
 HOST: Final = "host"
 IPTABLES: Final = tuple(f"{v}{s}" for v in ("iptables", "ip6tables") for s in ("", "-save", "-restore"))
 BUILD: Final = Path(__file__).parents[1] / "kube/build.py"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -11,7 +12,7 @@ from typing import Any, Final
 from fimbria.lab import components, kernel
 
 CLIENT_CPU: Final = "0"
-SERVER_CPU: Final = "1"
+SERVER_CPU: Final = str(min((os.cpu_count() or 1) - 1, 1))
 TCP_PORT: Final = 9000
 IPERF_PORT: Final = 5201
 TRIES: Final = 3
