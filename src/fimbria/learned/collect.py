@@ -119,7 +119,7 @@ class Collector:
         f.runs += 1
         f.last_seconds = walk.seconds
         f.busy_seconds += walk.seconds
-        f.period = self._pace.after(self.load(), walk.removed / max(walk.seen, 1))
+        f.period = self._pace.after(self.load(), walk.removed / max(walk.seen, 1), walk.seconds)
         self._steps = walk.steps
         self._walk = Walk()
         if self.alarm.turned(f.fill):

@@ -8,6 +8,7 @@ from typing import Final
 FULL: Final = 0.5
 MUCH: Final = 0.2
 LITTLE: Final = 0.05
+AT_REST: Final = 0.001
 
 
 @dataclass(slots=True)
@@ -15,19 +16,22 @@ class Pace:
     """Seconds that a walk over the whole table takes, between `shortest` and `longest`.
 
     A table that is half full, or of which a fifth had expired, is walked four times as often; one that hardly loses
-    anything half as often. So what expires takes up little room, and a quiet table costs next to nothing.
+    anything half as often, until that takes a thousandth of a CPU. So what expires takes up little room, a small table
+    is seen to fill up within seconds, and a large quiet one costs next to nothing.
     """
 
     shortest: float = 10.0
     longest: float = 300.0
     period: float = 20.0
 
-    def after(self, fill: float, removed: float) -> float:
-        """The next walk's period, after one that found the table `fill` full and `removed` of its entries expired."""
+    def after(self, fill: float, removed: float, work: float) -> float:
+        """The next walk's period, after one that found the table `fill` full and `removed` of its entries expired, and
+        took `work` seconds of a CPU."""
         if fill > FULL or removed > MUCH:
             self.period = max(self.period / 4, self.shortest)
         elif removed < LITTLE:
-            self.period = min(self.period * 2, self.longest)
+            enough = max(work / AT_REST, self.shortest)
+            self.period = min(self.period * 2, enough, self.longest)
         return self.period
 
 
