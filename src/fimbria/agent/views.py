@@ -21,7 +21,7 @@ from fimbria.model.identity import RESERVED_LABELS
 from fimbria.model.policy import Direction
 from fimbria.model.rows import NO_ADDR, Backend, Frontend, FrontendKey, PrefixKey, Remote, SlotKey
 from fimbria.model.service import ServiceKey
-from fimbria.observe.names import drop_reason_name
+from fimbria.observe.names import drop_reason_name, enum_names
 from fimbria.release import RELEASE
 
 if TYPE_CHECKING:
@@ -297,7 +297,22 @@ def map_rows(agent: Agent, name: str) -> list[Row]:
         return [{"key": k.hex(), "value": v.hex()} for k, v in bpf_map.items()] if bpf_map.key_size else []
     keys, values = bpf_map.dump()
     pairs = zip(codecs[0].decode_many(keys), codecs[1].decode_many(values), strict=True)
-    return [{"key": _shown(k), "value": _shown(v)} for k, v in pairs]
+    return [{"key": _shown(k), "value": _with_names(name, _shown(v))} for k, v in pairs]
+
+
+_FLAGS: Final = {  # map -> enumeration of its rows' flags, and what its names begin with
+    "endpoints": ("endpoint_flag", "ENDPOINT_"), "ipcache": ("remote_flag", "REMOTE_"),
+    "frontends": ("frontend_flag", "FRONTEND_"), "conntrack": ("ct_flag", "CT_"), "nat": ("nat_flag", "NAT_"),
+}  # fmt: skip
+
+
+def _with_names(bpf_map: str, value: Any) -> Any:
+    """A row with its flags also as words."""
+    if bpf_map not in _FLAGS:
+        return value
+    names = enum_names(*_FLAGS[bpf_map]).items()
+    words = (name.lower().replace("_", "-") for bit, name in sorted(names) if value["flags"] & bit)
+    return value | {"flags_set": ",".join(words)}
 
 
 def _table_rows(agent: Agent) -> list[Row]:
