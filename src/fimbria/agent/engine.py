@@ -380,8 +380,10 @@ class Engine:
         return ((*own.addrs, *own.routers) if own else ()) + (here.addrs if here else ())
 
     def _held(self, addr: bytes) -> bool:
-        """Whether a node or a pod has an address."""
-        return self.ipcache.get(PrefixKey(128, addr)) is not None
+        """Whether a node or a pod has an address, or may get it."""
+        if self.ipcache.get(PrefixKey(128, addr)) is not None:
+            return True
+        return any(addr in block for node in self.tables.nodes.values() for block in node.pod_cidrs)
 
     def _topology(self) -> None:
         """Where this node is, and which addresses are nodes' own."""

@@ -73,6 +73,7 @@ class HealthChecks:
     problems: dict[str, str] = field(default_factory=dict)
     """What can't be served, by what it is for."""
     _asked: dict[int, ServiceKey] = field(default_factory=dict)
+    _wanted: dict[ServiceKey, tuple[tuple[str, int], ...]] = field(default_factory=dict)
     _counts: dict[tuple[ServiceKey, bool], tuple[float, int]] = field(default_factory=dict)
     _ports: SmallServer = field(init=False)
     _own: SmallServer = field(init=False)
@@ -85,9 +86,13 @@ class HealthChecks:
         """Follow the Services until cancelled."""
         subscription = self.services.subscribe()
         try:
+            changed = True
             while True:
-                subscription.drain()
-                await self._serve()
+                for key in subscription.drain():
+                    changed |= self._follow(ServiceKey(*key))
+                if changed or self.problems:
+                    await self._serve()
+                changed = False
                 pause = RETRY if self.problems else LATE / 4
                 try:
                     await asyncio.wait_for(subscription.wait(), pause)
@@ -99,12 +104,20 @@ class HealthChecks:
 
     # --- ports -------------------------------------------------------------------------------------------------------
 
+    def _follow(self, key: ServiceKey) -> bool:
+        """A Service changed: do its ports?"""
+        service, before = self.services.get(key), self._wanted.pop(key, ())
+        now: tuple[tuple[str, int], ...] = ()
+        if service is not None and service.health_check_port:
+            now = tuple((ANY[v4], service.health_check_port) for v4 in families(service))
+            self._wanted[key] = now
+        return now != before
+
     async def _serve(self) -> None:
         wanted: dict[tuple[str, int], ServiceKey] = {}
-        for service in self.services.values():
-            if service.health_check_port:
-                for v4 in families(service):
-                    wanted.setdefault((ANY[v4], service.health_check_port), service.key)
+        for key, ports in sorted(self._wanted.items()):
+            for each in ports:
+                wanted.setdefault(each, key)
         self._asked = {port: key for (_, port), key in wanted.items()}
         self._counts.clear()
         found: dict[str, str] = {}
