@@ -92,18 +92,27 @@ static __always_inline bool nat_back_is_ours(const struct nat_key *back, const s
 	return true;
 }
 
-/* Takes the first free port of up to NAT_PROBES. Creating the ingress row is what reserves it. `back` lacks the port.
- * A client that keeps its address needs another port than its own: a connection of its own without a binding has that. */
-static __always_inline bool nat_allocate(struct nat_key *back, const struct nat_entry *e, bool other_port)
+/* Creating the ingress row is what reserves a port. It may still be this connection's, with only the other row forgotten. */
+static __always_inline bool nat_take(const struct nat_key *back, const struct nat_key *out, const struct nat_entry *e)
+{
+	return !bpf_map_update_elem(&nat, back, e, BPF_NOEXIST) ||
+	       nat_back_is_ours(back, out, e->flags & NAT_SERVICE, e->used);
+}
+
+/* Takes the first free port of up to NAT_PROBES. `back` lacks the port. A client that keeps its address needs another port
+ * than its own: a connection of its own without a binding has that. */
+static __always_inline bool nat_allocate(struct nat_key *back, const struct nat_key *out, const struct nat_entry *e,
+					 bool other_port)
 {
 	__u32 range = (__u32)(cfg_nat_port_max - cfg_nat_port_min) + 1;
 	__u32 port = bpf_ntohs(e->port);
 
 	for (int i = 0; i < NAT_PROBES; i++) {
 		back->dport = bpf_htons(cfg_nat_port_min + port % range);
-		if (!(other_port && back->dport == e->port) && !bpf_map_update_elem(&nat, back, e, BPF_NOEXIST))
+		if (!(other_port && back->dport == e->port) && nat_take(back, out, e))
 			return true;
-		port = i ? port + 1 : bpf_get_prandom_u32();
+		/* Taken ports stand in rows, as pods' own source ports do: a few in a row from each of several places. */
+		port = i & 3 ? port + 1 : bpf_get_prandom_u32();
 	}
 	return false;
 }
@@ -123,15 +132,14 @@ __noinline int nat_bind(struct packet *p)
 	nat_key_of(&out, &p->t, DIRECTION_EGRESS);
 	struct nat_entry *found = bpf_map_lookup_elem(&nat, &out);
 
-	if (found && addr_equal(&found->addr, &p->source.addr)) {
-		p->source.port = found->port;
-		nat_back_key(&back, out.proto, &p->backend, &p->source);
-		if (nat_back_is_ours(&back, &out, p->service, e.used)) {
-			nat_touch(found, e.used);
-			return 0;
-		}
-	}
+	if (found && !addr_equal(&found->addr, &p->source.addr))
+		found = NULL;
+	p->source.port = found ? found->port : 0;
 	nat_back_key(&back, out.proto, &p->backend, &p->source);
+	if (found && nat_back_is_ours(&back, &out, p->service, e.used)) {
+		nat_touch(found, e.used);
+		return 0;
+	}
 	e.addr = out.saddr;
 	e.port = out.sport;
 	if (p->service) {
@@ -140,7 +148,10 @@ __noinline int nat_bind(struct packet *p)
 		e.frontend = out.daddr;
 		e.frontend_port = out.dport;
 	}
-	if (!nat_allocate(&back, &e, addr_equal(&p->source.addr, &out.saddr)))
+	/* The port that it had, if only the way back was forgotten: the other side knows no other. */
+	if (found && nat_take(&back, &out, &e))
+		return 0;
+	if (!nat_allocate(&back, &out, &e, addr_equal(&p->source.addr, &out.saddr)))
 		return DROP_NAT_NO_MAPPING;
 	p->source.port = back.dport;
 	e.addr = p->source.addr;

@@ -81,6 +81,32 @@ def stolen(dp: Datapath, w: Wire) -> None:
     dp.put("nat", key, rows.NatEntry(w.packed("hop"), CLIENT, 1, 7, 0, w.packed("node"), TCP_PORT))
 
 
+def half(direction: int) -> Prepare:
+    """One row of the binding was forgotten; a port that isn't the first choice shows that the other was found."""
+
+    def prepare(dp: Datapath, w: Wire) -> None:
+        nodeport("c")(dp, w)
+        if direction == INGRESS:
+            key = rows.NatKey(w.packed("c"), w.packed("node"), 8080, BOUND, TCP, INGRESS)
+            dp.put("nat", key, rows.NatEntry(w.packed("b"), 1234, 0, 0, 0))
+        send(dp, "from_network", CALL[1](w))
+        port = ports(dp)[0]
+        for key, _ in dp.items("nat"):
+            if key.direction == direction and (direction == EGRESS or key.dport == port):
+                assert dp.maps["nat"].delete(dp.key("nat", key))
+        HALF[w.family] = port
+
+    return prepare
+
+
+HALF: dict[int, int] = {}
+
+
+def as_before(dp: Datapath, w: Wire) -> None:
+    assert ports(dp) == [HALF[w.family]]
+    assert [k.dport for k, e in dp.items("nat") if k.direction == INGRESS and e.addr == w.packed("world")] == ports(dp)
+
+
 def ports(dp: Datapath) -> list[int]:
     return [e.port for k, e in dp.items("nat") if k.direction == EGRESS]
 
@@ -168,6 +194,10 @@ CALLED = [
            then=another_port),
     remote("a stolen way back is replaced", call(payload=syn(CLIENT, TCP_PORT, "A")), REDIRECT, rows=stolen,
            then=new_port),
+    remote("a forgotten way back is made again", call(payload=syn(CLIENT, TCP_PORT, "A")), REDIRECT,
+           rows=half(INGRESS), then=as_before),
+    remote("a forgotten way out too", call(payload=syn(CLIENT, TCP_PORT, "A")), REDIRECT, rows=half(EGRESS),
+           then=as_before),
     remote("without a free port it is dropped", CALL[1], SHOT, rows=taken, drop="DROP_NAT_NO_MAPPING"),
     remote("the backend's error comes from the frontend", lambda w: w.routed("c", "node", w.unreachable(
            w.ip("node", "c") / udp(BOUND, 8080))), REDIRECT, before=[ASK],
