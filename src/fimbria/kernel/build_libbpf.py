@@ -99,7 +99,7 @@ void fim_keep_expired(struct fim_rows *rows, const struct fim_groups *groups);
 void fim_keep_numbers(struct fim_rows *rows, uint32_t offset, const uint32_t *numbers, uint32_t count);
 int fim_take(int fd, const struct fim_rows *rows, char *value, uint32_t *renewed);
 struct fim_nat {
-    int nat_fd, ct_fd;
+    int ct_fd;
     uint32_t saddr, daddr, sport, dport, proto, direction;
     uint32_t addr, port, flags, frontend, frontend_port;
     uint32_t local, remote, local_port, remote_port, ct_proto, scope;
@@ -107,7 +107,7 @@ struct fim_nat {
     uint32_t of_service, scope_service, direction_in;
     uint64_t now, recent, lonely;
 };
-struct fim_tally { uint32_t counts[65536]; uint32_t most, rows, orphans; char key[256]; };
+struct fim_tally { uint32_t counts[65536]; uint32_t most, rows; char key[256]; };
 int fim_nat_keep_over(const struct fim_nat *n, struct fim_rows *rows, struct fim_tally *t);
 
 int fim_link_create(int prog_fd, int target, int attach_type, uint32_t flags, uint32_t relative, uint64_t revision);

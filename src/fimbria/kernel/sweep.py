@@ -131,13 +131,13 @@ class Groups:
 class NatRules:
     """How rows of `nat` and of `conntrack` belong together, by the layouts of their structs."""
 
-    def __init__(self, btf: Btf, nat: Map, conntrack: Map) -> None:
+    def __init__(self, btf: Btf, conntrack: Map) -> None:
         """Raises BtfError, KeyError for a struct without a member that is needed."""
         key, entry = offsets(btf, "nat_key"), offsets(btf, "nat_entry")
         owner, connection = offsets(btf, "ct_key"), offsets(btf, "ct_entry")
         self.used = entry["used"]
         raw = self.raw = ffi.new("struct fim_nat *")
-        raw.nat_fd, raw.ct_fd = nat.fd, conntrack.fd
+        raw.ct_fd = conntrack.fd
         for name in ("saddr", "daddr", "sport", "dport", "proto", "direction"):
             setattr(raw, name, key[name])
         for name in ("addr", "port", "flags", "frontend", "frontend_port"):
@@ -174,11 +174,6 @@ class Tally:
     def rows(self) -> int:
         """Ports in use in all, towards every destination."""
         return int(self.raw.rows)
-
-    @property
-    def orphans(self) -> int:
-        """Rows without their other half: the map has forgotten that one."""
-        return int(self.raw.orphans)
 
     def fullest(self, key_size: int) -> bytes:
         """A key of `nat` (ingress) towards the destination that has most."""

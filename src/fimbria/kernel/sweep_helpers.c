@@ -135,7 +135,7 @@ int fim_take(int fd, const struct fim_rows *rows, char *value, uint32_t *renewed
 
 // Offsets of `struct nat_key`, `struct nat_entry`, `struct ct_key` and `struct ct_entry`, as their BTF has them.
 struct fim_nat {
-	int nat_fd, ct_fd;
+	int ct_fd;
 	uint32_t saddr, daddr, sport, dport, proto, direction;
 	uint32_t addr, port, flags, frontend, frontend_port;
 	uint32_t local, remote, local_port, remote_port, ct_proto, scope;
@@ -150,7 +150,7 @@ enum { FIM_TALLY = 1 << 16, FIM_ADDR = 16, FIM_ROW = 256 };
 // for both, so a figure is never too small, and too large by a 65,536th of the table on average.
 struct fim_tally {
 	uint32_t counts[FIM_TALLY];
-	uint32_t most, rows, orphans;
+	uint32_t most, rows;
 	char key[FIM_ROW]; // an ingress row of the fullest one
 };
 
@@ -184,25 +184,6 @@ struct nat_row {
 	bool in, service;
 };
 
-// The row of the other direction, if it is this one's. The way out is keyed by what the packet carries: the frontend,
-// towards a service. From there the backend can't be told, so that `out` rows of services are not asked about.
-static bool nat_has_partner(const struct fim_nat *n, const struct nat_row *r)
-{
-	char other[FIM_ROW] = {}, found[FIM_ROW];
-	const char *addr = r->value + n->addr, *port = r->value + n->port;
-
-	other[n->proto] = r->key[n->proto];
-	other[n->direction] = (char)(r->in ? !n->direction_in : n->direction_in);
-	memcpy(other + n->saddr, r->in ? addr : r->key + n->daddr, FIM_ADDR);
-	memcpy(other + n->sport, r->in ? port : r->key + n->dport, 2);
-	memcpy(other + n->daddr, r->service ? r->value + n->frontend : r->in ? r->key + n->saddr : addr, FIM_ADDR);
-	memcpy(other + n->dport, r->service ? r->value + n->frontend_port : r->in ? r->key + n->sport : port, 2);
-	if (bpf_map_lookup_elem(n->nat_fd, other, found))
-		return false;
-	return !memcmp(found + n->addr, r->in ? r->key + n->daddr : r->key + n->saddr, FIM_ADDR) &&
-	       !memcmp(found + n->port, r->in ? r->key + n->dport : r->key + n->sport, 2);
-}
-
 // When the connection that a row serves expires; 0: none is known.
 static uint64_t nat_owner_expires(const struct fim_nat *n, const struct nat_row *r)
 {
@@ -210,25 +191,19 @@ static uint64_t nat_owner_expires(const struct fim_nat *n, const struct nat_row 
 
 	memcpy(owner + n->local, r->in ? r->value + n->addr : r->key + n->saddr, FIM_ADDR);
 	memcpy(owner + n->local_port, r->in ? r->value + n->port : r->key + n->sport, 2);
-	memcpy(owner + n->remote, r->service ? r->value + n->frontend : r->key + n->saddr, FIM_ADDR);
-	memcpy(owner + n->remote_port, r->service ? r->value + n->frontend_port : r->key + n->sport, 2);
+	memcpy(owner + n->remote, r->service ? r->value + n->frontend : r->key + (r->in ? n->saddr : n->daddr), FIM_ADDR);
+	memcpy(owner + n->remote_port,
+	       r->service ? r->value + n->frontend_port : r->key + (r->in ? n->sport : n->dport), 2);
 	owner[n->ct_proto] = r->key[n->proto];
 	owner[n->scope] = (char)(r->service ? n->scope_service : 0);
 	return bpf_map_lookup_elem(n->ct_fd, owner, found) ? 0 : stamp_at(found, n->expires);
 }
 
-static bool nat_over(const struct fim_nat *n, struct fim_tally *t, const struct nat_row *r, uint64_t used)
+// Each half of a binding is judged for itself: the one that is left of two is how programs find the port again.
+static bool nat_over(const struct fim_nat *n, const struct nat_row *r, uint64_t used)
 {
-	uint64_t expires;
+	uint64_t expires = nat_owner_expires(n, r);
 
-	if ((r->in || !r->service) && !nat_has_partner(n, r)) {
-		t->orphans++;
-		return true;
-	}
-	// The way out goes when the way back is gone.
-	if (!r->in && !r->service)
-		return false;
-	expires = nat_owner_expires(n, r);
 	return expires ? expires < n->now : used < n->lonely;
 }
 
@@ -251,7 +226,7 @@ int fim_nat_keep_over(const struct fim_nat *n, struct fim_rows *rows, struct fim
 		r.in = (uint32_t)r.key[n->direction] == n->direction_in;
 		if (r.in)
 			tally(n, t, r.key, rows->key_size);
-		if (used < n->recent && nat_over(n, t, &r, used))
+		if (used < n->recent && nat_over(n, &r, used))
 			keep(rows, kept++, i, n->recent);
 	}
 	rows->count = kept;

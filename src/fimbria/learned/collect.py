@@ -5,7 +5,8 @@ Rules
 2. Programs take an expired entry for none. It is removed only some time after that, when no packet can be in the
    middle of using it, and only as what it was judged as (`kernel.sweep`): a newer entry of the same name stays.
 3. A binding of `nat` is over when the connection it serves has expired. If no connection is known, it is over when
-   unused for NAT_LONELY. Half a binding serves nobody.
+   unused for NAT_LONELY. That holds for each half of it: the one that is left when the kernel forgot the other is how
+   programs find the port again.
 4. The walk counts: entries, source ports in use by destination, and, by a sample, what the kernel had to forget.
 """
 
@@ -203,13 +204,12 @@ class NatCollector(Collector):
         """`ports`: how many source ports there are towards one destination; `show` puts an ingress key into words."""
         super().__init__(nat, pace=pace or Pace(shortest=5.0), clock=clock)
         self._show = show
-        self._rules = NatRules(btf, nat, conntrack)
+        self._rules = NatRules(btf, conntrack)
         self._tally = Tally()
         self._ports_alarm = Alarm()
         self.ports = max(ports, 1)
         self.ports_used = 0
         self.fullest = ""
-        self.orphans = 0
 
     def begin(self, now: int) -> None:
         """Count anew."""
@@ -227,7 +227,6 @@ class NatCollector(Collector):
     def _finish(self, walk: Walk) -> None:
         self.ports_used = min(self._tally.most, self.ports)
         self.fullest = self._show(self._tally.fullest(self.map.key_size)) if self.ports_used else ""
-        self.orphans += self._tally.orphans
         super()._finish(walk)
         if self._ports_alarm.turned(self.ports_used / self.ports):
             state = "nearly out of source ports" if self._ports_alarm.raised else "enough source ports again"

@@ -246,37 +246,27 @@ def test_recent_use_is_enough(nat: Map, conntrack: Map) -> None:
 
 
 @pytest.mark.parametrize("half", [0, 1])
-def test_half_a_binding_goes_unless_it_is_being_made(nat: Map, conntrack: Map, half: int) -> None:
-    young, old = binding(NOW - SECOND, 1)[half], binding(NOW - NAT_RECENT - SECOND, 2)[half]
-    put(nat, young, old)
-    put(conntrack, connection(NOW + SECOND, 1), connection(NOW + SECOND, 2))
-    collector = NatCollector(nat, conntrack, BTF, 1000, clock=Clock())
-    assert walk(collector) == 1
-    assert keys(nat, "nat_key") == {young[0]}
-    assert collector.orphans == 1
-
-
-def test_a_port_that_changed_hands_leaves_an_orphan(nat: Map, conntrack: Map) -> None:
-    """The old owner's way out names a port whose way back is another's now."""
-    idle = NOW - NAT_RECENT - SECOND
-    old, new = binding(idle, 1, node_port=700), binding(idle, 2, node_port=700)
-    put(nat, *old, *new)
-    put(conntrack, connection(NOW + SECOND, 1), connection(NOW + SECOND, 2))
-    walk(NatCollector(nat, conntrack, BTF, 1000, clock=Clock()))
-    assert keys(nat, "nat_key") == {k for k, _ in new}
+def test_half_a_binding_stays_as_long_as_its_connection(nat: Map, conntrack: Map, half: int) -> None:
+    """By what is left programs find the port again, however long the connection was silent."""
+    idle = NOW - 3600 * SECOND
+    going_on, over = binding(idle, 1)[half], binding(idle, 2)[half]
+    put(nat, going_on, over)
+    put(conntrack, connection(NOW + SECOND, 1), connection(NOW - SECOND, 2))
+    assert walk(NatCollector(nat, conntrack, BTF, 1000, clock=Clock())) == 1
+    assert keys(nat, "nat_key") == {going_on[0]}
 
 
 def test_a_clients_binding_goes_with_its_connection_to_the_service(nat: Map, conntrack: Map) -> None:
     idle = NOW - NAT_RECENT - SECOND
-    over, going_on, orphan = service_binding(idle, 1), service_binding(idle, 2), service_binding(idle, 3)[0]
+    over, going_on, half = service_binding(idle, 1), service_binding(idle, 2), service_binding(idle, 3)[0]
     lonely, silent = service_binding(NOW - NAT_LONELY - SECOND, 4), service_binding(idle, 5)
-    put(nat, *over, *going_on, orphan, *lonely, *silent)
+    put(nat, *over, *going_on, half, *lonely, *silent)
     for port, expires in {1: NOW - SECOND, 2: NOW + SECOND, 3: NOW + SECOND}.items():
         put(conntrack, connection(expires, port, local=CLIENT, remote=FRONTEND, remote_port=80, proto=TCP, scope=1))
     collector = NatCollector(nat, conntrack, BTF, 1000, clock=Clock())
     walk(collector)
     walk(collector)
-    assert keys(nat, "nat_key") == {k for k, _ in going_on + silent}
+    assert keys(nat, "nat_key") == {k for k, _ in [*going_on, *silent, half]}
 
 
 def test_ports_towards_the_fullest_destination_are_counted_and_told(
