@@ -5,6 +5,7 @@
 #include "lib/nodeport.h"
 #include "lib/xdp_parse.h"
 #include "lib/xdp_send.h"
+#include "lib/xdp_tunnel.h"
 
 char LICENSE[] SEC("license") = "Dual BSD/GPL";
 
@@ -33,51 +34,77 @@ static __always_inline bool is_spoofed(const struct packet *p)
 			  (cfg_overlay_ifindex && remote->flags & REMOTE_POD && remote->flags & REMOTE_TUNNEL));
 }
 
-/* Is the backend elsewhere, and not behind the tunnel? */
-static __always_inline bool backend_is_near(const struct packet *p)
+static __always_inline bool backend_is_here(const struct packet *p)
 {
 	const struct remote *remote = ipcache_lookup(&p->backend.addr);
 
-	if (is_local(&p->backend.addr) || (remote && remote->identity == IDENTITY_HOST))
-		return false;
-	return !(cfg_overlay_ifindex && remote && remote->flags & REMOTE_TUNNEL);
+	return is_local(&p->backend.addr) || (remote && remote->identity == IDENTITY_HOST);
 }
 
 /* Is this a packet to a backend that can be sent on from here? */
 __noinline int passes_through(struct packet *p)
 {
-	return p && !(p->flags & PACKET_BOUND) && !ttl_expires(p) && !is_spoofed(p) && backend_is_near(p);
+	return p && !(p->flags & PACKET_BOUND) && !ttl_expires(p) && !is_spoofed(p) && !backend_is_here(p);
+}
+
+/* Is there a way through the tunnel, if the backend is behind it? Then `outer` knows all but the MAC addresses. */
+static __always_inline bool tunnel_leads(struct packet *p, struct xdp_outer *outer)
+{
+	const struct remote *tunnel = tunnel_to(&p->backend.addr);
+
+	if (!tunnel)
+		return true;
+	outer->destination = tunnel->tunnel;
+	node_addr(&outer->source, !addr_is_v4(&outer->destination));
+	if (p->wire_len > cfg_pod_mtu || addr_is_zero(&outer->source))
+		return false;
+	/* The Ethernet header in the tunnel for the one before it. */
+	p->wire_len += tunnel_room(&outer->destination);
+	return true;
+}
+
+/* Who calls the backend, and how many bytes are to tell its node of the frontend. */
+static __always_inline __u32 set_source(struct packet *p, bool tunnel)
+{
+	if (p->flags & PACKET_DIRECT) {
+		p->source.addr = p->t.saddr;
+		p->source.port = p->t.sport;
+		return wants_option(p) ? dsr_room(p) : 0;
+	}
+	if (tunnel)
+		router_addr(&p->source.addr, is_v6(p));
+	else
+		node_addr(&p->source.addr, is_v6(p));
+	return 0;
 }
 
 /* To p->backend. Nothing is remembered before it is certain that the packet goes on from here: tc would find a connection
  * that it has not made its decisions for. */
 __noinline int forward(struct xdp_md *ctx, struct packet *p, __u32 chosen)
 {
-	struct xdp_change c = {};
-	__u32 room = 0;
+	struct xdp_outer outer = {};
 
 	if (!p)
 		return XDP_PASS;
-	if (p->flags & PACKET_DIRECT) {
-		p->source.addr = p->t.saddr;
-		p->source.port = p->t.sport;
-		room = wants_option(p) ? dsr_room(p) : 0;
-		p->wire_len += room;
-	} else {
-		node_addr(&p->source.addr, is_v6(p));
-	}
-	if (addr_is_zero(&p->source.addr) || !xdp_next_hop(ctx, p, &p->source.addr, &p->backend.addr, &c.macs))
+	bool tunnel = tunnel_to(&p->backend.addr);
+	__u32 room = set_source(p, tunnel);
+
+	p->wire_len += room;
+	if (addr_is_zero(&p->source.addr) || !tunnel_leads(p, &outer))
+		return XDP_PASS;
+	if (!xdp_next_hop(ctx, p, tunnel ? &outer.source : &p->source.addr, tunnel ? &outer.destination : &p->backend.addr,
+			  &outer.macs))
 		return XDP_PASS;
 	if (!(p->flags & PACKET_DIRECT) && nat_bind(p))
 		return XDP_PASS;
 	if (chosen && nodeport_remember(p, chosen))
 		return XDP_PASS;
-	c.source = p->source;
-	c.destination = p->backend;
-	int reason = xdp_rewrite(ctx, p, &c);
+	int reason = xdp_rewrite(ctx, p, &outer.macs);
 
 	if (!reason && room)
 		reason = xdp_tell(ctx, p, &p->frontend);
+	if (!reason && tunnel)
+		reason = xdp_encapsulate(ctx, p, &outer);
 	return xdp_sent(p, reason);
 }
 
@@ -86,7 +113,7 @@ __noinline int forward(struct xdp_md *ctx, struct packet *p, __u32 chosen)
 /* What comes back through a binding: of a service, or of a pod of this node. */
 __noinline int from_server(struct xdp_md *ctx, struct packet *p)
 {
-	struct xdp_change c = {};
+	struct frame_macs macs;
 	struct nat_key back;
 
 	if (!p)
@@ -98,14 +125,14 @@ __noinline int from_server(struct xdp_md *ctx, struct packet *p)
 		return NOT_AWAITED;
 	if (!(found->flags & NAT_SERVICE) || ttl_expires(p))
 		return XDP_PASS;
-	c.source.addr = found->frontend;
-	c.source.port = found->frontend_port;
-	c.destination.addr = found->addr;
-	c.destination.port = found->port;
-	if (!xdp_next_hop(ctx, p, &c.source.addr, &c.destination.addr, &c.macs))
+	p->source.addr = found->frontend;
+	p->source.port = found->frontend_port;
+	p->backend.addr = found->addr;
+	p->backend.port = found->port;
+	if (!xdp_next_hop(ctx, p, &p->source.addr, &p->backend.addr, &macs))
 		return XDP_PASS;
 	nat_touch(found, coarse_now());
-	return xdp_sent(p, xdp_rewrite(ctx, p, &c));
+	return xdp_sent(p, xdp_rewrite(ctx, p, &macs));
 }
 
 static __always_inline int receive_frame(struct xdp_md *ctx)

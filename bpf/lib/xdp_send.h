@@ -6,7 +6,7 @@
 #include "lib/route.h"
 #include "lib/xdp_parse.h"
 
-/* The way on for a packet with these addresses; true: out by the device that it came from, with the MAC addresses in
+/* The way on for a packet with these addresses (or those around it) and p->wire_len; true: out by the device that it came from, with the MAC addresses in
  * `macs`. What needs anything else (another device, a neighbour that isn't known, a smaller packet) isn't for here. */
 __noinline int xdp_next_hop(struct xdp_md *ctx, struct packet *p, addr_t *from, addr_t *to, struct frame_macs *macs)
 {
@@ -19,13 +19,14 @@ __noinline int xdp_next_hop(struct xdp_md *ctx, struct packet *p, addr_t *from, 
 	fib.sport = p->t.sport;
 	fib.dport = p->t.dport;
 	fib.tot_len = p->wire_len;
-	fib.family = is_v6(p) ? AF_INET6 : AF_INET;
-	if (is_v6(p)) {
-		__builtin_memcpy(fib.ipv6_src, from->b, 16);
-		__builtin_memcpy(fib.ipv6_dst, to->b, 16);
-	} else {
+	if (addr_is_v4(to)) {
+		fib.family = AF_INET;
 		fib.ipv4_src = addr_to_v4(from);
 		fib.ipv4_dst = addr_to_v4(to);
+	} else {
+		fib.family = AF_INET6;
+		__builtin_memcpy(fib.ipv6_src, from->b, 16);
+		__builtin_memcpy(fib.ipv6_dst, to->b, 16);
 	}
 	if (bpf_fib_lookup(ctx, &fib, sizeof(fib), 0) != BPF_FIB_LKUP_RET_SUCCESS || fib.ifindex != ctx->ingress_ifindex)
 		return false;
@@ -34,28 +35,21 @@ __noinline int xdp_next_hop(struct xdp_md *ctx, struct packet *p, addr_t *from, 
 	return true;
 }
 
-/* What is different about a packet that goes on. */
-struct xdp_change {
-	struct frame_macs macs;
-	struct end source;
-	struct end destination;
-};
-
 static __always_inline void xdp_mend(__u16 *check, __u64 diff)
 {
 	*check = csum_fold((__u64)(__u16)~*check + diff);
 }
 
-static __always_inline bool xdp_rewrite_l4(void *l4, void *end, struct packet *p, struct xdp_change *c, __u64 diff)
+static __always_inline bool xdp_rewrite_l4(void *l4, void *end, struct packet *p, __u64 diff)
 {
 	struct tcphdr *tcp = l4;
 	struct udphdr *udp = l4;
 
 	if ((void *)(udp + 1) > end)
 		return false;
-	diff += word_diff(p->t.sport, c->source.port) + word_diff(p->t.dport, c->destination.port);
-	udp->source = c->source.port;
-	udp->dest = c->destination.port;
+	diff += word_diff(p->t.sport, p->source.port) + word_diff(p->t.dport, p->backend.port);
+	udp->source = p->source.port;
+	udp->dest = p->backend.port;
 	if (p->t.proto == IPPROTO_TCP) {
 		if ((void *)(tcp + 1) > end)
 			return false;
@@ -69,47 +63,47 @@ static __always_inline bool xdp_rewrite_l4(void *l4, void *end, struct packet *p
 	return true;
 }
 
-static __always_inline bool xdp_rewrite_ipv4(void *data, void *end, struct packet *p, struct xdp_change *c)
+static __always_inline bool xdp_rewrite_ipv4(void *data, void *end, struct packet *p)
 {
 	struct iphdr *ip4 = data + L3_OFFSET;
 
 	if ((void *)(ip4 + 1) > end)
 		return false;
-	__u64 diff = (__u64)(__u32)addr_diff(false, &p->t.saddr, &c->source.addr) +
-		     (__u32)addr_diff(false, &p->t.daddr, &c->destination.addr);
+	__u64 diff = (__u64)(__u32)addr_diff(false, &p->t.saddr, &p->source.addr) +
+		     (__u32)addr_diff(false, &p->t.daddr, &p->backend.addr);
 
-	ip4->saddr = addr_to_v4(&c->source.addr);
-	ip4->daddr = addr_to_v4(&c->destination.addr);
+	ip4->saddr = addr_to_v4(&p->source.addr);
+	ip4->daddr = addr_to_v4(&p->backend.addr);
 	ip4->ttl = p->ttl - 1;
 	xdp_mend(&ip4->check, diff + word_diff(bpf_htons(p->ttl << 8), bpf_htons((p->ttl - 1) << 8)));
-	return xdp_rewrite_l4(data + L4_OFFSET4, end, p, c, diff);
+	return xdp_rewrite_l4(data + L4_OFFSET4, end, p, diff);
 }
 
-static __always_inline bool xdp_rewrite_ipv6(void *data, void *end, struct packet *p, struct xdp_change *c)
+static __always_inline bool xdp_rewrite_ipv6(void *data, void *end, struct packet *p)
 {
 	struct ipv6hdr *ip6 = data + L3_OFFSET;
 
 	if ((void *)(ip6 + 1) > end)
 		return false;
-	__u64 diff = (__u64)(__u32)addr_diff(true, &p->t.saddr, &c->source.addr) +
-		     (__u32)addr_diff(true, &p->t.daddr, &c->destination.addr);
+	__u64 diff = (__u64)(__u32)addr_diff(true, &p->t.saddr, &p->source.addr) +
+		     (__u32)addr_diff(true, &p->t.daddr, &p->backend.addr);
 
-	__builtin_memcpy(&ip6->saddr, &c->source.addr, sizeof(addr_t));
-	__builtin_memcpy(&ip6->daddr, &c->destination.addr, sizeof(addr_t));
+	__builtin_memcpy(&ip6->saddr, &p->source.addr, sizeof(addr_t));
+	__builtin_memcpy(&ip6->daddr, &p->backend.addr, sizeof(addr_t));
 	ip6->hop_limit = p->ttl - 1;
-	return xdp_rewrite_l4(data + L4_OFFSET6, end, p, c, diff);
+	return xdp_rewrite_l4(data + L4_OFFSET6, end, p, diff);
 }
 
-/* Makes a packet of xdp_parse() what it is to be. Returns 0 or the reason to drop. */
-__noinline int xdp_rewrite(struct xdp_md *ctx, struct packet *p, struct xdp_change *c)
+/* Gives a packet of xdp_parse() the ends p->source and p->backend. Returns 0 or the reason to drop. */
+__noinline int xdp_rewrite(struct xdp_md *ctx, struct packet *p, struct frame_macs *macs)
 {
 	void *data = (void *)(long)ctx->data, *end = (void *)(long)ctx->data_end;
 	struct ethhdr *eth = data;
 
-	if (!p || !c || (void *)(eth + 1) > end)
+	if (!p || !macs || (void *)(eth + 1) > end)
 		return DROP_WRITE_ERROR;
-	__builtin_memcpy(eth, &c->macs, sizeof(c->macs));
-	return (is_v6(p) ? xdp_rewrite_ipv6(data, end, p, c) : xdp_rewrite_ipv4(data, end, p, c)) ? 0 : DROP_WRITE_ERROR;
+	__builtin_memcpy(eth, macs, sizeof(*macs));
+	return (is_v6(p) ? xdp_rewrite_ipv6(data, end, p) : xdp_rewrite_ipv4(data, end, p)) ? 0 : DROP_WRITE_ERROR;
 }
 
 struct frame4 {
@@ -122,12 +116,12 @@ struct frame6 {
 	struct ipv6hdr ip6;
 } __attribute__((packed));
 
-static __always_inline int xdp_tell4(struct xdp_md *ctx, const struct end *frontend)
+__noinline int xdp_tell4(struct xdp_md *ctx, struct end *frontend)
 {
 	struct frame4 *frame = (void *)(long)ctx->data, headers;
 	struct dsr_v4 v4;
 
-	if ((void *)(frame + 1) > (void *)(long)ctx->data_end)
+	if (!frontend || (void *)(frame + 1) > (void *)(long)ctx->data_end)
 		return DROP_WRITE_ERROR;
 	__builtin_memcpy(&headers, frame, sizeof(headers));
 	if (bpf_xdp_adjust_head(ctx, -(int)sizeof(v4.option)))
@@ -145,11 +139,11 @@ static __always_inline int xdp_tell4(struct xdp_md *ctx, const struct end *front
 	return 0;
 }
 
-static __always_inline int xdp_tell6(struct xdp_md *ctx, const struct end *frontend)
+__noinline int xdp_tell6(struct xdp_md *ctx, struct end *frontend)
 {
 	struct frame6 *frame = (void *)(long)ctx->data, headers;
 
-	if ((void *)(frame + 1) > (void *)(long)ctx->data_end)
+	if (!frontend || (void *)(frame + 1) > (void *)(long)ctx->data_end)
 		return DROP_WRITE_ERROR;
 	__builtin_memcpy(&headers, frame, sizeof(headers));
 	if (bpf_xdp_adjust_head(ctx, -(int)sizeof(struct dsr_header6)))
@@ -167,10 +161,8 @@ static __always_inline int xdp_tell6(struct xdp_md *ctx, const struct end *front
 }
 
 /* What dsr_add() does, to a packet of xdp_parse(). Returns 0 or the reason to drop. */
-__noinline int xdp_tell(struct xdp_md *ctx, struct packet *p, struct end *frontend)
+static __always_inline int xdp_tell(struct xdp_md *ctx, const struct packet *p, struct end *frontend)
 {
-	if (!p || !frontend)
-		return DROP_WRITE_ERROR;
 	return is_v6(p) ? xdp_tell6(ctx, frontend) : xdp_tell4(ctx, frontend);
 }
 

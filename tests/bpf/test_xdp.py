@@ -7,9 +7,9 @@ from functools import partial
 from typing import Any
 
 import pytest
-from datapath import REDIRECT, Datapath
-from record import NATIVE, OVERLAY, Build, Prepare, Wire, base_rows, nothing, send, syn, udp
-from scapy.layers.inet import TCP, UDP, IPOption
+from datapath import POD, REDIRECT, TUNNEL, WORLD, Datapath, addr, prefix
+from record import C_IDENTITY, NATIVE, OVERLAY, Build, Prepare, Wire, base_rows, nothing, send, syn, udp
+from scapy.layers.inet import IP, TCP, UDP, IPOption
 from scapy.layers.inet6 import IPv6ExtHdrDestOpt, IPv6ExtHdrFragment
 from scapy.layers.l2 import ARP, Dot1Q, Ether
 from scapy.packet import Packet, Raw
@@ -196,9 +196,9 @@ def told(w: Wire, payload: Packet, port: int = TCP_PORT, front: str = "node") ->
     return packet
 
 
-def filling(w: Wire, more: int, dport: int = UDP_PORT) -> Packet:
-    """A datagram for which, with what it is told, the way's 1500 bytes are enough; or too few by `more`."""
-    room = 1500 - (28 + 8 if w.family == 4 else 48 + 24) + more
+def filling(w: Wire, more: int, dport: int = UDP_PORT, most: int = 1500) -> Packet:
+    """A datagram for which, with what it is told, `most` bytes are enough; or too few by `more`."""
+    room = most - (28 + 8 if w.family == 4 else 48 + 24) + more
     return came(w, "world", "node", udp(CLIENT, dport, b"x" * room))
 
 
@@ -225,6 +225,12 @@ def with_flags(flags: int, *backends: str) -> Prepare:
 
 def out_of_range(dp: Datapath, w: Wire) -> None:
     with_flags(RANGES, "c")(dp, w)
+
+
+def through_tunnel(dp: Datapath, w: Wire, node: str, flags: int = NODE_PORT) -> None:
+    """Pod c is the backend, by the tunnel to `node`."""
+    nodeport("c", flags=flags)(dp, w)
+    dp.put("ipcache", prefix(w.cidr("c")), rows.Remote(C_IDENTITY, POD | TUNNEL, addr(node)))
 
 
 def unknown_neighbour(w: Wire) -> str:
@@ -326,7 +332,10 @@ LEFT = [
          dport=TCP_PORT, dataofs=4)), rows=nodeport("c")),
 ]  # fmt: skip
 TUNNELLED = [
-    Case("a backend behind the tunnel is left", call(), rows=nodeport("c")),
+    Case("more than the tunnel takes is left", ask(data=b"x" * 1440), rows=nodeport("c")),
+    Case("what the backend's node is told makes it too large", lambda w: filling(w, 1, most=1450), rows=direct),
+    Case("an unknown neighbour on the tunnel's way is left", call(),
+         rows=lambda dp, w: through_tunnel(dp, w, unknown_neighbour(w))),
     Case("the tunnel's own packets are left", lambda w: came(w, "other", "node", udp(5555, 8472)),
          rows=nodeport("c")),
     Case("a pod's packet outside its tunnel is left", lambda w: came(w, "c", "node", syn(CLIENT, TCP_PORT)),
@@ -376,6 +385,85 @@ def test_left_to_tc(native: Datapath, uplink: Uplink, case: Case, family: int) -
 @cases(TUNNELLED)
 def test_with_an_overlay(overlay: Datapath, uplink: Uplink, case: Case, family: int) -> None:
     check(overlay, uplink, case, family)
+
+
+OUTER = {4: 50, 6: 70}
+
+
+def opened(raw: bytes, underlay: int) -> bytes:
+    """The frame in a tunnel's packet, whose headers must be right."""
+    w, outer = Wire(underlay), Ether(raw[: OUTER[underlay]])
+    assert (outer.src, outer.dst) == (DEVICE_MAC, GATEWAY_MAC)
+    ip, datagram, vxlan = outer.payload, outer[UDP], raw[OUTER[underlay] - 8 : OUTER[underlay]]
+    assert (ip.src, ip.dst) == (w.addr("node"), w.addr("other"))
+    if underlay == 4:
+        plain = ip.copy()
+        del plain.chksum
+        assert (ip.len, ip.ttl, ip.proto, ip.ihl, ip.flags) == (len(raw) - 14, 64, 17, 5, 0)
+        assert IP(bytes(plain)).chksum == ip.chksum
+    else:
+        assert (ip.plen, ip.hlim, ip.nh, ip.fl) == (len(raw) - 54, 64, 17, 0)
+    assert (datagram.dport, datagram.chksum, datagram.len) == (8472, 0, len(raw) - OUTER[underlay] + 16)
+    assert datagram.sport >= 49152 and vxlan == struct.pack(">II", 0x08000000, WORLD << 8)
+    return raw[OUTER[underlay] :]
+
+
+def largest(w: Wire) -> bytes:
+    return bytes(1500 - OUTER[6] - (28 if w.family == 4 else 48))
+
+
+TUNNEL_CASES = [
+    Case("a call", call(), lambda w: left(w, "router", "c", syn(BOUND, 8080))),
+    Case("UDP", ask(), lambda w: left(w, "router", "c", udp(BOUND, 8080))),
+    Case("as much as every tunnel takes", lambda w: ask(data=largest(w))(w),
+         lambda w: left(w, "router", "c", udp(BOUND, 8080, largest(w)))),
+    Case("what follows", lambda w: came(w, "world", "node", data(CLIENT, TCP_PORT)),
+         lambda w: left(w, "router", "c", data(BOUND, 8080)), before=[call()]),
+]  # fmt: skip
+TOLD_CASES = [
+    Case("a call with direct return", call(), lambda w: told(w, syn(CLIENT, 8080))),
+    Case("a datagram with direct return", ask(), lambda w: told(w, udp(CLIENT, 8080), UDP_PORT)),
+]
+
+
+@pytest.mark.parametrize("underlay", [4, 6])
+@cases([*TUNNEL_CASES, *TOLD_CASES])
+def test_into_the_tunnel(overlay: Datapath, uplink: Uplink, case: Case, family: int, underlay: int) -> None:
+    """And tc puts the same into it, and remembers the same."""
+    w = Wire(family)
+    flags = NODE_PORT | (DIRECT_RETURN if case in TOLD_CASES else 0)
+    outcomes = []
+    for by_tc in (False, True):
+        prepare(overlay, case, w)
+        through_tunnel(overlay, w, Wire(underlay).addr("other"), flags)
+        for build in (*case.before, case.packet):
+            if by_tc:
+                verdict, out, _ = uplink.space.inside(partial(send, overlay, "from_network", build(w)))
+                assert verdict == REDIRECT
+            else:
+                verdict, raw = run(overlay, uplink, build(w))
+                assert verdict == XDP_TX
+                out = opened(raw, underlay)
+        assert case.gives and out[14:] == bytes(case.gives(w))[14:]
+        outcomes.append(learned(overlay))
+    assert outcomes[0] == outcomes[1]
+
+
+@pytest.mark.parametrize(("inner", "outer"), [(0, 0), (1, 1), (2, 2), (3, 2)])
+@pytest.mark.parametrize("family", [4, 6])
+@pytest.mark.parametrize("underlay", [4, 6])
+def test_congestion_is_seen_outside(
+    overlay: Datapath, uplink: Uplink, family: int, underlay: int, inner: int, outer: int
+) -> None:
+    w = Wire(family)
+    prepare(overlay, Case("", call()), w)
+    through_tunnel(overlay, w, Wire(underlay).addr("other"))
+    packet = call()(w)
+    setattr(packet.payload, "tos" if family == 4 else "tc", 0xB8 | inner)
+    raw = run(overlay, uplink, packet)[1]
+    ip, kept = Ether(raw).payload, Ether(raw[OUTER[underlay] :]).payload
+    assert (ip.tos if underlay == 4 else ip.tc) == outer
+    assert (kept.tos if family == 4 else kept.tc) == 0xB8 | inner
 
 
 @pytest.mark.parametrize("family", [4, 6])

@@ -19,7 +19,8 @@ from test_nodeport_traffic import (
 from test_xdp import DIRECT_RETURN
 
 from fimbria.kernel.bpf import BpfObject, Program, attach_xdp
-from lab import UDP, Lab, Mode, Node, Space, lab, tcp_service
+from fimbria.kernel.probe import has_tcx
+from lab import UDP, Lab, Mode, Node, Space, lab, run, tcp_service
 
 HERE = Path(__file__).parent
 CLIENT = {4: "192.168.1.1", 6: "fd01:1::1"}  # the router, as node 1 sees it
@@ -43,7 +44,7 @@ def load_xdp(node: Node, flags: int) -> Program:
 def net(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Lab]:
     compiled = compile_object(HERE / "xdp_pass.bpf.c", tmp_path_factory.mktemp("bpf") / "xdp_pass.bpf.o")
     with contextlib.ExitStack() as stack:
-        built = stack.enter_context(lab(Mode(overlay=False)))
+        built = stack.enter_context(lab(Mode(overlay=False, tcx=has_tcx())))
         node, fabric = built.nodes[0], built.fabric
         for family, address in FRONT.items():
             fabric.ip(f"route add {address} via {node.addr[family]}")
@@ -99,13 +100,14 @@ def both_fronts(net: Lab, s: Server, family: int) -> None:
 def alone(net: Lab) -> Iterator[None]:
     """Nothing of tc at node 1's device."""
     node = net.nodes[0]
-    for link in node.links[:2]:
-        link.detach()
+    for link in [node.links.pop(0) for _ in range(2 if net.mode.tcx else 0)]:
+        link.close()
+    if not net.mode.tcx:
+        run("tc", "-n", node.space.name, "qdisc", "del", "dev", "eth0", "clsact")
     yield
-    del node.links[:2]
     node.attach("from_network", "eth0", False)
     node.attach("to_network", "eth0", True)
-    node.links[:0] = [node.links.pop(-2), node.links.pop()]
+    node.links[:0] = [node.links.pop() for _ in range(2 if net.mode.tcx else 0)]
 
 
 @pytest.mark.parametrize("family", [4, 6])
