@@ -67,7 +67,7 @@ MANIFESTS = (
 
 
 @pytest.fixture(scope="module", params=["overlay", "native"])
-def lab(request: pytest.FixtureRequest, make_lab: Callable[..., Lab]) -> Lab:
+def lab(request: pytest.FixtureRequest, make_lab: Callable[..., Lab]) -> Iterator[Lab]:
     lab = make_lab(nodes=3, routing=request.param)
     lab.apply(MANIFESTS)
     lab.wait_ready(["client", "client2", "near", "far", "alone"])
@@ -81,13 +81,12 @@ def lab(request: pytest.FixtureRequest, make_lab: Callable[..., Lab]) -> Lab:
     front = Front(lab, "both")
     for client in CLIENTS.values():
         wait_answers(lab, client, node_address(lab, "node3", 4), front.node_port(TCP), names=("near", "far"))
-    return lab
-
-
-@pytest.fixture(autouse=True)
-def _settled(lab: Lab) -> Iterator[None]:
-    yield
+    yield lab
     wait_settled(lab)
+
+
+# What doesn't depend on the way between the nodes.
+once = pytest.mark.parametrize("lab", ["overlay"], indirect=True, scope="module")
 
 
 def frontend(lab: Lab, kind: str, family: int, port: int) -> tuple[str, int]:
@@ -132,6 +131,7 @@ def test_every_kind_from_everywhere(lab: Lab, client: str, kind: str, proto: str
                 assert got.seen(name) <= world.union(*nodes.values()), (name, got)
 
 
+@once
 @pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("proto", PROTOCOLS)
 def test_node_ports_answer_on_the_hosts_loopback_only(lab: Lab, proto: str, family: int) -> None:
@@ -140,6 +140,7 @@ def test_node_ports_answer_on_the_hosts_loopback_only(lab: Lab, proto: str, fami
     assert not ask(lab, "client", proto, host, port, count=1, timeout=500).names
 
 
+@once
 @pytest.mark.parametrize("family", FAMILIES)
 def test_cluster_ips_are_not_served_to_the_world(lab: Lab, family: int) -> None:
     address = Front(lab, "both").cluster_ip(family)
@@ -156,6 +157,7 @@ def test_cluster_ips_are_not_served_to_the_world(lab: Lab, family: int) -> None:
 # --- host ports ----------------------------------------------------------------------------------------------------
 
 
+@once
 def test_host_ports(lab: Lab) -> None:
     """From a pod, the node itself, another node and the world; both protocols; and nothing once the pod is gone."""
     lab.apply(host_port_pod("hosted", "node2"))
@@ -217,6 +219,7 @@ for url in sys.argv[1:]:
 """
 
 
+@once
 def test_the_health_check_port_tells_which_nodes_have_endpoints(lab: Lab) -> None:
     front = Front(lab, "local")
     urls = [f"http://{node_address(lab, n, 4)}:{front.health_port}/healthz" for n in NODES]
@@ -227,6 +230,7 @@ def test_the_health_check_port_tells_which_nodes_have_endpoints(lab: Lab) -> Non
     assert answers[0][1]["service"] == {"namespace": "default", "name": "local"}
 
 
+@once
 def test_terminating_endpoints_serve_when_nobody_else_does(lab: Lab) -> None:
     """The only endpoint of a node that is told to end: the node answers the world on, and its health check says no."""
     lab.apply(server("lingers", "node3", "lingers", linger=6))
@@ -249,6 +253,7 @@ def test_terminating_endpoints_serve_when_nobody_else_does(lab: Lab) -> None:
     lab.delete(service("lingering", app="lingers"))
 
 
+@once
 @pytest.mark.parametrize("family", FAMILIES)
 def test_internal_traffic_policy_local(lab: Lab, family: int) -> None:
     front = Front(lab, "inside")
@@ -269,6 +274,7 @@ def by_source(lab: Lab, family: int, host: str, port: int) -> dict[int, tuple[st
     }
 
 
+@once
 @pytest.mark.parametrize("family", FAMILIES)
 def test_session_affinity_outside(lab: Lab, family: int) -> None:
     front = Front(lab, "sticky")
@@ -282,6 +288,7 @@ def test_session_affinity_outside(lab: Lab, family: int) -> None:
     assert later != first, "no client got another backend after the timeout: one run of 4,096 by chance"
 
 
+@once
 def test_session_affinity_inside(lab: Lab) -> None:
     front = Front(lab, "sticky")
     for client in ("client", "client2", "node/node1", "node/node3"):
@@ -291,6 +298,7 @@ def test_session_affinity_inside(lab: Lab) -> None:
         assert set(ask(lab, client, "tcp", node_address(lab, "node1", 4), front.node_port(TCP), count=4).names) == names
 
 
+@once
 def test_affinity_ends_with_its_backend(lab: Lab) -> None:
     lab.apply(server("third", "node3", "fading") + server("fourth", "node2", "fading"))
     lab.apply(service("fading", app="fading", type="NodePort", sessionAffinity="ClientIP"))
@@ -361,6 +369,7 @@ print(json.dumps({"last": last, "errors": errors, "seconds": seconds}))
 """
 
 
+@once
 def test_a_deleted_service_stops_answering_also_those_who_talked_to_it(lab: Lab) -> None:
     """UDP sockets and packet flows of before: from a pod and the host (connected or not), and from the world."""
     text = service("doomed", type="LoadBalancer")
@@ -413,6 +422,7 @@ def test_a_pod_reaches_itself_through_its_own_service(lab: Lab, family: int) -> 
 # --- source ranges ---------------------------------------------------------------------------------------------------
 
 
+@once
 @pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("name", ["ranged", "barred"])
 def test_source_ranges(lab: Lab, name: str, family: int) -> None:
@@ -467,7 +477,9 @@ def test_two_services_with_one_backend_from_one_client_port(
         script(lab, "node/world", TWINS, proto, client_port, host, one.node_port(port), host, two.node_port(port))
     # Through two nodes: what comes to the backend differs by the node at most.
     hosts = [node_address(lab, node, family) for node in ("node1", "node3")]
-    script(lab, "node/world", TWINS, proto, client_port + 1, hosts[0], one.node_port(port), hosts[1], one.node_port(port))
+    script(
+        lab, "node/world", TWINS, proto, client_port + 1, hosts[0], one.node_port(port), hosts[1], one.node_port(port)
+    )
 
 
 # --- UDP whose backend goes ----------------------------------------------------------------------------------------
@@ -499,6 +511,7 @@ print(json.dumps({"longest": longest, "names": names}))
 """
 
 
+@once
 @pytest.mark.parametrize("client", ["client", "node/node1"])
 def test_a_connected_udp_client_does_not_hang_on_a_removed_backend(lab: Lab, client: str) -> None:
     """As a resolver that keeps its socket: the answer that never comes is an error at once."""

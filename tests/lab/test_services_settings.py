@@ -5,7 +5,7 @@ Servers are `near` (node1) and `far` (node2); node3 has none. The fabric lets no
 direct server return through node ports needs it.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 
 import pytest
 from balance import (
@@ -37,23 +37,23 @@ MANIFESTS = (
     + service("both", type="LoadBalancer", externalIPs=list(EXTERNAL.values()))
     + service("direct", type="NodePort", annotations={"service.cilium.io/forwarding-mode": "dsr"})
 )
-SETTINGS = [
-    # options, protocols whose clients are seen by servers on other nodes too
-    pytest.param((), (), id="defaults"),
-    pytest.param(("forwarding=dsr",), ("tcp", "udp"), id="dsr"),
-    pytest.param(("forwarding=hybrid",), ("tcp",), id="hybrid"),
-    pytest.param(("load-balancing=maglev",), (), id="maglev"),
-    pytest.param(
-        ("load-balancing=maglev", "forwarding=dsr", "maglev-table-size=1021"), ("tcp", "udp"), id="maglev-dsr"
-    ),
-    pytest.param(("xdp=generic",), (), id="xdp"),
-    pytest.param(("xdp=native",), (), id="xdp-native"),
-    pytest.param(("xdp=generic", "forwarding=dsr"), ("tcp", "udp"), id="xdp-dsr"),
-    pytest.param(("socket-services=host",), (), id="pods by packet"),
-    pytest.param(("socket-services=off",), (), id="all by packet"),
-    pytest.param(("attach=clsact",), (), id="clsact"),
-    pytest.param(("no-fast-path",), (), id="through the stack"),
-]
+# name -> options, and the protocols whose clients are seen by servers on other nodes too
+SETTINGS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
+    "defaults": ((), ()),
+    "dsr": (("forwarding=dsr",), ("tcp", "udp")),
+    "hybrid": (("forwarding=hybrid",), ("tcp",)),
+    "maglev": (("load-balancing=maglev",), ()),
+    "maglev-dsr": (("load-balancing=maglev", "forwarding=dsr", "maglev-table-size=1021"), ("tcp", "udp")),
+    "xdp": (("xdp=generic",), ()),
+    "xdp-native": (("xdp=native",), ()),
+    "xdp-dsr": (("xdp=generic", "forwarding=dsr"), ("tcp", "udp")),
+    "pods-by-packet": (("socket-services=host",), ()),
+    "all-by-packet": (("socket-services=off",), ()),
+    "clsact": (("attach=clsact",), ()),
+    "through-the-stack": (("no-fast-path",), ()),
+}
+# What depends on the way between the nodes.
+ROUTED = ["dsr", "xdp", "xdp-native", "xdp-dsr", "clsact"]
 
 
 @pytest.fixture(scope="module", params=["overlay", "native"])
@@ -61,17 +61,16 @@ def lab(request: pytest.FixtureRequest, make_lab: Callable[..., Lab]) -> Lab:
     lab = make_lab(nodes=3, routing=request.param, source_check=False)
     lab.apply(MANIFESTS)
     lab.wait_ready(["client", "near", "far"])
-    for node in lab.spec.node_names:  # what a driver sends back by XDP a veth only takes with NAPI, which comes with this
+    for (
+        node
+    ) in lab.spec.node_names:  # what a driver sends back by XDP a veth only takes with NAPI, which comes with this
         assert lab.run("node/fabric", "ethtool", "-K", node, "gro", "on").returncode == 0
     enter_by(lab, "node3")
     wait_answers(lab, "node/world", node_address(lab, "node3", 4), Front(lab, "both").node_port(TCP))
     return lab
 
 
-@pytest.fixture(autouse=True)
-def _settled(lab: Lab) -> Iterator[None]:
-    yield
-    wait_settled(lab)
+once = pytest.mark.parametrize("lab", ["overlay"], indirect=True, scope="module")
 
 
 def enter_by(lab: Lab, node: str) -> None:
@@ -89,8 +88,19 @@ def restart(lab: Lab, options: tuple[str, ...]) -> None:
     wait_settled(lab)
 
 
-@pytest.mark.parametrize(("options", "kept"), SETTINGS)
-def test_every_setting_serves_everybody(lab: Lab, options: tuple[str, ...], kept: tuple[str, ...]) -> None:
+@once
+@pytest.mark.parametrize("setting", SETTINGS)
+def test_every_setting_serves_everybody(lab: Lab, setting: str) -> None:
+    serves_everybody(lab, *SETTINGS[setting])
+
+
+@pytest.mark.parametrize("lab", ["native"], indirect=True, scope="module")
+@pytest.mark.parametrize("setting", ROUTED)
+def test_settings_with_native_routing(lab: Lab, setting: str) -> None:
+    serves_everybody(lab, *SETTINGS[setting])
+
+
+def serves_everybody(lab: Lab, options: tuple[str, ...], kept: tuple[str, ...]) -> None:
     restart(lab, options)
     front = Front(lab, "both")
     nodes = {n: node_addresses(lab, n) for n in lab.spec.node_names}
@@ -115,6 +125,7 @@ def test_every_setting_serves_everybody(lab: Lab, options: tuple[str, ...], kept
                     assert got.ok and set(got.names) == {"near", "far"}, (client, proto, way, got)
 
 
+@once
 @pytest.mark.parametrize("family", FAMILIES)
 def test_direct_return_for_one_service_by_annotation(lab: Lab, family: int) -> None:
     restart(lab, ())
@@ -176,6 +187,7 @@ print(json.dumps(found))
 """
 
 
+@once
 @pytest.mark.parametrize("family", FAMILIES)
 def test_maglev_chooses_the_same_on_every_node(lab: Lab, family: int) -> None:
     """A client that comes in by another node meets the backend of before."""
@@ -188,6 +200,7 @@ def test_maglev_chooses_the_same_on_every_node(lab: Lab, family: int) -> None:
     enter_by(lab, "node3")
 
 
+@once
 def test_cluster_ips_for_the_world(lab: Lab) -> None:
     restart(lab, ("external-cluster-ip",))
     for family in FAMILIES:
@@ -203,6 +216,7 @@ def test_cluster_ips_for_the_world(lab: Lab) -> None:
             lab.run("node/fabric", "ip", "route", "del", address)
 
 
+@once
 def test_settings_change_under_traffic(lab: Lab) -> None:
     """New connections don't notice which way packets take; nor do those through a node with its own backend."""
     restart(lab, ())
