@@ -20,11 +20,12 @@ static __always_inline void wanted(struct end *frontend, bool v6)
 }
 
 /* What `p` says after a change must be what a fresh look at the packet says. */
-static __always_inline bool still_right(struct __sk_buff *skb, const struct packet *p)
+static __always_inline bool still_right(struct __sk_buff *skb, struct packet *p)
 {
-	struct packet again = {};
+	__u32 len = p->len, l4 = p->l4, dport = p->t.dport;
 
-	return !parse(skb, &again) && again.len == p->len && again.l4 == p->l4 && again.t.dport == p->t.dport;
+	__builtin_memset(p, 0, sizeof(*p));
+	return !parse(skb, p) && p->len == len && p->l4 == l4 && p->t.dport == dport;
 }
 
 SEC("tc")

@@ -5,7 +5,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from datapath import DEFAULTS, OBJECTS, addr
+from datapath import DEFAULTS, OBJECTS, Setting, addr
 from test_dsr import compile_object
 from test_nodeport_traffic import (
     BACKEND_PORT,
@@ -30,7 +30,13 @@ DIRECT = NODE_PORT_FLAG | DIRECT_RETURN
 
 def load_xdp(node: Node, flags: int) -> Program:
     """The XDP object with the node's maps and addresses."""
-    mine = {"cfg_node_addr4": addr(node.addr[4]), "cfg_node_addr6": addr(node.addr[6])}
+    mine: dict[str, Setting] = {
+        "cfg_node_addr4": addr(node.addr[4]),
+        "cfg_node_addr6": addr(node.addr[6]),
+        "cfg_router_addr4": addr(node.router[4]),
+        "cfg_router_addr6": addr(node.router[6]),
+        "cfg_overlay_ifindex": node.space.ifindex("fimvx") if node.mode.overlay else 0,
+    }
     with BpfObject(OBJECTS / "xdp.bpf.o") as obj:
         obj.set_constants({n: {**DEFAULTS, **mine}[n] for n in obj.constants})
         shared = {n: node.dp.maps[n] for n, spec in obj.maps.items() if not spec.internal}
@@ -40,11 +46,15 @@ def load_xdp(node: Node, flags: int) -> Program:
         return obj.program("from_device" if flags == DRIVER else "from_device_skb")
 
 
-@pytest.fixture(scope="module", params=[DRIVER, GENERIC], ids=["native", "generic"])
+MODES = {"native": (False, DRIVER), "generic": (False, GENERIC), "overlay": (True, DRIVER)}
+
+
+@pytest.fixture(scope="module", params=MODES)
 def net(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Lab]:
+    overlay, flags = MODES[request.param]
     compiled = compile_object(HERE / "xdp_pass.bpf.c", tmp_path_factory.mktemp("bpf") / "xdp_pass.bpf.o")
     with contextlib.ExitStack() as stack:
-        built = stack.enter_context(lab(Mode(overlay=False, tcx=has_tcx())))
+        built = stack.enter_context(lab(Mode(overlay=overlay, tcx=has_tcx())))
         node, fabric = built.nodes[0], built.fabric
         for family, address in FRONT.items():
             fabric.ip(f"route add {address} via {node.addr[family]}")
@@ -57,7 +67,7 @@ def net(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
         mac = ":".join(f"{b:02x}" for b in fabric.mac("n1"))
         for gateway in CLIENT.values():
             node.space.ip(f"neigh replace {gateway} lladdr {mac} dev eth0 nud permanent")
-        attach(stack, node.space, "eth0", load_xdp(node, request.param), request.param)
+        attach(stack, node.space, "eth0", load_xdp(node, flags), flags)
         with BpfObject(compiled) as far:
             far.load()
             attach(stack, fabric, "n1", far.program("pass"), DRIVER)
@@ -81,13 +91,19 @@ def exchange(s: Server, client: Space, family: int, front: tuple[str, int]) -> s
     with s.space.socket(family, UDP) as listener, client.socket(family, UDP) as c:
         listener.bind((s.addr, BACKEND_PORT))
         c.connect(front)
-        for size in (0, 1, 10, 1001, 1400):
+        for size in (0, 1, 10, 1001, 1378):
             c.send(b"q" * size)
             data, peer = listener.recvfrom(65536)
             assert len(data) == size
             listener.sendto(b"r" * size, peer)
             assert c.recv(65536) == b"r" * size
         return str(peer[0])
+
+
+def caller(net: Lab, name: str, family: int) -> str:
+    """Who calls a backend of node 2 for a client."""
+    first = net.nodes[0]
+    return (first.router if name == "c" and net.mode.overlay else first.addr)[family]
 
 
 def both_fronts(net: Lab, s: Server, family: int) -> None:
@@ -100,20 +116,21 @@ def both_fronts(net: Lab, s: Server, family: int) -> None:
 def alone(net: Lab) -> Iterator[None]:
     """Nothing of tc at node 1's device."""
     node = net.nodes[0]
-    for link in [node.links.pop(0) for _ in range(2 if net.mode.tcx else 0)]:
+    first = 2 if net.mode.overlay else 0
+    for link in [node.links.pop(first) for _ in range(2 if net.mode.tcx else 0)]:
         link.close()
     if not net.mode.tcx:
         run("tc", "-n", node.space.name, "qdisc", "del", "dev", "eth0", "clsact")
     yield
     node.attach("from_network", "eth0", False)
     node.attach("to_network", "eth0", True)
-    node.links[:0] = [node.links.pop() for _ in range(2 if net.mode.tcx else 0)]
+    node.links[first:first] = [node.links.pop() for _ in range(2 if net.mode.tcx else 0)]
 
 
 @pytest.mark.parametrize("family", [4, 6])
 @pytest.mark.parametrize("name", ["c", "other"])
 def test_beside_tc(net: Lab, name: str, family: int) -> None:
-    s = server(net, name, family, net.nodes[0].addr[family])
+    s = server(net, name, family, caller(net, name, family))
     serve(net.nodes[0], family, s.addr)
     both_fronts(net, s, family)
 
@@ -132,7 +149,7 @@ def test_what_is_for_this_node_still_arrives(net: Lab, name: str, family: int) -
 @pytest.mark.parametrize("family", [4, 6])
 @pytest.mark.parametrize("name", ["c", "other"])
 def test_by_xdp_alone(net: Lab, name: str, family: int) -> None:
-    s = server(net, name, family, net.nodes[0].addr[family])
+    s = server(net, name, family, caller(net, name, family))
     serve(net.nodes[0], family, s.addr)
     both_fronts(net, s, family)
 
