@@ -19,73 +19,40 @@ from dataclasses import dataclass, field, replace
 from typing import Any, Final, NamedTuple
 
 from fimbria.compute import service_frontends as front
+from fimbria.compute.service_addresses import ServiceAddresses
+from fimbria.compute.service_backends import ListedBackends
 from fimbria.compute.service_choice import ALIVE, GOING_ON, READY, SERVING, Place, Standing, standing
+from fimbria.compute.service_claims import HOST_PORT, REDIRECT, SERVICE, Claims, Extra, Owner
 from fimbria.compute.service_frontends import Defaults, PortKey, Want
 from fimbria.compute.service_group import Group, Members
-from fimbria.compute.service_rows import (
-    BACKENDS,
-    FRONTENDS,
-    MEMBERS,
-    RANGES,
-    SLOTS,
-    TABLES,
-    BackendKey,
-    Delta,
-    no_rows,
-)
+from fimbria.compute.service_rows import BACKENDS, FRONTENDS, MEMBERS, RANGES, SLOTS, TABLES, BackendKey, Delta, no_rows
 from fimbria.decide.numbers import Numbers
-from fimbria.model.address import Prefix, is_v4, unpack
-from fimbria.model.rows import Backend, Frontend, FrontendKey, MemberKey, SlotKey
-from fimbria.model.service import (
-    DEFAULT_WEIGHT,
-    EndpointSlice,
-    NodeTopology,
-    Service,
-    ServiceKey,
-    ServicePort,
-    TableContent,
-)
+from fimbria.model.address import Prefix, is_v4
+from fimbria.model.rows import Backend, Frontend, FrontendKey, SlotKey
+from fimbria.model.service import DEFAULT_WEIGHT, EndpointSlice, NodeTopology, Service, ServiceKey, ServicePort
 
 __all__ = (
-    "BACKENDS", "FRONTENDS", "MEMBERS", "RANGES", "SLOTS", "TABLES",
-    "BackendKey", "Delta", "Description", "Extra", "Owner", "ServiceCompute",
+    "BACKENDS",
+    "FRONTENDS",
+    "HOST_PORT",
+    "MEMBERS",
+    "RANGES",
+    "REDIRECT",
+    "SERVICE",
+    "SLOTS",
+    "TABLES",
+    "BackendKey",
+    "Delta",
+    "Description",
+    "Extra",
+    "Owner",
+    "ServiceCompute",
 )  # fmt: skip
 
 _PROTOCOLS: Final = {6: "TCP", 17: "UDP", 132: "SCTP"}
 _KINDS: Final = {front.CLUSTER_IP: "ClusterIP", front.NODE_PORT: "NodePort", front.HOST_PORT: "HostPort"}
 _SERVES: Final[Standing] = GOING_ON | READY | SERVING | ALIVE
 _new: Final = tuple.__new__  # a NamedTuple's own is three times as slow
-REDIRECT: Final = 0
-SERVICE: Final = 1
-HOST_PORT: Final = 2
-
-
-class Owner(NamedTuple):
-    """Who claims frontends. Of several the lowest wins: `rank` is REDIRECT, SERVICE or HOST_PORT; `kind` is for people
-    ("service", "pod", ...)."""
-
-    rank: int
-    kind: str
-    namespace: str
-    name: str
-
-    def __str__(self) -> str:
-        return f"{self.kind} {self.namespace}/{self.name}"
-
-
-@dataclass(frozen=True, slots=True)
-class Extra:
-    """Frontends that lead to given backends: a pod's hostPort, a local redirect.
-
-    `frontends` are of SCOPE_ALL and of one family and protocol, as are the backends (address, port, protocol); they
-    share a service id. `flags`: enum frontend_flag (HOST_PORT, EXEMPT, ...), for each of them. Without backends they
-    refuse: to leave a frontend to the next in line, don't name it.
-    """
-
-    frontends: tuple[FrontendKey, ...]
-    backends: tuple[BackendKey, ...]
-    flags: int
-    port_name: str = ""
 
 
 class Description(NamedTuple):
@@ -127,15 +94,12 @@ class ServiceCompute:
         self.backends = backends
         self.defaults = defaults
         self.topology = NodeTopology()
-        self._node_addrs: frozenset[bytes] = frozenset()
         self._states: dict[Owner, _State] = {}
-        self._owners: dict[FrontendKey, Owner] = {}
-        self._waiting: dict[FrontendKey, list[Owner]] = {}
+        self._claims = Claims()
         self._groups: dict[int, tuple[Owner, Group]] = {}
         self._frontends: dict[FrontendKey, Frontend] = {}
-        self._addresses: dict[bytes, list[int]] = {}  # of Services: how many have it as cluster IP, as another one
-        self._users: dict[int, int] = {}
-        self._unlisted: set[int] = set()
+        self._addresses = ServiceAddresses(self._frontends)
+        self._listed = ListedBackends(backends)
         self._restored: dict[int, list[int]] = {}
         self._adoptable: dict[FrontendKey, int] = {}
         self._losing: set[int] = set()
@@ -197,9 +161,9 @@ class ServiceCompute:
             new = self._planned(service, now) if service is not None else None
             if new is not None and old is not None:
                 new.members = old.members
-            self._count_addresses(old, new, delta)
+            self._addresses.exchange(_addresses(old), _addresses(new), delta)
             self._replace(owner, old, new, delta)
-        self._sweep(delta)
+        self._listed.sweep(delta)
         return delta
 
     def set_extra(self, owner: Owner, extras: Iterable[Extra]) -> Delta:
@@ -216,7 +180,7 @@ class ServiceCompute:
         if new is not None and old is not None:
             new.members = old.members
         self._replace(owner, old, new, delta)
-        self._sweep(delta)
+        self._listed.sweep(delta)
         return delta
 
     def set_topology(self, topology: NodeTopology, node_addrs: Iterable[bytes] = ()) -> Delta:
@@ -225,39 +189,30 @@ class ServiceCompute:
         An address of a node belongs to that node, whatever Services say.
         """
         delta = Delta()
+        self._addresses.set_nodes((*node_addrs, *topology.addrs), delta)
         zone, former = topology.zone, self.topology
-        addrs = frozenset(node_addrs) | frozenset(topology.addrs)
-        changed, self._node_addrs = addrs ^ self._node_addrs, addrs
-        for addr in changed & self._addresses.keys():
-            self._address_row(addr, delta)
+        if topology.labels == former.labels:
+            self.topology = topology
+            return delta
         self.topology, self.place = topology, self.place._replace(zone=zone)
         self._standings.clear()
         for owner, state in list(self._states.items()):
             hinted = zone != former.zone and any(e.zones for s in state.slices.values() for e in s.endpoints)
-            selected = former.labels != topology.labels and state.service.nodes is not None
-            if owner.rank == SERVICE and (hinted or selected):
+            if owner.rank == SERVICE and (hinted or state.service.nodes is not None):
                 new = self._planned(state.service, state.slices)
                 new.members = state.members
-                self._count_addresses(state, new, delta)
+                self._addresses.exchange(_addresses(state), _addresses(new), delta)
                 self._replace(owner, state, new, delta)
-        self._sweep(delta)
+        self._listed.sweep(delta)
         return delta
 
     def all_rows(self) -> dict[str, dict[Any, Any]]:
         """Every row, by map name."""
         rows = no_rows()
-        for number in self._users:
-            key = self.backends.key(number)
-            assert key is not None
-            rows[BACKENDS][number] = key
+        rows[BACKENDS].update(self._listed.rows())
         rows[FRONTENDS].update(self._frontends)
-        for number, (_, group) in self._groups.items():
-            rows[SLOTS].update((SlotKey(number, slot), backend) for slot, backend in enumerate(group.order))
-            if group.affinity:
-                rows[MEMBERS].update((MemberKey(number, backend), 1) for backend in group.order)
-            rows[RANGES].update((front.source_key(number, prefix), 1) for prefix in group.ranges)
-            if group.table is not None:
-                rows[TABLES][number] = group.table
+        for _, group in self._groups.values():
+            group.add_rows(rows)
         return rows
 
     # --- for people and for others -------------------------------------------------------------------------------
@@ -271,7 +226,7 @@ class ServiceCompute:
         found = [*state.service.warnings]
         for slice_ in state.slices.values():
             found += (f"EndpointSlice {slice_.name}: {text}" for text in slice_.warnings)
-        found += self._lost(owner, state)
+        found += self._claims.lost(owner, state.plan)
         if len({(p.port, p.proto) for p in state.service.ports}) < len(state.service.ports):
             found.append("it names the same port and protocol more than once; only the first counts")
         return tuple(found)
@@ -279,7 +234,7 @@ class ServiceCompute:
     def conflicts(self, owner: Owner) -> tuple[str, ...]:
         """Which frontends an owner of extras asks for and doesn't get, a sentence each."""
         state = self._states.get(owner)
-        return tuple(self._lost(owner, state)) if state is not None else ()
+        return tuple(self._claims.lost(owner, state.plan)) if state is not None else ()
 
     def service_of(self, number: int) -> tuple[ServiceKey, ServicePort] | None:
         """Which service, and which port of it, a service id in an event or a connection stands for. For extras the
@@ -334,7 +289,7 @@ class ServiceCompute:
 
     def claimed(self, frontend: FrontendKey) -> Owner | None:
         """Who has a frontend (of SCOPE_ALL)."""
-        return self._owners.get(frontend)
+        return self._claims.holder(frontend)
 
     def number(self, frontend: FrontendKey) -> int | None:
         """The service id of a frontend."""
@@ -353,12 +308,6 @@ class ServiceCompute:
                     found.add(name[0])
         return len(found)
 
-    def _lost(self, owner: Owner, state: _State) -> Iterator[str]:
-        for frontend in state.plan:
-            winner = self._owners[frontend]
-            if winner != owner and (winner.rank != REDIRECT or owner.rank == REDIRECT):
-                yield f"{_named(frontend)} already belongs to {winner}"
-
     def _members_of(self, owner: Owner, group: Group) -> Members:
         want = next(iter(group.frontends.values()))
         return self._states[owner].members[want.port]
@@ -376,12 +325,12 @@ class ServiceCompute:
         after = new.plan if new is not None else {}
         losers, winners = {owner: None}, {owner: None}
         for frontend in before.keys() - after.keys() if before else ():
-            heir = self._unclaim(frontend, owner)
+            heir = self._claims.unclaim(frontend, owner)
             if heir is not None:
                 winners[heir] = None
         for frontend in after:
             if frontend not in before:
-                loser = self._claim(frontend, owner)
+                loser = self._claims.claim(frontend, owner)
                 if loser is not None:
                     losers[loser] = None
         if new is not None:
@@ -395,64 +344,6 @@ class ServiceCompute:
         for each in losers | winners:
             if each in self._states:
                 self._fill(each, self._states[each], delta)
-
-    def _claim(self, frontend: FrontendKey, owner: Owner) -> Owner | None:
-        """Returns who lost it."""
-        holder = self._owners.get(frontend)
-        if holder is None:
-            self._owners[frontend] = owner
-            return None
-        if holder < owner:
-            self._waiting.setdefault(frontend, []).append(owner)
-            return None
-        self._waiting.setdefault(frontend, []).append(holder)
-        self._owners[frontend] = owner
-        return holder
-
-    def _unclaim(self, frontend: FrontendKey, owner: Owner) -> Owner | None:
-        """Returns who has it now, if that has changed."""
-        waiting = self._waiting.get(frontend)
-        if self._owners[frontend] != owner:
-            assert waiting is not None
-            waiting.remove(owner)
-            heir = None
-        elif waiting:
-            heir = self._owners[frontend] = min(waiting)
-            waiting.remove(heir)
-        else:
-            del self._owners[frontend]
-            return None
-        if not waiting:
-            del self._waiting[frontend]
-        return heir
-
-    # --- addresses -----------------------------------------------------------------------------------------------
-
-    def _count_addresses(self, old: _State | None, new: _State | None, delta: Delta) -> None:
-        before = front.service_addresses(old.service) if old is not None and old.plan else {}
-        after = front.service_addresses(new.service) if new is not None and new.plan else {}
-        if before == after:
-            return
-        for addresses, step in ((before, -1), (after, 1)):
-            for addr, flags in addresses.items():
-                counts = self._addresses.setdefault(addr, [0, 0])
-                counts[0 if flags else 1] += step
-        for addr in before | after:
-            if not any(self._addresses[addr]):
-                del self._addresses[addr]
-            self._address_row(addr, delta)
-
-    def _address_row(self, addr: bytes, delta: Delta) -> None:
-        counts = None if addr in self._node_addrs else self._addresses.get(addr)
-        key = FrontendKey(addr, 0, 0)
-        if counts is None:
-            if self._frontends.pop(key, None) is not None:
-                delta.drop(FRONTENDS, key)
-            return
-        row = Frontend(0, 0, front.ADDRESS | (0 if counts[1] else front.CLUSTER_IP))
-        if self._frontends.get(key) != row:
-            self._frontends[key] = row
-            delta.put(FRONTENDS, key, row)
 
     # --- groups --------------------------------------------------------------------------------------------------
 
@@ -473,13 +364,13 @@ class ServiceCompute:
             if not members.groups:
                 del state.members[port]
                 for backend in members.standings:
-                    self._unlist(backend)
+                    self._listed.unlist(backend)
 
     def _grouped(self, owner: Owner, state: _State) -> dict[tuple[PortKey, bool], dict[FrontendKey, Want]]:
         """The frontends that are planned and won, by the group they belong to."""
         grouped: dict[tuple[PortKey, bool], dict[FrontendKey, Want]] = {}
         for frontend, want in state.plan.items():
-            if self._owners[frontend] == owner:
+            if self._claims.holder(frontend) == owner:
                 grouped.setdefault((want.port, want.local), {})[frontend] = want
                 if want.flags & front.TWO_SCOPES:
                     inside = Want(want.port, False, want.flags & ~front.OUTSIDE_ONLY)
@@ -487,12 +378,7 @@ class ServiceCompute:
         return grouped
 
     def _dissolve(self, group: Group, delta: Delta) -> None:
-        for slot in range(len(group.order)):
-            delta.drop(SLOTS, SlotKey(group.number, slot))
-        self._admit(group, frozenset(), delta)
-        self._set_affinity(group, 0, delta)
-        if group.table is not None:
-            delta.drop(TABLES, group.number)
+        group.dissolve(delta)
         del self._groups[group.number]
         self._losing.add(group.number)
         self.services.release(group.key)
@@ -513,11 +399,11 @@ class ServiceCompute:
                 group = members.groups[local] = self._new_group(owner, port, local, frontends)
             group.frontends = frontends
             if not state.service.affinity_seconds:
-                self._set_affinity(group, 0, delta)
+                group.set_affinity(0, delta)
             self._arrange(members, group, local, None, delta)
-            self._set_affinity(group, state.service.affinity_seconds, delta)
+            group.set_affinity(state.service.affinity_seconds, delta)
             limited = any(want.flags & front.SOURCE_RANGES for want in frontends.values())
-            self._admit(group, front.ranges(state.service, port.v4) if limited else frozenset(), delta)
+            group.admit(front.ranges(state.service, port.v4) if limited else frozenset(), delta)
             self._finish(members, group, local, delta)
 
     def _new_group(self, owner: Owner, port: PortKey, local: bool, frontends: Iterable[FrontendKey]) -> Group:
@@ -531,25 +417,6 @@ class ServiceCompute:
         group = Group(key, number, self._restored.pop(number, ()))
         self._groups[number] = owner, group
         return group
-
-    def _admit(self, group: Group, ranges: frozenset[Any], delta: Delta) -> None:
-        if ranges != group.ranges:
-            for prefix in group.ranges - ranges:
-                delta.drop(RANGES, front.source_key(group.number, prefix))
-            for prefix in ranges - group.ranges:
-                delta.put(RANGES, front.source_key(group.number, prefix), 1)
-            group.ranges = ranges
-
-    def _set_affinity(self, group: Group, seconds: int, delta: Delta) -> None:
-        """`arrange` keeps the rows of a group that had affinity before."""
-        if bool(seconds) != bool(group.affinity):
-            for backend in group.order:
-                key = MemberKey(group.number, backend)
-                if seconds:
-                    delta.put(MEMBERS, key, 1)
-                else:
-                    delta.drop(MEMBERS, key)
-        group.affinity = seconds
 
     # --- endpoints -----------------------------------------------------------------------------------------------
 
@@ -566,12 +433,12 @@ class ServiceCompute:
                 else:
                     now[backend] = stands
                     if backend not in former:
-                        self._list(backend, key, delta)
+                        self._listed.list(backend, key, delta)
                 if weight != DEFAULT_WEIGHT or backend in weights:
                     weights[backend] = max(weight, least)
         members.recount(weights)
         for backend in former.keys() - now.keys() if former else ():
-            self._unlist(backend)
+            self._listed.unlist(backend)
 
     def _refresh(self, state: _State, former: dict[str, EndpointSlice], delta: Delta) -> None:
         """Only slices changed: only what differs in them is looked at."""
@@ -608,13 +475,13 @@ class ServiceCompute:
                 backend = self.backends.take(key)
                 yield backend
                 if members.remove(backend, stands):
-                    self._unlist(backend)
+                    self._listed.unlist(backend)
         for key, stands in after.items():
             if before.get(key) != stands:
                 backend = self.backends.take(key)
                 yield backend
                 if members.add(backend, stands):
-                    self._list(backend, key, delta)
+                    self._listed.list(backend, key, delta)
 
     def _listings(self, state: _State, port: PortKey) -> Iterator[tuple[dict[Backend, Standing], int]]:
         for slice_ in state.slices.values():
@@ -642,7 +509,7 @@ class ServiceCompute:
                     found[backend] = stands
         return found
 
-    # --- slots and backends --------------------------------------------------------------------------------------
+    # --- slots and frontends -------------------------------------------------------------------------------------
 
     def _arrange(
         self, members: Members, group: Group, local: bool, touched: Iterable[int] | None, delta: Delta
@@ -650,58 +517,11 @@ class ServiceCompute:
         """Bring the slots up to date; `touched` None: every endpoint may serve or not serve now."""
         if touched is None:
             members.decide()
-            self._losing.add(group.number)
             touched = members.standings if group.fresh and not group.order else (*group.order, *members.standings)
+            self._losing.add(group.number)
         elif not all(members.standings.get(b, 0) & ALIVE for b in touched):
             self._losing.add(group.number)
-        group.serves = serves = members.wanted(local)
-        order, index, stands = group.order, group.index, members.standings
-        if group.fresh and not order:
-            order += [b for b in touched if stands[b] in serves]
-            index.update(zip(order, range(len(order)), strict=True))
-            self._show(group, delta)
-            return
-        touched = dict.fromkeys(touched)
-        gone = sorted(index[b] for b in touched if b in index and stands.get(b) not in serves)
-        come = [b for b in touched if b not in index and stands.get(b) in serves]
-        both = min(len(gone), len(come))
-        for slot, backend in zip(gone[:both], come[:both], strict=True):
-            self._leave(group, order[slot], delta)
-            order[slot] = backend
-            self._place(group, slot, backend, delta)
-        for slot in reversed(gone[both:]):
-            self._leave(group, order[slot], delta)
-            last = order.pop()
-            if slot < len(order):
-                order[slot] = last
-                index[last] = slot
-                if not group.fresh:
-                    delta.put(SLOTS, SlotKey(group.number, slot), last)
-            if not group.fresh:
-                delta.drop(SLOTS, SlotKey(group.number, len(order)))
-        for backend in come[both:]:
-            order.append(backend)
-            self._place(group, len(order) - 1, backend, delta)
-        if group.fresh:
-            self._show(group, delta)
-
-    def _show(self, group: Group, delta: Delta) -> None:
-        """All slots of a new group. Restored ones are news to whoever collects the deltas."""
-        number = group.number
-        delta.upserts[SLOTS].update((_new(SlotKey, (number, slot)), b) for slot, b in enumerate(group.order))
-        group.fresh = False
-
-    def _place(self, group: Group, slot: int, backend: int, delta: Delta) -> None:
-        group.index[backend] = slot
-        if not group.fresh:
-            delta.put(SLOTS, SlotKey(group.number, slot), backend)
-        if group.affinity:
-            delta.put(MEMBERS, MemberKey(group.number, backend), 1)
-
-    def _leave(self, group: Group, backend: int, delta: Delta) -> None:
-        del group.index[backend]
-        if group.affinity:
-            delta.drop(MEMBERS, MemberKey(group.number, backend))
+        group.arrange(members.standings, members.wanted(local), touched, delta)
 
     def _finish(self, members: Members, group: Group, local: bool, delta: Delta) -> None:
         """The rows that follow from the slots: frontends, and the table."""
@@ -715,41 +535,11 @@ class ServiceCompute:
             if self._frontends.get(frontend) != row:
                 self._frontends[frontend] = row
                 delta.put(FRONTENDS, frontend, row)
-        if tabled:
-            table = _table(members, group)
-            if group.table != table:
-                delta.put(TABLES, group.number, table)
-            group.table = table
-        elif group.table is not None:
-            delta.drop(TABLES, group.number)
-            group.table = None
-
-    def _list(self, backend: int, key: Backend, delta: Delta) -> None:
-        users = self._users.get(backend, 0)
-        self._users[backend] = users + 1
-        if users == 0 and backend not in self._unlisted:
-            delta.put(BACKENDS, backend, key)
-
-    def _unlist(self, backend: int) -> None:
-        self._users[backend] -= 1
-        if self._users[backend] == 0:
-            self._unlisted.add(backend)
-
-    def _sweep(self, delta: Delta) -> None:
-        """Only now: a backend that moved from one frontend to another has kept its number."""
-        for backend in self._unlisted:
-            if self._users[backend] == 0:
-                del self._users[backend]
-                key = self.backends.key(backend)
-                assert key is not None
-                self.backends.release(key)
-                delta.drop(BACKENDS, backend)
-        self._unlisted.clear()
+        group.set_table(members.weights if tabled else None, delta)
 
 
-def _table(members: Members, group: Group) -> TableContent:
-    weights = members.weights
-    return TableContent(tuple((b, weights.get(b, DEFAULT_WEIGHT)) for b in sorted(group.order)))
+def _addresses(state: _State | None) -> dict[bytes, int]:
+    return front.service_addresses(state.service) if state is not None and state.plan else {}
 
 
 def _extra_state(owner: Owner, extras: tuple[Extra, ...]) -> _State:
@@ -770,10 +560,3 @@ def _rank(key: FrontendKey, flags: int) -> tuple[int, int, bytes, int, int]:
     """Which frontend of a group its number is known by after a restart: the steadiest."""
     kind = 0 if flags & front.CLUSTER_IP else 1 if flags & front.NODE_PORT else 2
     return kind, key.scope, key.addr, key.port, key.proto
-
-
-def _named(frontend: FrontendKey) -> str:
-    if frontend.addr in front.UNSPECIFIED.values():
-        family = "IPv4" if is_v4(frontend.addr) else "IPv6"
-        return f"port {frontend.port}/{_PROTOCOLS.get(frontend.proto, frontend.proto)} of the nodes ({family})"
-    return f"port {frontend.port} of {unpack(frontend.addr)}"
