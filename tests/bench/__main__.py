@@ -20,6 +20,7 @@ from pathlib import Path
 
 from tests.bench import baseline, groups, labs
 from tests.bench.measure import Settings
+from tests.bench.reasons import with_reason
 from tests.bench.report import Figure, from_json, merge, table, to_json
 
 DOCS = Path(__file__).parents[2] / "docs"
@@ -70,7 +71,7 @@ def measure(names: Sequence[str], settings: Settings) -> tuple[list[Figure], lis
         settings.say(f"== {TITLES[name]}")
         date = f"{datetime.now(UTC):%Y-%m-%d %H:%M} UTC"
         try:
-            mine = [replace(f, group=name, date=date) for f in groups.GROUPS[name](settings)]
+            mine = [with_reason(replace(f, group=name, date=date)) for f in groups.GROUPS[name](settings)]
         except Exception:
             traceback.print_exc()
             failed.append(name)
@@ -115,7 +116,7 @@ def write(found: Sequence[Figure], failed: Sequence[str], load: str, took: float
     """Both files; groups that were not measured now keep their figures."""
     path = DOCS / f"{STEM}.json"
     old = from_json(path.read_text()) if path.exists() else []
-    figures = merge(old, found, list(TITLES))
+    figures = [with_reason(f) for f in merge(old, found, list(TITLES))]
     path.write_text(to_json(figures))
     path.with_suffix(".md").write_text(document(figures, failed, load, took))
 

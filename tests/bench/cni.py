@@ -28,8 +28,8 @@ OURS, CLSACT, THEIRS = "o", "c", "t"
 BRIDGE: Final = "bridge + host-local"
 AS_FAST: Final = Goal("ratio", "<=", 1.0)
 GRACE: Final = (
-    "a tcx link waits for an RCU grace period (8 ms and more) in the kernel, under its lock for all network "
-    "configuration, and so does whatever comes next"
+    "pods start with clsact filters; the tcx links that replace them while the node rests wait for RCU grace periods "
+    "(8 ms and more) under the kernel's lock for all network configuration"
 )
 POD: Final = """
 apiVersion: v1
