@@ -663,6 +663,18 @@ def test_libcni_with_the_installed_configuration(lab: Lab, cnitool: Path, box: B
     lab.wait("no eth0", lambda: {d["ifname"] for d in box.ip("link")} == {"lo"})
 
 
+def test_libcni_passes_port_mappings_with_the_installed_configuration(lab: Lab, cnitool: Path, box: Box) -> None:
+    """As kubelet and containerd do: the capability stands in our configuration, so libcni hands over what is mapped."""
+    ports = {"portMappings": [{"hostPort": 8070, "containerPort": 9000, "protocol": "tcp", "hostIP": ""}]}
+    libcni = Libcni(cnitool, box, capabilities=ports)
+    status, _, err = libcni.run("add")
+    assert status == 0, err
+    assert lab.spec.node(NODE).ipv4 in frontends(lab, 8070)
+    assert libcni.run("check") == (0, "", "")
+    assert libcni.run("del") == (0, "", "")
+    assert not frontends(lab, 8070)
+
+
 def test_libcni_gc(lab: Lab, cnitool: Path, box: Box) -> None:
     """cnitool deletes what libcni has cached, and then sends a GC without the list that the specification demands:
     we refuse that one, and remove nothing else."""
