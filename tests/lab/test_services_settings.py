@@ -1,8 +1,8 @@
 """The settings of Services, one after the other on a running lab: how connections from outside are spread and
 forwarded, where they are translated, and that clients get the same answers whatever is set.
 
-Servers are `near` (node1) and `far` (node2); node3 has none. The fabric lets nodes send from each other's addresses, as
-direct server return through node ports needs it.
+Servers are `near` (node1) and `far` (node2); node3 has none, and is in node1's zone. The fabric lets nodes send from each
+other's addresses, as direct server return through node ports needs it.
 """
 
 from collections.abc import Callable
@@ -35,6 +35,8 @@ MANIFESTS = (
     + server("near", "node1")
     + server("far", "node2")
     + service("both", type="LoadBalancer", externalIPs=list(EXTERNAL.values()))
+    + service("by-zone", type="NodePort", trafficDistribution="PreferSameZone")
+    + service("by-node", type="NodePort", trafficDistribution="PreferSameNode")
     + service("direct", type="NodePort", annotations={"service.cilium.io/forwarding-mode": "dsr"})
 )
 # name -> options, and the protocols whose clients are seen by servers on other nodes too
@@ -58,7 +60,7 @@ ROUTED = ["dsr", "xdp", "xdp-native", "xdp-dsr", "clsact"]
 
 @pytest.fixture(scope="module", params=["overlay", "native"])
 def lab(request: pytest.FixtureRequest, make_lab: Callable[..., Lab]) -> Lab:
-    lab = make_lab(nodes=3, routing=request.param, source_check=False)
+    lab = make_lab(nodes=3, routing=request.param, source_check=False, zones=("a", "b"))
     lab.apply(MANIFESTS)
     lab.wait_ready(["client", "near", "far"])
     for (
@@ -229,3 +231,27 @@ def test_settings_change_under_traffic(lab: Lab) -> None:
     with Clients(lab, ways, {"pod": ways["pod"]}):
         for options in (("load-balancing=maglev",), ("xdp=generic", "load-balancing=maglev"), ("xdp=generic",), ()):
             restart(lab, options)
+
+
+@once
+@pytest.mark.parametrize("name", ["by-zone", "by-node"])
+def test_traffic_distribution(lab: Lab, name: str) -> None:
+    """By the hints of the slices: of its own zone (or node), and of all once nobody is left there."""
+    restart(lab, ())
+    front = Front(lab, name)
+    for client, wanted in (("client", "near"), ("node/node1", "near"), ("node/node2", "far"), ("node/node3", "near")):
+        for family in FAMILIES:
+            assert set(ask(lab, client, "tcp", front.cluster_ip(family), TCP).names) == {wanted}, client
+    for node, wanted in (("node1", "near"), ("node2", "far"), ("node3", "near")):
+        host, port = node_address(lab, node, 4), front.node_port(TCP)
+        assert set(ask(lab, "node/world", "tcp", host, port).names) == {wanted}, node
+    lab.delete(server("near", "node1"))
+    for client in ("client", "node/node3"):
+        lab.wait(f"{client} goes to the other zone", lambda c=client: others(lab, c, front) == {"far"})  # type: ignore[misc]
+    lab.apply(server("near", "node1"))
+    lab.wait_ready(["near"])
+    lab.wait("back to its own zone", lambda: others(lab, "client", front) == {"near"})
+
+
+def others(lab: Lab, client: str, front: Front) -> set[str]:
+    return set(ask(lab, client, "tcp", front.cluster_ip(4), TCP, timeout=300).names)
