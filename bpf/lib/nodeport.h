@@ -101,15 +101,19 @@ __noinline int nodeport_remember(struct packet *p, __u32 backend)
 	return bpf_map_update_elem(&conntrack, &key, &e, BPF_ANY) ? DROP_CT_MAP_INSERTION_FAILED : 0;
 }
 
+static __always_inline bool backend_is_pod(const struct packet *p)
+{
+	const struct remote *remote = ipcache_lookup(&p->backend.addr);
+
+	return remote && remote->flags & REMOTE_POD;
+}
+
 /* Would the client speak to the overlay of a node? From our address other nodes would believe what it says about identities.
  * See from_pod: pods may serve that port. */
 static __always_inline bool backend_is_tunnel(const struct packet *p)
 {
-	if (!cfg_overlay_ifindex || p->t.proto != IPPROTO_UDP || p->backend.port != bpf_htons(cfg_overlay_port))
-		return false;
-	const struct remote *remote = ipcache_lookup(&p->backend.addr);
-
-	return !remote || !(remote->flags & REMOTE_POD);
+	return cfg_overlay_ifindex && p->t.proto == IPPROTO_UDP && p->backend.port == bpf_htons(cfg_overlay_port) &&
+	       !backend_is_pod(p);
 }
 
 /* Which service a packet is for (p->service; 0: none) and which backend of it. `owner`: of the address. `chosen`: the
@@ -131,22 +135,23 @@ __noinline int nodeport_choose(struct packet *p, __u32 owner, __u32 *chosen)
 	p->service = q.frontend.service;
 	p->frontend.addr = p->t.daddr;
 	p->frontend.port = p->t.dport;
-	if (q.frontend.flags & FRONTEND_DIRECT_RETURN)
-		p->flags |= PACKET_DIRECT;
 	if (q.frontend.flags & FRONTEND_SILENT)
 		p->flags |= PACKET_SILENT;
 	if (!service_admits(&q))
 		return DROP_SERVICE_SOURCE_RANGE;
 	enum known known = nodeport_known(p);
 
-	if (known == KNOWN_BACKEND)
-		return 0;
-	if (known == KNOWN_LOST || service_choose(&q) != SERVICE_FOUND)
-		return DROP_SERVICE_NO_BACKEND;
-	p->backend = q.to;
-	if (backend_is_tunnel(p))
-		return DROP_INVALID_IDENTITY;
-	*chosen = q.backend;
+	if (known != KNOWN_BACKEND) {
+		if (known == KNOWN_LOST || service_choose(&q) != SERVICE_FOUND)
+			return DROP_SERVICE_NO_BACKEND;
+		p->backend = q.to;
+		*chosen = q.backend;
+		if (backend_is_tunnel(p))
+			return DROP_INVALID_IDENTITY;
+	}
+	/* Nodes themselves, and who is no part of the cluster, don't know what the option tells. */
+	if (q.frontend.flags & FRONTEND_DIRECT_RETURN && backend_is_pod(p))
+		p->flags |= PACKET_DIRECT;
 	return 0;
 }
 
