@@ -1,8 +1,8 @@
 """The settings of Services, one after the other on a running lab: how connections from outside are spread and
 forwarded, where they are translated, and that clients get the same answers whatever is set.
 
-Servers are `near` (node1) and `far` (node2); node3 has none, and is in node1's zone. The fabric lets nodes send from each
-other's addresses, as direct server return through node ports needs it.
+Servers are `near` (node1) and `far` (node2); node3 has none, and is in node1's zone. The fabric lets nodes send from
+each other's addresses, as direct server return through node ports needs it.
 """
 
 from collections.abc import Callable
