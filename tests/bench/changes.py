@@ -56,7 +56,7 @@ class Pace:
 
 # kube-proxy syncs at most once a second (minSyncPeriod): changes of their own come later than that one after the other.
 OURS: Final = Pace(40, 6.0, 0.05)
-THEIRS: Final = Pace(8, 12.0, 1.2)
+THEIRS: Final = Pace(8, 9.0, 1.2)
 
 
 class Watch(threading.Thread):
