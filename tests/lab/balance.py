@@ -187,7 +187,9 @@ class Clients:
             first = said.read_text().splitlines()[0]
             assert json.loads(first).get("event") == "connected", (label, first)
         for label, where in self.news.items():
-            self._start(f"new {label}", "probe", where, ("--count", "10000000", "--interval", str(self.interval)))
+            # Time for a lost SYN or two to be sent again: a client would wait, too. A lost datagram is a failure.
+            options = ("--count", "10000000", "--interval", str(self.interval), "--timeout", "3500")
+            self._start(f"new {label}", "probe", where, options)
         self._started = time.monotonic()
         return self
 

@@ -159,7 +159,6 @@ def test_agents_away(lab: Lab) -> None:
 @pytest.mark.parametrize("options", [
     pytest.param(("service-entries=4000", "conntrack-entries=65536", "nat-entries=32768"), id="maps change"),
     pytest.param(("trace-interval=1.5",), id="programs change"),
-    pytest.param(("trace-interval=1.5", "attach=clsact"), id="hooks change"),
     pytest.param((), id="all change back"),
 ])  # fmt: skip
 def test_agents_with_other_settings(lab: Lab, options: tuple[str, ...]) -> None:
