@@ -311,6 +311,8 @@ def test_a_host_port_that_can_not_be_had_is_refused_by_name(box: Box, lab: Lab) 
         assert "host port 127.0.0.1 8080/TCP belongs to container" in text
         code, text = error(other.call("ADD", conf=mapped(mapping | {"hostPort": 1, "hostIP": "8.8.8.8"})))
         assert code == 103 and "no address 8.8.8.8" in text
+        code, text = error(other.call("ADD", conf=mapped(mapping | {"hostPort": 8472, "protocol": "udp"})))
+        assert code == 103 and "--overlay-port" in text
         assert error(other.call("ADD", conf=mapped(mapping | {"hostPort": 0})))[0] == 7
         assert {d["ifname"] for d in other.ip("link")} == {"lo"}
         assert other.call("ADD", conf=mapped(mapping | {"protocol": "udp"}))[0] == 0

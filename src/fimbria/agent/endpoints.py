@@ -82,6 +82,8 @@ class EndpointManager:
     identify: Callable[[Mapping[str, str]], Awaitable[EndpointIdentity]]
     fetch_pod: Callable[[str, str], Awaitable[None]]
     next_id: Callable[[], int]
+    reserved: Mapping[tuple[int, int], str] = field(default_factory=dict)
+    """Ports that no pod may have as hostPort, by protocol and number, and what they are for."""
     host_ports: HostPorts = field(default_factory=HostPorts)
     last_request: float = 0.0
     """When a pod last came or went (time.monotonic()): what can wait leaves the kernel's network lock to the next."""
@@ -251,6 +253,9 @@ class EndpointManager:
                 raise CniError(
                     Code.NO_HOST_PORT, f"{port} of {_who(request)}: this node has no address {unpack(port.host_ip)}"
                 )
+            purpose = self.reserved.get((port.proto, port.port))
+            if purpose is not None:
+                raise CniError(Code.NO_HOST_PORT, f"{port} of {_who(request)} is the node's own: {purpose}")
             holder = self.engine.local.node_port_service(port)
             if holder is not None:
                 raise CniError(Code.NO_HOST_PORT, f"{port} of {_who(request)} is the node port of {holder}")

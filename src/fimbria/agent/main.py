@@ -223,6 +223,7 @@ async def prepare(agent: Agent) -> None:
     agent.endpoints = EndpointManager(
         agent.tables, agent.engine, agent.loop, agent.journal, agent.pool, agent.wiring, agent.identities.identify,
         agent.sources.fetch_pod, agent.next_endpoint_id,
+        {(17, agent.config.overlay_port): "packets between nodes (--overlay-port)"} if agent.config.overlay else {},
     )  # fmt: skip
     agent.identities.on_changed = agent.endpoints.set_identity
     restored = agent.endpoints.restore()

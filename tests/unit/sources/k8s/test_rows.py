@@ -1,10 +1,14 @@
 """Objects that claim to be more than they may: refused, whatever else they say."""
 
+import json
+from typing import Any
+
 import msgspec
 import pytest
 
 from fimbria.sources.k8s import rows
-from fimbria.sources.k8s.types import cilium
+from fimbria.sources.k8s.services import to_topology
+from fimbria.sources.k8s.types import cilium, core
 
 LABELS = {"k8s:app": "frontend"}
 
@@ -62,3 +66,44 @@ def test_what_no_pod_and_no_node_has() -> None:
     spec = {"ipam": {"podCIDRs": [f"10.{n // 256}.{n % 256}.0/24" for n in range(513)]}}
     with pytest.raises(ValueError, match="513 blocks"):
         rows.node(msgspec.convert({"metadata": {"name": "a"}, "spec": spec}, cilium.CiliumNode))
+
+
+def read(kind: Any, **obj: Any) -> Any:
+    return msgspec.json.decode(json.dumps({"metadata": {}} | obj), type=kind)
+
+
+def condition(status: str, kind: str = "Ready") -> dict[str, Any]:
+    return {"conditions": [{"type": kind, "status": status}]}
+
+
+@pytest.mark.parametrize(
+    ("metadata", "status", "ready"),
+    [
+        ({}, condition("True"), True),
+        ({}, condition("False"), False),
+        ({}, condition("True", "Initialized"), False),
+        ({}, {}, False),
+        ({"deletionTimestamp": "2026-11-23T12:00:00Z"}, condition("True"), False),
+    ],
+)
+def test_a_pod_is_ready_while_its_condition_says_so_and_it_stays(metadata: Any, status: Any, ready: bool) -> None:
+    assert rows.pod(read(core.Pod, metadata=metadata, status=status)).ready is ready
+
+
+@pytest.mark.parametrize(("value", "own"), [("off", True), ("on", False), ("", False), (None, False)])
+def test_a_pod_may_want_addresses_as_they_are(value: str | None, own: bool) -> None:
+    notes = {} if value is None else {"fimbria.io/socket-services": value}
+    assert rows.pod(read(core.Pod, metadata={"annotations": notes})).own_addresses is own
+
+
+@pytest.mark.parametrize(
+    ("obj", "leaving"),
+    [
+        ({}, False),
+        ({"spec": {"taints": [{"key": "node.kubernetes.io/unschedulable"}]}}, False),
+        ({"spec": {"taints": [{"key": "ToBeDeletedByClusterAutoscaler", "effect": "NoSchedule"}]}}, True),
+        ({"metadata": {"deletionTimestamp": "2026-11-23T12:00:00Z"}}, True),
+    ],
+)
+def test_load_balancers_shall_leave_a_node_that_goes(obj: dict[str, Any], leaving: bool) -> None:
+    assert to_topology(read(core.Node, **obj)).leaving is leaving
