@@ -186,7 +186,7 @@ def services(agent: Agent) -> list[Row]:
                 _frontend(compute, key, row, about) | {"backends": _backends(b and backends.get(b) for b in ids)}
             )
     for name in compute.unserved():
-        found.append(dict.fromkeys(found[0] if found else (), "") | _unserved(compute, name))
+        found.append(_unserved(compute, name))
     return sorted(found, key=lambda r: (r["service"], r["frontend"], r["scope"]))
 
 
@@ -218,8 +218,10 @@ def _frontend(compute: ServiceCompute, key: FrontendKey, row: Frontend, about: D
 
 
 def _unserved(compute: ServiceCompute, key: ServiceKey) -> Row:
-    return {"id": 0, "service": str(key), "owner": f"service {key}", "port": "", "frontend": "", "scope": "",
-            "backends": [], "warnings": list(compute.warnings(key))}  # fmt: skip
+    words = dict.fromkeys(("port", "frontend", "protocol", "type", "scope", "policy", "forwarding", "algorithm",
+                           "source_policy", "without_backends"), "")  # fmt: skip
+    return words | {"id": 0, "service": str(key), "owner": f"service {key}", "affinity_seconds": 0, "backends": [],
+                    "source_ranges": [], "warnings": list(compute.warnings(key))}  # fmt: skip
 
 
 def _backends(rows: Iterable[Backend | int | None]) -> list[str]:

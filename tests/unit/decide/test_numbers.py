@@ -82,6 +82,19 @@ def test_restoring_the_last_number_wraps() -> None:
     assert numbers.take("b") == 1
 
 
+def test_a_waiting_number_can_be_taken_over_under_another_key() -> None:
+    numbers: Numbers[str] = Numbers("things")
+    numbers.restore([("old", 5), ("other", 6)])
+    assert numbers.adopt("new", 5)
+    assert (numbers.get("new"), numbers.get("old"), numbers.key(5)) == (5, None, "new")
+    assert numbers.take("new") == 5
+    assert not numbers.adopt("new", 6)  # it has one
+    assert not numbers.adopt("third", 5)  # it waits no more
+    assert not numbers.adopt("third", 9)  # nobody's
+    assert numbers.settle() == {"other": 6}
+    assert numbers.get("new") == 5
+
+
 def test_too_late_to_restore() -> None:
     numbers = Numbers[str]("things")
     numbers.take("a")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import struct
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, NewType
+from typing import Any, NamedTuple, NewType
 
 import pytest
 from hypothesis import given
@@ -242,6 +242,29 @@ def test_what_does_not_match_is_refused(
 ) -> None:
     with pytest.raises(LayoutError, match=words):
         Codec(make(24, *members), "struct x", cls)
+
+
+class Pair(NamedTuple):
+    """In another order than the struct, and with a default."""
+
+    port: int
+    low: int = 7
+
+
+def test_named_tuples_are_rows_too(make: Make) -> None:
+    codec = Codec(make(4, ("low", "u16", 0), ("port", "port_be_t", 2)), "x", Pair)
+    rows = [Pair(0x1234), Pair(80, 5)]
+    assert codec.encode_many(rows) == struct.pack("=H", 7) + b"\x12\x34" + struct.pack("=H", 5) + b"\x00\x50"
+    decoded = codec.decode_many(codec.encode_many(rows))
+    assert decoded == rows
+    assert {type(row) for row in decoded} == {Pair}
+    with pytest.raises(RowError):
+        codec.encode(Pair(1 << 16))
+
+
+def test_named_tuples_must_match_as_well(make: Make) -> None:
+    with pytest.raises(LayoutError, match="which Pair names"):
+        Codec(make(4, ("low", "u16", 0)), "x", Pair)
 
 
 def test_names_that_are_not_there(make: Make) -> None:
