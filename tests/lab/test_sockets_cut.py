@@ -135,6 +135,22 @@ def test_direct_conversations_and_tcp_go_on(lab: Lab) -> None:
     assert stream["reconnects"] == [] and set(stream["names"]) == {"one"}
 
 
+def test_a_backend_that_went_while_no_agent_ran_is_noticed_at_its_start(lab: Lab) -> None:
+    only(lab, "one")
+    with resolver(lab, "client", cluster_ips(lab)[0]) as seen:
+        lab.kill("node1/agent")
+        label(lab, "two", "server")
+        label(lab, "one", "other")
+        time.sleep(1)
+        started = time.time()
+        lab.restart("node1/agent")
+        lab.wait("the agent is back", lambda: lab.run("node/node1", "fimbria", "status").returncode == 0)
+        time.sleep(1)
+    assert [at > started for at in seen["reconnects"]] == [True]
+    assert seen["names"]["one"] > started
+    assert seen["names"]["two"] > seen["reconnects"][0]
+
+
 def test_a_server_that_is_replaced_under_load_leaves_nobody_behind(lab: Lab) -> None:
     only(lab, "one")
     resolvers = [resolver(lab, "client", cluster_ips(lab)[n % 2]) for n in range(6)]
