@@ -110,8 +110,8 @@ __noinline int forward(struct xdp_md *ctx, struct packet *p, __u32 chosen)
 
 #define NOT_AWAITED -1
 
-/* What comes back through a binding: of a service, or of a pod of this node. */
-__noinline int from_server(struct xdp_md *ctx, struct packet *p)
+/* What comes back through a binding: of a service, or of a pod of this node. The first `outer` bytes are a tunnel's. */
+__noinline int from_server(struct xdp_md *ctx, struct packet *p, __u32 outer)
 {
 	struct frame_macs macs;
 	struct nat_key back;
@@ -131,8 +131,21 @@ __noinline int from_server(struct xdp_md *ctx, struct packet *p)
 	p->backend.port = found->port;
 	if (!xdp_next_hop(ctx, p, &p->source.addr, &p->backend.addr, &macs))
 		return XDP_PASS;
+	if (outer && bpf_xdp_adjust_head(ctx, outer))
+		return XDP_PASS;
 	nat_touch(found, coarse_now());
 	return xdp_sent(p, xdp_rewrite(ctx, p, &macs));
+}
+
+static __always_inline int from_tunnel(struct xdp_md *ctx, struct packet *p)
+{
+	__u32 outer = xdp_look_inside(ctx, p);
+
+	if (!outer || !is_router(&p->t.daddr, is_v6(p)) || !unmasquerade_wanted(p))
+		return XDP_PASS;
+	int verdict = from_server(ctx, p, outer);
+
+	return verdict == NOT_AWAITED ? XDP_PASS : verdict;
 }
 
 static __always_inline int receive_frame(struct xdp_md *ctx)
@@ -144,10 +157,12 @@ static __always_inline int receive_frame(struct xdp_md *ctx)
 		return XDP_PASS;
 	bool own = for_node(&p);
 
-	if (is_local(&p.t.daddr) || (own && is_tunnel(&p)))
+	if (own && is_tunnel(&p))
+		return from_tunnel(ctx, &p);
+	if (is_local(&p.t.daddr))
 		return XDP_PASS;
 	if (own && unmasquerade_wanted(&p)) {
-		int verdict = from_server(ctx, &p);
+		int verdict = from_server(ctx, &p, 0);
 
 		if (verdict != NOT_AWAITED)
 			return verdict;

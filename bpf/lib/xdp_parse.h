@@ -64,21 +64,31 @@ static __always_inline bool xdp_parse_ipv6(void *data, void *end, struct packet 
 	return xdp_parse_l4(data + L4_OFFSET6, end, p);
 }
 
-/* Returns whether this is a packet that XDP deals with. */
-__noinline int xdp_parse(struct xdp_md *ctx, struct packet *p)
+/* A frame of `len` bytes. */
+static __always_inline bool xdp_parse_frame(void *data, void *end, __u32 len, struct packet *p)
 {
-	void *data = (void *)(long)ctx->data, *end = (void *)(long)ctx->data_end;
 	struct ethhdr *eth = data;
 	bool read = false;
 
-	/* Not those for everybody. */
-	if (!p || (void *)(eth + 1) > end || eth->h_dest[0] & 1)
+	if ((void *)(eth + 1) > end)
 		return false;
 	if (eth->h_proto == bpf_htons(ETH_P_IP))
 		read = xdp_parse_ipv4(data, end, p);
 	else if (eth->h_proto == bpf_htons(ETH_P_IPV6))
 		read = xdp_parse_ipv6(data, end, p);
-	p->len = bpf_xdp_get_buff_len(ctx) - L3_OFFSET;
+	p->len = len - L3_OFFSET;
 	/* The frame may be padded, but not cut. */
 	return read && p->wire_len <= p->len;
+}
+
+/* Returns whether this is a packet that XDP deals with. */
+__noinline int xdp_parse(struct xdp_md *ctx, struct packet *p)
+{
+	void *data = (void *)(long)ctx->data, *end = (void *)(long)ctx->data_end;
+	struct ethhdr *eth = data;
+
+	/* Not those for everybody. */
+	if (!p || (void *)(eth + 1) > end || eth->h_dest[0] & 1)
+		return false;
+	return xdp_parse_frame(data, end, bpf_xdp_get_buff_len(ctx), p);
 }

@@ -134,3 +134,49 @@ __noinline int xdp_encapsulate(struct xdp_md *ctx, struct packet *p, struct xdp_
 	write_outer6(data, o, sport, len, ecn);
 	return 0;
 }
+
+/* Would the kernel take the frame out of this packet, and lib/encap.h believe its sender? What the tunnel's way has to say
+ * about congestion, and sums over the whole packet, are for the kernel to deal with. */
+static __always_inline bool tunnel_is_plain(const struct udphdr *udp, const struct vxlan *vxlan, __u8 ecn,
+					    const struct packet *p)
+{
+	const struct remote *node = ipcache_lookup(&p->t.saddr);
+
+	if (!node || !(node->flags & REMOTE_NODE) || node->identity == IDENTITY_HOST)
+		return false;
+	return ecn != 3 && !udp->check && vxlan->flags == bpf_htonl(VXLAN_HAS_VNI) &&
+	       identity_claimable(bpf_ntohl(vxlan->vni) >> 8);
+}
+
+static __always_inline bool open_outer4(struct outer4 *outer, void *end, const struct packet *p)
+{
+	return (void *)(outer + 1) <= end && tunnel_is_plain(&outer->udp, &outer->vxlan, outer->ip4.tos & 3, p);
+}
+
+static __always_inline bool open_outer6(struct outer6 *outer, void *end, const struct packet *p)
+{
+	return (void *)(outer + 1) <= end &&
+	       tunnel_is_plain(&outer->udp, &outer->vxlan, ((__u8 *)&outer->ip6)[1] >> 4 & 3, p);
+}
+
+/* Reads the frame in a packet of the tunnel, whose own headers are in `p`; then it is what `p` is about. Returns how many
+ * bytes come before it, 0 if it isn't one for XDP. */
+__noinline int xdp_look_inside(struct xdp_md *ctx, struct packet *p)
+{
+	void *data = (void *)(long)ctx->data, *end = (void *)(long)ctx->data_end;
+	__u32 len = bpf_xdp_get_buff_len(ctx);
+	bool v6, read;
+
+	if (!p)
+		return 0;
+	v6 = is_v6(p);
+	if (!(v6 ? open_outer6(data, end, p) : open_outer4(data, end, p)))
+		return 0;
+	__builtin_memset(p, 0, sizeof(*p));
+	p->direction = DIRECTION_INGRESS;
+	if (v6)
+		read = xdp_parse_frame(data + sizeof(struct outer6), end, len - sizeof(struct outer6), p);
+	else
+		read = xdp_parse_frame(data + sizeof(struct outer4), end, len - sizeof(struct outer4), p);
+	return !read ? 0 : v6 ? sizeof(struct outer6) : sizeof(struct outer4);
+}

@@ -449,6 +449,62 @@ def test_into_the_tunnel(overlay: Datapath, uplink: Uplink, case: Case, family: 
     assert outcomes[0] == outcomes[1]
 
 
+def tunnelled(inner: Packet, underlay: int = 4, vni: int = C_IDENTITY, src: str = "other", **fields: int) -> Packet:
+    """As a node sends it. `fields` are those of the outer headers."""
+    ip = Wire(underlay).ip(src, "node")
+    ecn = fields.pop("ecn", 0)
+    setattr(ip, "tos" if underlay == 4 else "tc", ecn)
+    vxlan = struct.pack(">II", fields.pop("flags", 0x08000000), vni << 8)
+    payload = Raw(vxlan + bytes(Ether(src="02:00:00:00:0c:01", dst="02:00:00:00:0c:02") / inner))
+    return frame(ip, UDP(sport=55555, dport=8472, chksum=fields.pop("chksum", 0)) / payload)
+
+
+def reply(w: Wire, ttl: int = 62, port: int = 8080, to: str = "router") -> Packet:
+    return w.ip("c", to, ttl) / syn(port, BOUND, "SA")
+
+
+FROM_TUNNEL = [
+    Case("an answer by the tunnel", lambda w: tunnelled(reply(w)), lambda w: left(w, "node", "world", syn(
+         TCP_PORT, CLIENT, "SA"), 61), nodeport("c"), before=[call()]),
+    Case("by another kind of tunnel", lambda w: tunnelled(reply(w), 6), lambda w: left(w, "node", "world", syn(
+         TCP_PORT, CLIENT, "SA"), 61), nodeport("c"), before=[call()]),
+    Case("of a datagram", lambda w: tunnelled(w.ip("c", "router", 62) / udp(8080, BOUND, b"")),
+         lambda w: left(w, "node", "world", udp(UDP_PORT, CLIENT, b""), 61), nodeport("c"), before=[ask()]),
+    Case("nobody asked", lambda w: tunnelled(reply(w)), rows=nodeport("c")),
+    Case("another port answers", lambda w: tunnelled(reply(w, port=8081)), rows=nodeport("c"), before=[call()]),
+    Case("an answer to a pod", lambda w: tunnelled(reply(w, to="a")), rows=nodeport("c"), before=[call()]),
+    Case("an answer to the node", lambda w: tunnelled(reply(w, to="node")), rows=nodeport("c"), before=[call()]),
+    Case("its time is up", lambda w: tunnelled(reply(w, ttl=1)), rows=nodeport("c"), before=[call()]),
+    Case("the sender isn't a node", lambda w: tunnelled(reply(w), src="world"), rows=nodeport("c"), before=[call()]),
+    Case("the sender is this node", lambda w: tunnelled(reply(w), src="node"), rows=nodeport("c"), before=[call()]),
+    Case("it claims to be a node's own", lambda w: tunnelled(reply(w), vni=1), rows=nodeport("c"), before=[call()]),
+    Case("no identity", lambda w: tunnelled(reply(w), vni=0), rows=nodeport("c"), before=[call()]),
+    Case("no VNI", lambda w: tunnelled(reply(w), flags=0), rows=nodeport("c"), before=[call()]),
+    Case("congestion was met", lambda w: tunnelled(reply(w), ecn=3), rows=nodeport("c"), before=[call()]),
+    Case("the tunnel's packet is summed up", lambda w: tunnelled(reply(w), chksum=77), rows=nodeport("c"),
+         before=[call()]),
+    Case("ARP in the tunnel", lambda w: tunnelled(ARP()), rows=nodeport("c"), before=[call()]),
+]  # fmt: skip
+
+
+@cases(FROM_TUNNEL)
+def test_out_of_the_tunnel(overlay: Datapath, uplink: Uplink, case: Case, family: int) -> None:
+    check(overlay, uplink, case, family)
+
+
+@pytest.mark.parametrize("family", [4, 6])
+@pytest.mark.parametrize("underlay", [4, 6])
+def test_cut_frames_in_the_tunnel(overlay: Datapath, uplink: Uplink, family: int, underlay: int) -> None:
+    w = Wire(family)
+    prepare(overlay, Case("", call(), rows=nodeport("c")), w)
+    assert run(overlay, uplink, call()(w))[0] == XDP_TX
+    inner = bytes(Ether(src=GATEWAY_MAC, dst=DEVICE_MAC) / reply(w))
+    for length in range(0, len(inner), 3):
+        outer = Wire(underlay).ip("other", "node") / UDP(sport=5, dport=8472, chksum=0)
+        packet = bytes(frame(outer / Raw(struct.pack(">II", 0x08000000, C_IDENTITY << 8) + inner[:length])))
+        assert run(overlay, uplink, packet) == (XDP_PASS, packet)
+
+
 @pytest.mark.parametrize(("inner", "outer"), [(0, 0), (1, 1), (2, 2), (3, 2)])
 @pytest.mark.parametrize("family", [4, 6])
 @pytest.mark.parametrize("underlay", [4, 6])
