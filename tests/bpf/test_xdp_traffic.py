@@ -114,17 +114,19 @@ def both_fronts(net: Lab, s: Server, family: int) -> None:
 
 @pytest.fixture
 def alone(net: Lab) -> Iterator[None]:
-    """Nothing of tc at node 1's device."""
+    """Nothing of tc at node 1's devices."""
     node = net.nodes[0]
-    first = 2 if net.mode.overlay else 0
-    for link in [node.links.pop(first) for _ in range(2 if net.mode.tcx else 0)]:
+    hooks = [("network", "eth0")] if not net.mode.overlay else [("overlay", "fimvx"), ("network", "eth0")]
+    for link in [node.links.pop(0) for _ in range(2 * len(hooks) if net.mode.tcx else 0)]:
         link.close()
-    if not net.mode.tcx:
-        run("tc", "-n", node.space.name, "qdisc", "del", "dev", "eth0", "clsact")
+    for _, device in () if net.mode.tcx else hooks:
+        run("tc", "-n", node.space.name, "qdisc", "del", "dev", device, "clsact")
+    pods, node.links = node.links, []
     yield
-    node.attach("from_network", "eth0", False)
-    node.attach("to_network", "eth0", True)
-    node.links[first:first] = [node.links.pop() for _ in range(2 if net.mode.tcx else 0)]
+    for name, device in hooks:
+        node.attach(f"from_{name}", device, False)
+        node.attach(f"to_{name}", device, True)
+    node.links += pods
 
 
 @pytest.mark.parametrize("family", [4, 6])
