@@ -181,3 +181,18 @@ def test_a_service_that_is_removed_cuts_whoever_it_served(lab: Lab) -> None:
 
 def test_the_agent_says_what_it_did(lab: Lab) -> None:
     assert "sockets connected to backends that are gone were cut" in lab.process_log("node1/agent")
+
+
+def test_tcp_is_reset_where_that_is_asked_for(make_lab: Callable[..., Lab]) -> None:
+    lab = make_lab(nodes=1, agent_options=("reset-tcp",))
+    lab.apply(pod("client", "node1", sleeps=True) + pod("one", "node1", "server") + pod("two", "node1", "server"))
+    lab.apply(SERVICE)
+    lab.wait_ready(["client", "one", "two"])
+    only(lab, "one")
+    with resolver(lab, "client", cluster_ips(lab)[0], UDP - 1, "tcp") as seen:
+        label(lab, "two", "server")
+        lab.wait("two backends", lambda: backends(lab) == 2)
+        label(lab, "one", "other")
+        time.sleep(1)
+    assert len(seen["reconnects"]) == 1, seen
+    assert seen["names"]["two"] > seen["reconnects"][0]
