@@ -22,7 +22,7 @@ from fimbria.lab.handle import Lab
 TCP, UDP, TCP_TARGET, UDP_TARGET = 80, 81, 9000, 9001  # of a Service, and of its pods
 FAMILIES = (4, 6)
 EXTERNAL = {4: "203.0.113.200", 6: "2001:db8:113::200"}
-ASKS = 12  # both of two backends answer but once in 2,048 times
+ASKS = 20  # both of two backends answer but once in 500,000 times
 # Goes on serving for a while after SIGTERM, as a server does that is taken out of its Service gracefully.
 GRACEFUL = "trap 'sleep {linger}; kill $!' TERM; labtool serve --http 8080 --tcp 9000 --udp 9001 & wait; wait"
 
