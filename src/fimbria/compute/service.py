@@ -14,7 +14,7 @@ Rules
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Final, NamedTuple
 
@@ -29,7 +29,15 @@ from fimbria.compute.service_rows import BACKENDS, FRONTENDS, MEMBERS, RANGES, S
 from fimbria.decide.numbers import Numbers
 from fimbria.model.address import Prefix, is_v4
 from fimbria.model.rows import Backend, Frontend, FrontendKey, SlotKey
-from fimbria.model.service import DEFAULT_WEIGHT, EndpointSlice, NodeTopology, Service, ServiceKey, ServicePort
+from fimbria.model.service import (
+    DEFAULT_WEIGHT,
+    Endpoint,
+    EndpointSlice,
+    NodeTopology,
+    Service,
+    ServiceKey,
+    ServicePort,
+)
 
 __all__ = (
     "BACKENDS",
@@ -51,6 +59,8 @@ __all__ = (
 
 _PROTOCOLS: Final = {6: "TCP", 17: "UDP", 132: "SCTP"}
 _KINDS: Final = {front.CLUSTER_IP: "ClusterIP", front.NODE_PORT: "NodePort", front.HOST_PORT: "HostPort"}
+MAX_KNOWN: Final = 1 << 16
+Listing = tuple[Backend, Standing]
 _SERVES: Final[Standing] = GOING_ON | READY | SERVING | ALIVE
 _new: Final = tuple.__new__  # a NamedTuple's own is three times as slow
 
@@ -278,6 +288,10 @@ class ServiceCompute:
         found, self._losing = self._losing, set()
         return found
 
+    def lists(self, addr: bytes, port: int) -> bool:
+        """Whether any service lists an endpoint, alive or not, under any protocol."""
+        return any(self.backends.get((addr, port, proto)) is not None for proto in _PROTOCOLS)
+
     def keeps(self, number: int, addr: bytes, port: int) -> bool:
         """Whether what a client has with a backend of a service may go on: it is still listed, and alive."""
         found = self._groups.get(number)
@@ -425,7 +439,7 @@ class ServiceCompute:
         former, weights = members.standings, dict[int, int]()
         now = members.clear()
         for found, weight in self._listings(state, port):
-            for key, stands in found.items():
+            for key, stands in found:
                 backend, least = self.backends.take(key), 0
                 if backend in now:
                     members.add(backend, stands)
@@ -449,15 +463,16 @@ class ServiceCompute:
         changed += [(None, s) for name, s in now.items() if name not in former]
         if not changed:
             return
+        differing = [_differing(old, new) for old, new in changed]
         weighed = any(s.weight != DEFAULT_WEIGHT for slices in (former, now) for s in slices.values())
         for port, members in state.members.items():
             touched: list[int] = []
             if weighed:
                 self._relist(state, port, members, delta)
             else:
-                for old, new in changed:
-                    before = self._contributions(state, port, old)
-                    touched += self._exchange(members, before, self._contributions(state, port, new), delta)
+                for (old, new), (gone, come) in zip(changed, differing, strict=True):
+                    before = self._contributions(state, port, old, gone)
+                    touched += self._exchange(members, before, self._contributions(state, port, new, come), delta)
                 if not touched:
                     continue
             stable = members.decide()
@@ -466,47 +481,45 @@ class ServiceCompute:
                 self._arrange(members, group, local, None if moved else touched, delta)
                 self._finish(members, group, local, delta)
 
-    def _exchange(
-        self, members: Members, before: dict[Backend, Standing], after: dict[Backend, Standing], delta: Delta
-    ) -> Iterator[int]:
-        """One slice says something else now. Yields the backends that it is about."""
-        for key, stands in before.items():
-            if after.get(key) != stands:
-                backend = self.backends.take(key)
-                yield backend
-                if members.remove(backend, stands):
-                    self._listed.unlist(backend)
-        for key, stands in after.items():
-            if before.get(key) != stands:
-                backend = self.backends.take(key)
-                yield backend
-                if members.add(backend, stands):
-                    self._listed.list(backend, key, delta)
+    def _exchange(self, members: Members, before: list[Listing], after: list[Listing], delta: Delta) -> Iterator[int]:
+        """Some listings in the place of others. Yields the backends that it is about."""
+        for key, stands in before:
+            backend = self.backends.take(key)
+            yield backend
+            if members.remove(backend, stands):
+                self._listed.unlist(backend)
+        for key, stands in after:
+            backend = self.backends.take(key)
+            yield backend
+            if members.add(backend, stands):
+                self._listed.list(backend, key, delta)
 
-    def _listings(self, state: _State, port: PortKey) -> Iterator[tuple[dict[Backend, Standing], int]]:
+    def _listings(self, state: _State, port: PortKey) -> Iterator[tuple[list[Listing], int]]:
         for slice_ in state.slices.values():
-            yield self._contributions(state, port, slice_), slice_.weight
+            yield self._contributions(state, port, slice_, slice_.endpoints), slice_.weight
         if state.extras:
-            yield {Backend(*key): _SERVES for key in state.extras[port.port].backends}, DEFAULT_WEIGHT
+            yield [(Backend(*key), _SERVES) for key in state.extras[port.port].backends], DEFAULT_WEIGHT
 
-    def _contributions(self, state: _State, key: PortKey, slice_: EndpointSlice | None) -> dict[Backend, Standing]:
-        """The backends that a slice lists for a port. One that it lists twice stands as its best listing."""
-        found: dict[Backend, Standing] = {}
+    def _contributions(
+        self, state: _State, key: PortKey, slice_: EndpointSlice | None, endpoints: Iterable[Endpoint]
+    ) -> list[Listing]:
+        """What some endpoints of a slice are for a port."""
+        found: list[Listing] = []
         if slice_ is None or slice_.v4 != key.v4:
             return found
         name, proto = state.ports[key].name, key.proto
         publish, drained = state.service.publish_not_ready, slice_.weight == 0
         known = self._standings.setdefault((publish, drained), {})
         for number in [p.port for p in slice_.ports if p.name == name and p.proto == proto]:
-            for endpoint in slice_.endpoints:
+            for endpoint in endpoints:
                 # What is asked for every endpoint of the cluster has few answers: by all there is but the address.
                 stands = known.get(endpoint[1:])
                 if stands is None:
+                    if len(known) >= MAX_KNOWN:
+                        known.clear()  # nodes come and go
                     stands = standing(endpoint, self.place, publish_not_ready=publish, drained=drained)
                     known[endpoint[1:]] = stands
-                backend = _new(Backend, (endpoint[0], number, proto, 0))
-                if stands > found.setdefault(backend, stands):
-                    found[backend] = stands
+                found.append((_new(Backend, (endpoint[0], number, proto, 0)), stands))
         return found
 
     # --- slots and frontends -------------------------------------------------------------------------------------
@@ -536,6 +549,18 @@ class ServiceCompute:
                 self._frontends[frontend] = row
                 delta.put(FRONTENDS, frontend, row)
         group.set_table(members.weights if tabled else None, delta)
+
+
+def _differing(old: EndpointSlice | None, new: EndpointSlice | None) -> tuple[Sequence[Endpoint], Sequence[Endpoint]]:
+    """The endpoints of two versions of a slice, without those that both begin and end with: mostly one is left."""
+    before = old.endpoints if old is not None else ()
+    after = new.endpoints if new is not None else ()
+    if old is None or new is None or (old.v4, old.ports, old.weight) != (new.v4, new.ports, new.weight):
+        return before, after
+    least = min(len(before), len(after))
+    start = next((i for i in range(least) if before[i] != after[i]), least)
+    end = next((i for i in range(least - start) if before[~i] != after[~i]), least - start)
+    return before[start : len(before) - end], after[start : len(after) - end]
 
 
 def _addresses(state: _State | None) -> dict[bytes, int]:
