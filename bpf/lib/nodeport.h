@@ -451,19 +451,44 @@ static __always_inline int nodeport_arrived(struct __sk_buff *skb, struct packet
 	return reason || !(p->flags & PACKET_BOUND) ? reason : nodeport_address(skb, p);
 }
 
-/* A packet that can't go on is dropped and its sender told, where the protocols want that. */
+/* RFC 4443 2.4 (f) and RFC 1812 4.3.2.8 want a limit: addresses can be forged, and errors be sent to who never asked. */
+#define ERRORS_PER_SECOND 1000
+
+static __always_inline bool may_complain(void)
+{
+	__u32 zero = 0;
+	struct errors_sent *sent = bpf_map_lookup_elem(&errors_sent, &zero);
+	__u64 now = coarse_now();
+
+	if (!sent)
+		return false;
+	if (now - sent->since >= NSEC_PER_SEC) {
+		sent->since = now;
+		sent->count = 0;
+	}
+	return sent->count++ < ERRORS_PER_SECOND;
+}
+
+/* Makes a packet that is dropped the answer to itself, where the protocols want one. Returns 0, or -1: no answer. */
+static __always_inline int nodeport_answer(struct __sk_buff *skb, struct packet *p, int reason, __u32 mtu)
+{
+	bool refused = reason == DROP_SERVICE_NO_BACKEND && !(p->flags & PACKET_SILENT);
+	bool too_big = reason == DROP_FRAGMENTATION_NOT_SUPPORTED && !may_fragment(skb, p);
+
+	if (refused && p->t.proto == IPPROTO_TCP)
+		return refusal(skb, p);
+	if (!(refused || too_big || reason == DROP_TTL_EXCEEDED) || !may_complain())
+		return -1;
+	if (refused)
+		return refusal(skb, p);
+	return complain(skb, p, too_big ? COMPLAINT_TOO_BIG : COMPLAINT_TTL, mtu);
+}
+
+/* A packet that can't go on. */
 static __always_inline int nodeport_drop(struct __sk_buff *skb, struct packet *p, int reason, __u32 mtu)
 {
-	int answered = -1;
-
 	drop(skb, p, reason);
-	if (reason == DROP_SERVICE_NO_BACKEND && !(p->flags & PACKET_SILENT))
-		answered = refusal(skb, p);
-	else if (reason == DROP_TTL_EXCEEDED)
-		answered = complain(skb, p, COMPLAINT_TTL, 0);
-	else if (reason == DROP_FRAGMENTATION_NOT_SUPPORTED && !may_fragment(skb, p))
-		answered = complain(skb, p, COMPLAINT_TOO_BIG, mtu);
-	return answered ? TC_ACT_SHOT : answer_back(skb);
+	return nodeport_answer(skb, p, reason, mtu) ? TC_ACT_SHOT : answer_back(skb);
 }
 
 /* This packet leaves the node once its addresses are right. */

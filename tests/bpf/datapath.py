@@ -194,7 +194,7 @@ class Datapath:
     def clear(self) -> None:
         """Empties every map but the metrics."""
         for name, m in self.maps.items():
-            if name in ("metrics", "events", "runtime", "node_serves"):
+            if name in ("metrics", "events", "runtime", "node_serves", "errors_sent"):
                 continue
             keys, _ = m.dump()
             m.delete_batch(keys, len(keys) // m.key_size)

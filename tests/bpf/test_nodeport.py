@@ -1,6 +1,8 @@
 """Services for clients outside the node: to every kind of backend and back, errors and refusals included."""
 
 import contextlib
+import struct
+import time
 from collections.abc import Callable, Iterator
 
 import pytest
@@ -448,3 +450,27 @@ REFUSALS = [
 @pytest.mark.parametrize(("record", "family"), cases(REFUSALS), ids=case_id)
 def test_refusals(dp: Datapath, space: Space, record: Record, family: int) -> None:
     space.inside(lambda: check(dp, record, family))
+
+
+def spent(dp: Datapath, w: Wire) -> None:
+    """Every CPU has sent as many errors in this second as it may."""
+    nodeport()(dp, w)
+    sent = struct.pack("=QQ", time.monotonic_ns() - 20_000_000, 1000)  # the kernel looks at a coarse clock
+    errors = dp.maps["errors_sent"]
+    errors.update(bytes(4), sent * (len(errors.lookup(bytes(4)) or b"") // len(sent)))
+
+
+LIMITED = [
+    none("errors have a limit", ASK[1], SHOT, rows=spent, drop="DROP_SERVICE_NO_BACKEND"),
+    none("resets have none, as the stack has none for them", CALL[1], REDIRECT, rows=spent,
+         drop="DROP_SERVICE_NO_BACKEND"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("record", "family"), cases(LIMITED), ids=case_id)
+def test_errors_to_the_outside_have_a_limit(dp: Datapath, space: Space, record: Record, family: int) -> None:
+    try:
+        space.inside(lambda: check(dp, record, family))
+    finally:
+        errors = dp.maps["errors_sent"]
+        errors.update(bytes(4), bytes(len(errors.lookup(bytes(4)) or b"")))
