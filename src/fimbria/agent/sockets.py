@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
@@ -12,7 +12,7 @@ from prometheus_client.core import CounterMetricFamily, Metric
 
 from fimbria.kernel import netns
 from fimbria.kernel.maps import MapError
-from fimbria.learned.sockets import TranslatedSockets, cut
+from fimbria.learned.sockets import Backend, TranslatedSockets, cut
 
 if TYPE_CHECKING:
     from fimbria.agent.main import Agent
@@ -32,29 +32,34 @@ class SocketCutter:
     _told: str = ""
 
     async def run(self) -> None:
-        """First all services, since backends may have gone while no agent ran; then those that lose one."""
+        """First all services, since backends may have gone while no agent ran; then those that lose one.
+
+        At first a backend must be nobody's: after an upgrade that could not read the former version's maps, service
+        ids in the table mean something else.
+        """
         maps, services = self.agent.datapath.maps, self.agent.engine.services
         if "sock_revnat" not in maps:
             return
         sockets = TranslatedSockets(maps["sock_revnat"], self.agent.layouts.btf)
         services.take_losing()
-        await self._pass(sockets, None)
+        await self._pass(sockets, None, lambda b: not services.lists(b.addr, b.port))
         while True:
             await self.wake.wait()
             self.wake.clear()
             losing = services.take_losing()
             if losing:
                 await self.agent.loop.flush()
-                await self._pass(sockets, losing)
+                await self._pass(sockets, losing, lambda b: not services.keeps(b.service, b.addr, b.port))
 
-    async def _pass(self, sockets: TranslatedSockets, numbers: set[int] | None) -> None:
+    async def _pass(
+        self, sockets: TranslatedSockets, numbers: set[int] | None, is_lost: Callable[[Backend], bool]
+    ) -> None:
         try:
             known = await asyncio.to_thread(sockets.of, numbers)
         except MapError as error:
             self._failed(str(error))
             return
-        keeps = self.agent.engine.services.keeps
-        lost = {b: cookies for b, cookies in known.items() if not keeps(b.service, b.addr, b.port)}
+        lost = {b: cookies for b, cookies in known.items() if is_lost(b)}
         if not lost:
             return
         paths = [e.netns for e in self.agent.tables.endpoints.values()]

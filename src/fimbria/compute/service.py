@@ -290,7 +290,7 @@ class ServiceCompute:
 
     def lists(self, addr: bytes, port: int) -> bool:
         """Whether any service lists an endpoint, alive or not, under any protocol."""
-        return any(self.backends.get((addr, port, proto)) is not None for proto in _PROTOCOLS)
+        return any(self.backends.get(Backend(addr, port, proto)) is not None for proto in _PROTOCOLS)
 
     def keeps(self, number: int, addr: bytes, port: int) -> bool:
         """Whether what a client has with a backend of a service may go on: it is still listed, and alive."""

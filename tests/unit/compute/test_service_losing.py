@@ -89,6 +89,13 @@ def test_another_port_of_a_backend_is_another_backend(compute: ServiceCompute) -
     assert not compute.keeps(99, ONE, 5353)
 
 
+def test_an_endpoint_is_listed_as_long_as_any_slice_has_it(compute: ServiceCompute) -> None:
+    compute.update(DNS, SERVICE, (part(endpoint(ONE, ready=False, serving=False)),))
+    assert compute.lists(ONE, 5353)
+    assert not compute.lists(TWO, 5353)
+    assert not compute.lists(ONE, 53)
+
+
 def test_each_loss_is_told_once(compute: ServiceCompute) -> None:
     compute.update(DNS, SERVICE, (part(endpoint(TWO)),))
     assert compute.take_losing() == {1}
