@@ -28,8 +28,10 @@ struct {
 	__type(value, struct backend);
 } backends SEC(".maps");
 
+/* The agent reads and writes it as memory. */
 struct service_table {
 	__uint(type, BPF_MAP_TYPE_ARRAY);
+	__uint(map_flags, BPF_F_MMAPABLE);
 	__uint(max_entries, 16381);
 	__type(key, __u32);
 	__type(value, __u32);

@@ -15,7 +15,7 @@ from test_xdp import came
 
 from fimbria.apply.attach import SOCKET_HOOKS
 from fimbria.kernel import netns
-from fimbria.kernel.bpf import BpfObject, MapType, attach_cgroup, create_map, prog_info
+from fimbria.kernel.bpf import BpfObject, MapFlag, MapType, attach_cgroup, create_map, prog_info
 from fimbria.model import rows
 
 AFFINITY, TABLE, HASH = 4, 128, 256
@@ -34,7 +34,7 @@ def affine(dp: Datapath, w: Wire) -> None:
 
 def tabled(dp: Datapath, w: Wire) -> None:
     nodeport("a", flags=NODE_PORT | TABLE | HASH)(dp, w)
-    with create_map(MapType.ARRAY, 4, 4, TABLE_SIZE, 0, "service_table") as inner:
+    with create_map(MapType.ARRAY, 4, 4, TABLE_SIZE, MapFlag.MMAPABLE, "service_table") as inner:
         keys, values = struct.pack(f"={TABLE_SIZE}I", *range(TABLE_SIZE)), struct.pack("=I", 700) * TABLE_SIZE
         inner.update_batch(keys, values, TABLE_SIZE)
         dp.maps["service_tables"].update(struct.pack("=I", 7), struct.pack("=i", inner.fd))

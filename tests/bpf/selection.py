@@ -12,7 +12,7 @@ from typing import Any, Final
 
 from datapath import DEFAULTS, LAYOUT, Setting, addr, prefix, show
 
-from fimbria.kernel.bpf import BpfObject, MapType, create_map, prog_test_run
+from fimbria.kernel.bpf import BpfObject, MapFlag, MapType, create_map, prog_test_run
 from fimbria.kernel.btf import enum_values
 from fimbria.kernel.codec import Codec
 from fimbria.model import rows
@@ -99,7 +99,7 @@ class Selection:
     def table(self, number: int, backends: Iterable[int]) -> None:
         """The service's table: the backends again and again."""
         of = list(backends)
-        with create_map(MapType.ARRAY, 4, 4, TABLE_SIZE, 0, "service_table") as inner:
+        with create_map(MapType.ARRAY, 4, 4, TABLE_SIZE, MapFlag.MMAPABLE, "service_table") as inner:
             values = struct.pack(f"={TABLE_SIZE}I", *(of[i % len(of)] for i in range(TABLE_SIZE)))
             inner.update_batch(struct.pack(f"={TABLE_SIZE}I", *range(TABLE_SIZE)), values, TABLE_SIZE)
             self.maps["service_tables"].update(_raw(number), struct.pack("=i", inner.fd))

@@ -22,7 +22,7 @@ from sockets import (
 )  # fmt: skip
 
 from fimbria.kernel import netns
-from fimbria.kernel.maps import MapType, create_map
+from fimbria.kernel.maps import MapFlag, MapType, create_map
 
 ANY = {4: "0.0.0.0", 6: "::"}
 LOOPBACK = {4: "127.0.0.1", 6: "::1"}
@@ -236,7 +236,7 @@ def test_affinity_is_the_namespaces(services: Services, net: Net, client: int, f
 
 
 def fill(services: Services, service: int, backend: int) -> None:
-    with create_map(MapType.ARRAY, 4, 4, TABLE_SIZE, 0, "service_table") as inner:
+    with create_map(MapType.ARRAY, 4, 4, TABLE_SIZE, MapFlag.MMAPABLE, "service_table") as inner:
         keys, values = range(TABLE_SIZE), [backend] * TABLE_SIZE
         inner.update_batch(struct.pack(f"={TABLE_SIZE}I", *keys), struct.pack(f"={TABLE_SIZE}I", *values), TABLE_SIZE)
         services.maps["service_tables"].update(struct.pack("=I", service), struct.pack("=i", inner.fd))

@@ -254,7 +254,7 @@ def stages(agent: Agent) -> list[Stage]:
     found = [
         Stage(SysctlTarget(lambda: list(rows.sysctls.desired)), rows.sysctls, quick=True),
         plain("backends"), plain("service_members"), plain("source_ranges"), plain("service_exempt"),
-        Stage(dp.tables_target(datapath, agent.config, rows.backends.desired.get), rows.service_tables),
+        Stage(dp.tables_target(datapath, agent.config, rows.backends.desired.get), rows.service_tables, thread_from=4),
         plain("service_slots"), plain("frontends"),
         Stage(dp.policy_target(datapath, layouts), rows.policy_sets), identities,
         plain("cidrs"), plain("ipcache"),

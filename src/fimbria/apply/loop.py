@@ -44,6 +44,7 @@ class Stage:
 
     `requires(key, row)` names (target, key) pairs that must not be pending. `quick` targets are cheap to read, and are
     what others most likely change. `swaps` targets are written a second time, after all upserts, with order "swap".
+    Deltas of `thread_from` rows and more are written in a thread.
     `vouches`: a row says that other targets hold all that its key asks for; it goes first.
     `unreadable` says why the last audit could not read the target back.
     """
@@ -54,6 +55,7 @@ class Stage:
     quick: bool = False
     swaps: bool = False
     vouches: bool = False
+    thread_from: int = THREAD_FROM
     unreadable: str = ""
     repaired: int = 0
     writes: int = 0
@@ -296,7 +298,7 @@ class ApplyLoop:
     async def _write_stage(self, stage: Stage, delta: Delta[Any, Any], order: str) -> int:
         """Returns how many rows were written."""
         try:
-            if len(delta) >= THREAD_FROM:
+            if len(delta) >= stage.thread_from:
                 failures = await asyncio.to_thread(stage.target.write, delta, order=order)
             else:
                 failures = stage.target.write(delta, order=order)

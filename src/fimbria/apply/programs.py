@@ -18,7 +18,7 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import Final
 
-from fimbria.kernel.bpf import BpfObject, Map, MapError, MapSpec, MapType, Program, create_map, prog_info
+from fimbria.kernel.bpf import BpfObject, Map, MapError, MapSpec, Program, array_map, prog_info
 
 log = logging.getLogger(__name__)
 OBJECTS: Final = ("pod", "host", "overlay", "socket")
@@ -155,7 +155,7 @@ class Datapath:
             obj.set_constants(mine)
             with ExitStack() as templates:
                 for outer in self._arrays.keys() & shared.keys() - reused.keys():
-                    template = create_map(MapType.ARRAY, 4, 4, self._arrays[outer], name=f"{outer[:13]}_0")
+                    template = array_map(self._arrays[outer], f"{outer[:13]}_0")
                     obj.set_inner(outer, templates.enter_context(template))
                 obj.load()
             for n in shared.keys() - reused.keys():

@@ -20,16 +20,15 @@ from contextlib import ExitStack, suppress
 from dataclasses import dataclass
 from typing import Final
 
-from fimbria.apply.maps import BATCH, U32
+from fimbria.apply.maps import U32
 from fimbria.apply.rows import Delta
 from fimbria.compute.maglev import TableMember, in_order
 from fimbria.kernel import maglev
-from fimbria.kernel.bpf import BpfError, Map, MapError, MapType, create_map
+from fimbria.kernel.bpf import BpfError, Map, MapError, MapFlag, MapType, array_map, array_memory
 from fimbria.model.rows import Backend
 from fimbria.model.service import TableContent
 
 OPEN_AT_ONCE: Final = 256  # new tables, each an open file
-_ENTRY: Final = 4
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,7 +67,8 @@ class ServiceTablesTarget:
         found: dict[int, TableContent | ForeignTable] = {}
         for number, map_id in self._inner_ids().items():
             with suppress(BpfError), Map.by_id(map_id) as inner:
-                digest = _digest(inner.dump()[1])
+                with array_memory(inner) as numbers:
+                    digest = _digest(numbers.tobytes())
                 known = self._written.get(number)
                 found[number] = known.content if known and known.digest == digest else ForeignTable(digest.hex())
         return found
@@ -77,8 +77,8 @@ class ServiceTablesTarget:
         """The backend ids of every table, as they are in the kernel."""
         found: dict[int, list[int]] = {}
         for number, map_id in self._inner_ids().items():
-            with suppress(BpfError), Map.by_id(map_id) as inner:
-                found[number] = U32().decode_many(inner.dump()[1])
+            with suppress(BpfError), Map.by_id(map_id) as inner, array_memory(inner) as numbers:
+                found[number] = numbers.tolist()
         return found
 
     def write(self, delta: Delta[int, TableContent], *, order: str) -> Mapping[int, str]:
@@ -118,14 +118,13 @@ class ServiceTablesTarget:
         table = self._table(content)
         try:
             with Map.by_id(map_id) as inner:
-                if (inner.type, inner.max_entries, inner.value_size) != (MapType.ARRAY, self._size, _ENTRY):
+                if inner.info.layout != (MapType.ARRAY, 4, 4, self._size, MapFlag.MMAPABLE):
                     return False
-                before = inner.dump()[1]
-                changed = _differences(before, table)
-                _write(inner, changed, b"".join(table[i * _ENTRY : (i + 1) * _ENTRY] for i in changed))
+                with array_memory(inner) as numbers:
+                    changed = _change(numbers, table)
         except BpfError:
             return False
-        self.amended += len(changed)
+        self.amended += changed
         self._written[number] = _Written(content, _digest(table))
         return True
 
@@ -138,8 +137,9 @@ class ServiceTablesTarget:
             for number, content in rows:
                 table = self._table(content)
                 try:
-                    inner = stack.enter_context(_inner_map(number, self._size))
-                    _write(inner, range(self._size), table)
+                    inner = stack.enter_context(array_map(self._size, f"table_{number}"))
+                    with array_memory(inner) as numbers:
+                        numbers[:] = memoryview(table).cast("I")
                     made.append((number, _Written(content, _digest(table)), inner))
                 except MapError as error:
                     failures[number] = _explain(number, error)
@@ -170,21 +170,17 @@ class ServiceTablesTarget:
         return failures
 
 
-def _inner_map(number: int, size: int) -> Map:
-    return create_map(MapType.ARRAY, 4, _ENTRY, size, name=f"table_{number}")
-
-
-def _differences(before: bytes, after: bytes) -> list[int]:
-    if before == after:
-        return []
-    pairs = zip(memoryview(before).cast("I"), memoryview(after).cast("I"), strict=True)
-    return [i for i, (old, new) in enumerate(pairs) if old != new]
-
-
-def _write(inner: Map, indexes: Sequence[int], values: bytes) -> None:
-    for at in range(0, len(indexes), BATCH):
-        part = indexes[at : at + BATCH]
-        inner.update_batch(U32().encode_many(list(part)), values[at * _ENTRY : (at + len(part)) * _ENTRY], len(part))
+def _change(numbers: memoryview, table: bytes) -> int:
+    """Write the entries that differ; returns how many."""
+    if numbers.tobytes() == table:
+        return 0
+    now = numbers.tolist()
+    changed = [
+        (i, new) for i, (old, new) in enumerate(zip(now, memoryview(table).cast("I"), strict=True)) if old != new
+    ]
+    for index, new in changed:
+        numbers[index] = new
+    return len(changed)
 
 
 def _digest(table: bytes) -> bytes:

@@ -38,6 +38,8 @@ from fimbria.kernel.maps import (
     MapInfo,
     MapType,
     UpdateFlag,
+    array_map,
+    array_memory,
     create_map,
     map_info,
     possible_cpus,
@@ -49,7 +51,8 @@ __all__ = [
     "Anchor", "AttachType", "Attached", "BpfError", "BpfObject", "ConstantError", "Fd", "HookState", "Link",
     "LinkInfo", "Map", "MapBtf", "MapError", "MapFlag", "MapFull", "MapInfo", "MapSpec", "MapType", "ProgInfo",
     "ProgType", "Program", "ProgramSpec", "RingBuffer", "TcSlot", "TestRun", "UpdateFlag", "VerifierError",
-    "attach_cgroup", "attach_netns", "attach_tcx", "attach_xdp", "clsact", "create_map", "link_ids", "map_ids",
+    "array_map", "array_memory", "attach_cgroup", "attach_netns", "attach_tcx", "attach_xdp", "clsact", "create_map",
+    "link_ids", "map_ids",
     "map_info", "open_pin", "pin_fd", "possible_cpus", "prog_info", "prog_test_run", "program_by_id", "program_ids",
     "query_cgroup", "query_device", "tc_attach", "tc_detach", "tc_query", "unpin",
 ]  # fmt: skip

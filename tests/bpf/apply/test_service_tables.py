@@ -20,7 +20,7 @@ BACKENDS = {n: Backend(pack(f"10.0.0.{n}"), 80, 6) for n in range(1, 50)}
 
 @pytest.fixture
 def outer() -> Iterator[Map]:
-    with create_map(MapType.ARRAY, 4, 4, SIZE) as template:
+    with create_map(MapType.ARRAY, 4, 4, SIZE, MapFlag.MMAPABLE) as template:
         found = create_map(MapType.HASH_OF_MAPS, 4, 4, SERVICES, MapFlag.NO_PREALLOC, "tables", inner=template)
     yield found
     found.close()
@@ -90,7 +90,7 @@ def test_what_others_change_is_found_and_repaired(target: ServiceTablesTarget, o
     want = {1: content(1, 2), 2: content(3)}
     write(target, want)
     with Map.by_id(inner_id(outer, 1)) as inner:
-        inner.update(struct.pack("=I", 5), struct.pack("=I", 49))
+        inner.update(struct.pack("=I", 5), struct.pack("=I", 49))  # programs see memory and map as one
     found = target.read()
     assert isinstance(found[1], ForeignTable)
     assert found[2] == want[2]
@@ -114,7 +114,7 @@ def test_a_member_without_a_row_is_left_out(target: ServiceTablesTarget, outer: 
 
 
 def test_many_tables_go_in_by_batches(outer: Map) -> None:
-    with create_map(MapType.ARRAY, 4, 4, SIZE) as template:
+    with create_map(MapType.ARRAY, 4, 4, SIZE, MapFlag.MMAPABLE) as template:
         large = create_map(MapType.HASH_OF_MAPS, 4, 4, 600, MapFlag.NO_PREALLOC, "tables", inner=template)
     with large:
         target = ServiceTablesTarget(large, SIZE, BACKENDS.get)
