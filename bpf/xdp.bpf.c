@@ -24,14 +24,12 @@ static __always_inline bool is_local(const addr_t *addr)
 }
 
 /* Nobody outside has our own address or a local pod's, and remote pods come through the tunnel where there is one. */
-static __always_inline bool is_spoofed(const struct packet *p)
+static __always_inline bool is_spoofed(struct packet *p)
 {
-	const struct remote *remote = ipcache_lookup(&p->t.saddr);
-
-	if (is_local(&p->t.saddr))
+	identify_peer(p, &p->t.saddr);
+	if (p->peer == IDENTITY_HOST || is_local(&p->t.saddr))
 		return true;
-	return remote && (remote->identity == IDENTITY_HOST ||
-			  (cfg_overlay_ifindex && remote->flags & REMOTE_POD && remote->flags & REMOTE_TUNNEL));
+	return cfg_overlay_ifindex && p->peer_flags & REMOTE_POD && p->peer_flags & REMOTE_TUNNEL;
 }
 
 static __always_inline bool backend_is_here(const struct packet *p)
@@ -101,11 +99,13 @@ __noinline int forward(struct xdp_md *ctx, struct packet *p, __u32 chosen)
 		return XDP_PASS;
 	int reason = xdp_rewrite(ctx, p, &outer.macs);
 
-	if (!reason && room)
+	if (!reason && room) {
 		reason = xdp_tell(ctx, p, &p->frontend);
+		p->len += room;
+	}
 	if (!reason && tunnel)
 		reason = xdp_encapsulate(ctx, p, &outer);
-	return xdp_sent(p, reason);
+	return xdp_end(ctx, p, reason, tunnel ? TRACE_TO_OVERLAY : TRACE_TO_NETWORK);
 }
 
 #define NOT_AWAITED -1
@@ -134,7 +134,7 @@ __noinline int from_server(struct xdp_md *ctx, struct packet *p, __u32 outer)
 	if (outer && bpf_xdp_adjust_head(ctx, outer))
 		return XDP_PASS;
 	nat_touch(found, coarse_now());
-	return xdp_sent(p, xdp_rewrite(ctx, p, &macs));
+	return xdp_end(ctx, p, xdp_rewrite(ctx, p, &macs), TRACE_TO_NETWORK);
 }
 
 static __always_inline int from_tunnel(struct xdp_md *ctx, struct packet *p)

@@ -25,7 +25,7 @@ static __always_inline void event_ports(struct event *e, const struct packet *p)
 }
 
 /* kind: enum event_type << 8 | reason, trace point or verdict. */
-__noinline int emit(struct __sk_buff *skb, struct packet *p, __u32 kind)
+__noinline int emit_event(struct packet *p, __u32 ifindex, __u32 kind)
 {
 	if (!p)
 		return 0;
@@ -49,7 +49,7 @@ __noinline int emit(struct __sk_buff *skb, struct packet *p, __u32 kind)
 	e->endpoint = p->endpoint;
 	e->source = egress ? p->identity : p->peer;
 	e->destination = egress ? p->peer : p->identity;
-	e->ifindex = skb->ifindex;
+	e->ifindex = ifindex;
 	e->rule = p->rule;
 	e->saddr = p->t.saddr;
 	e->daddr = p->t.daddr;
@@ -57,6 +57,11 @@ __noinline int emit(struct __sk_buff *skb, struct packet *p, __u32 kind)
 	e->service = p->service;
 	bpf_ringbuf_submit(e, 0);
 	return 0;
+}
+
+static __always_inline void emit(struct __sk_buff *skb, struct packet *p, __u32 kind)
+{
+	emit_event(p, skb->ifindex, kind);
 }
 
 /* The only way to drop a packet that somebody could miss. */

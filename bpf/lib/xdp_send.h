@@ -103,7 +103,13 @@ __noinline int xdp_rewrite(struct xdp_md *ctx, struct packet *p, struct frame_ma
 	if (!p || !macs || (void *)(eth + 1) > end)
 		return DROP_WRITE_ERROR;
 	__builtin_memcpy(eth, macs, sizeof(*macs));
-	return (is_v6(p) ? xdp_rewrite_ipv6(data, end, p) : xdp_rewrite_ipv4(data, end, p)) ? 0 : DROP_WRITE_ERROR;
+	if (!(is_v6(p) ? xdp_rewrite_ipv6(data, end, p) : xdp_rewrite_ipv4(data, end, p)))
+		return DROP_WRITE_ERROR;
+	p->t.saddr = p->source.addr;
+	p->t.sport = p->source.port;
+	p->t.daddr = p->backend.addr;
+	p->t.dport = p->backend.port;
+	return 0;
 }
 
 struct frame4 {
@@ -166,8 +172,13 @@ static __always_inline int xdp_tell(struct xdp_md *ctx, const struct packet *p, 
 	return is_v6(p) ? xdp_tell6(ctx, frontend) : xdp_tell4(ctx, frontend);
 }
 
-static __always_inline int xdp_sent(const struct packet *p, int reason)
+/* The end of every packet that isn't left to tc: on its way to `point`, or dropped. */
+static __always_inline int xdp_end(struct xdp_md *ctx, struct packet *p, int reason, __u32 point)
 {
 	count(reason ? reason : METRIC_FORWARDED, p->direction, p->len);
+	if (cfg_events && reason)
+		emit_event(p, ctx->ingress_ifindex, EVENT_DROP << 8 | (reason & 0xff));
+	else if (cfg_events && p->report)
+		emit_event(p, ctx->ingress_ifindex, EVENT_TRACE << 8 | point);
 	return reason ? XDP_DROP : XDP_TX;
 }

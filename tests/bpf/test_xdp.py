@@ -2,7 +2,7 @@
 
 import struct
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -141,8 +141,13 @@ def check(dp: Datapath, uplink: Uplink, case: Case, family: int) -> None:
     case.then(dp, w)
 
 
+def reported(dp: Datapath) -> list[Any]:
+    """Events, whatever the time and the device."""
+    return [replace(e, time=0, ifindex=0) for e in dp.events()]
+
+
 def check_like_tc(dp: Datapath, uplink: Uplink, case: Case, family: int) -> None:
-    """tc makes the same of it, and remembers the same; also when the two take turns."""
+    """tc makes the same of it, remembers and reports the same; also when the two take turns."""
     w = Wire(family)
     outcomes = []
     for by_tc in (set(), {0}, {1}, {0, 1}):
@@ -156,7 +161,8 @@ def check_like_tc(dp: Datapath, uplink: Uplink, case: Case, family: int) -> None
                 verdict, out = run(dp, uplink, build(w))
                 assert verdict == XDP_TX
             outs.append(out[14:])
-        outcomes.append((outs, learned(dp)))
+        outcomes.append((outs, learned(dp), reported(dp)))
+    assert outcomes[0][2], "a new connection is reported"
     assert all(o == outcomes[0] for o in outcomes)
 
 
@@ -429,7 +435,7 @@ TOLD_CASES = [
 @pytest.mark.parametrize("underlay", [4, 6])
 @cases([*TUNNEL_CASES, *TOLD_CASES])
 def test_into_the_tunnel(overlay: Datapath, uplink: Uplink, case: Case, family: int, underlay: int) -> None:
-    """And tc puts the same into it, and remembers the same."""
+    """And tc puts the same into it, remembers and reports the same."""
     w = Wire(family)
     flags = NODE_PORT | (DIRECT_RETURN if case in TOLD_CASES else 0)
     outcomes = []
@@ -445,7 +451,7 @@ def test_into_the_tunnel(overlay: Datapath, uplink: Uplink, case: Case, family: 
                 assert verdict == XDP_TX
                 out = opened(raw, underlay)
         assert case.gives and out[14:] == bytes(case.gives(w))[14:]
-        outcomes.append(learned(overlay))
+        outcomes.append((learned(overlay), reported(overlay)))
     assert outcomes[0] == outcomes[1]
 
 
