@@ -15,18 +15,20 @@ from typing import Any, Final
 from fimbria.model.labels import LabelFilter
 from fimbria.model.policy import Policy, PolicyId, Problem
 from fimbria.model.redirect import Redirect
-from fimbria.model.service import EndpointSlice, Service
+from fimbria.model.service import EndpointSlice, Service, ServiceKey
 from fimbria.sources.k8s import policies, policies_cilium, redirects, resources, rows, services
 from fimbria.sources.k8s.client import ApiClient
 from fimbria.sources.k8s.errors import NotFound
 from fimbria.sources.k8s.informer import KEEP, Informer
 from fimbria.sources.k8s.policies import Conversion, Vocabulary
 from fimbria.sources.k8s.redirects import RedirectConversion
+from fimbria.sources.k8s.types import core
 from fimbria.tables import Tables
 from fimbria.tables.table import Table
 
 log = logging.getLogger(__name__)
 SPARE_PROBLEMS: Final = 64
+MAX_TOLD: Final = 5
 
 
 class BadPolicy(ValueError):
@@ -54,8 +56,8 @@ class Sources:
         self._add(r.CILIUM_ENDPOINTS, t.remote_endpoints, rows.remote_endpoint)
         named = f"metadata.name={self.node}"
         self._add(r.NODES, t.own_node, services.to_topology, key=lambda m: m.name, fields=named)
-        self._add(r.SERVICES, t.services, _service)
-        self._add(r.ENDPOINT_SLICES, t.endpoint_slices, _slice)
+        self._add(r.SERVICES, t.services, self._service)
+        self._add(r.ENDPOINT_SLICES, t.endpoint_slices, self._slice)
         self._add(r.NETWORK_POLICIES, t.network_policies, self._convert(policies.network_policy))
         cilium = self._convert(policies_cilium.cilium_policy)
         self._add(r.CILIUM_NETWORK_POLICIES, t.cilium_policies, cilium)
@@ -111,6 +113,18 @@ class Sources:
 
         return report
 
+    def _service(self, obj: core.Service) -> Service:
+        row = services.to_service(obj)
+        _tell("Service", row.key, row.warnings, self.tables.services.get(row.key))
+        return row
+
+    def _slice(self, obj: core.EndpointSlice) -> EndpointSlice | None:
+        row = services.to_slice(obj)
+        if row is not None:
+            name = ServiceKey(row.service.namespace, row.name)
+            _tell("EndpointSlice", name, row.warnings, self.tables.endpoint_slices.get(name))
+        return row
+
     def _convert(
         self, convert: Callable[[Any, Vocabulary], Conversion | RedirectConversion]
     ) -> Callable[[Any], Policy | Redirect]:
@@ -138,9 +152,8 @@ def vocabulary(label_filter: str, cluster: str) -> Vocabulary:
     return Vocabulary(LabelFilter.of(label_filter.split()), cluster)
 
 
-def _service(obj: Any) -> Service:
-    return services.to_service(obj)
-
-
-def _slice(obj: Any) -> EndpointSlice | None:
-    return services.to_slice(obj)
+def _tell(kind: str, name: ServiceKey, warnings: tuple[str, ...], known: Service | EndpointSlice | None) -> None:
+    """What an object asks for and doesn't get, the first few; what was said of it before isn't said again."""
+    told = known.warnings if known is not None else ()
+    for text in [w for w in warnings if w not in told][:MAX_TOLD]:
+        log.warning("%s %s: %s", kind, name, text)
