@@ -33,6 +33,7 @@ ASKED = (("from_pod", lambda w: w.sent("world", udp())), ("to_network", lambda w
 PATHS = [
     Path("floor", "to_pod", lambda w: w.routed("front", "a", udp()), mark=0xF4),
     Path("pod to pod, one node", "from_pod", lambda w: w.sent("b", ACK), before=OPEN_B),
+    Path("pod to pod, one node, new connection", "from_pod", lambda w: w.sent("b", syn()), fresh=True),
     Path("pod to pod, one node, policy", "from_pod", lambda w: w.sent("b", ACK), ALLOW, OPEN_B),
     Path("pod to pod, to the overlay", "from_pod", lambda w: w.sent("c", ACK),
          before=(("from_pod", lambda w: w.sent("c", ACK)),)),
