@@ -138,8 +138,8 @@ class ServiceTablesTarget:
                 table = self._table(content)
                 try:
                     inner = stack.enter_context(array_map(self._size, f"table_{number}"))
-                    with array_memory(inner) as numbers:
-                        numbers[:] = memoryview(table).cast("I")
+                    with array_memory(inner) as entries:
+                        entries[:] = memoryview(table).cast("I")
                     made.append((number, _Written(content, _digest(table)), inner))
                 except MapError as error:
                     failures[number] = _explain(number, error)
