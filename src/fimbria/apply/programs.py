@@ -175,7 +175,7 @@ class Datapath:
 
     def _map_path(self, name: str, layout: tuple[int, ...]) -> Path:
         kind, key, value, entries, flags = layout
-        inner = f" {self._arrays[name]}" if name in self._arrays else ""
+        inner = f" arrays of {self._arrays[name]}, memory" if name in self._arrays else ""
         layout_text = f"{self._layout(name)} {(kind, key, value, flags)}{inner}"
         digest = hashlib.sha256(layout_text.encode()).hexdigest()[:12]
         return self._root / "maps" / f"{name}-{digest}-{entries}"
