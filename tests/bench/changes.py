@@ -19,7 +19,8 @@ from tests.bench.kubeproxy import KubeProxy
 from tests.bench.labs import BenchPod, bench_lab, load, place, settle, start_pods
 from tests.bench.measure import BenchError, Place, Settings
 from tests.bench.report import Figure, Goal, explain, figure, tail
-from tests.bench.service_data import PORT, SLICE_PATH, address, endpoint_slice, rows, service
+from tests.bench.rules import PORT, address
+from tests.bench.service_data import SLICE_PATH, endpoint_slice, rows, service
 from tests.bench.services import many
 
 from fimbria.lab import components, kernel

@@ -20,7 +20,8 @@ from tests.bench.kubeproxy import KubeProxy
 from tests.bench.labs import agent_metrics, bench_lab, load, settle
 from tests.bench.measure import BenchError, Settings, rate
 from tests.bench.report import Figure, Goal, explain, figure, tail
-from tests.bench.service_data import PORT, SLICE_PATH, address, endpoint_slice, rows, service
+from tests.bench.rules import PORT, address
+from tests.bench.service_data import SLICE_PATH, endpoint_slice, rows, service
 
 from fimbria.kernel.bpf import Map
 from fimbria.lab import access
@@ -173,7 +174,7 @@ def _turned(body: dict[str, Any], ready: bool) -> dict[str, Any]:
 def _flap_ours(lab: Lab, body: dict[str, Any], size: int, times: int) -> tuple[list[float], float, float]:
     """ms of each change, rows written for each, CPU ms for each."""
     with _map(lab, "frontends") as frontends:
-        key = lab.wait(f"a Service with {size:,} slots", partial(_key_of, frontends, size), 60.0)
+        key = lab.wait(f"a Service with {size:,} slots", partial(_key_of, frontends, size), 60.0) or b""
         settle(lab)
         pid = pid_of(lab, AGENT)
         cpu, written = cpu_seconds(pid), _written(lab)

@@ -16,7 +16,8 @@ from tests.bench.kubeproxy import KubeProxy
 from tests.bench.labs import BenchPod, bench_lab, like_wires, load, place, settle, start_pods
 from tests.bench.measure import Measure, Place, Settings, interleave, rate
 from tests.bench.report import Figure, Goal, explain, figure, paired_ratio
-from tests.bench.service_data import PORT, address, endpoint_slice, rows, service
+from tests.bench.rules import PORT, address
+from tests.bench.service_data import endpoint_slice, rows, service
 
 from fimbria.lab.handle import Lab
 

@@ -3,7 +3,8 @@
 from tests.bench import services
 from tests.bench.prober import ask
 from tests.bench.programming import _backends, _turned
-from tests.bench.service_data import address, endpoint_slice, rows, service
+from tests.bench.rules import address
+from tests.bench.service_data import endpoint_slice, rows, service
 
 
 def test_a_service_and_its_slice_belong_together() -> None:
