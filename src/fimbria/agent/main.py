@@ -245,6 +245,8 @@ def stages(agent: Agent) -> list[Stage]:
     def plain(name: str) -> Stage:
         return Stage(dp.map_target(name, datapath.maps[name], layouts), getattr(rows, name))
 
+    frontends = plain("frontends")
+    frontends.requires = requires.of_frontend(rows)
     identities = plain("identities")
     identities.vouches = True
     identities.requires = requires.of_identity(agent.engine)
@@ -255,7 +257,7 @@ def stages(agent: Agent) -> list[Stage]:
         Stage(SysctlTarget(lambda: list(rows.sysctls.desired)), rows.sysctls, quick=True),
         plain("backends"), plain("service_members"), plain("source_ranges"), plain("service_exempt"),
         Stage(dp.tables_target(datapath, agent.config, rows.backends.desired.get), rows.service_tables, thread_from=4),
-        plain("service_slots"), plain("frontends"),
+        plain("service_slots"), frontends,
         Stage(dp.policy_target(datapath, layouts), rows.policy_sets), identities,
         plain("cidrs"), plain("ipcache"),
         Stage(links, rows.device_links, quick=True, swaps=True),

@@ -10,7 +10,8 @@ from typing import Any, Final
 from fimbria.agent.engine import DesiredRows, Engine
 from fimbria.apply.attach import EGRESS, INGRESS, DeviceHook
 from fimbria.apply.loop import Require
-from fimbria.model.rows import Endpoint
+from fimbria.compute.service_frontends import SOURCE_DENY
+from fimbria.model.rows import Endpoint, Frontend, FrontendKey
 
 CIDR_RULES: Final = 8 | 16  # enum endpoint_flag: CIDR_INGRESS, CIDR_EGRESS
 Needed = tuple[str, Any]
@@ -36,5 +37,17 @@ def of_identity(engine: Engine) -> Require:
 
     def requires(number: int, _row: int) -> list[Needed]:
         return [("policy_sets", n) for n in engine.failed_sets_about(number)]
+
+    return requires
+
+
+def of_frontend(rows: DesiredRows) -> Require:
+    """A frontend that denies source ranges waits for all of them: a missing one would admit those it denies."""
+
+    def requires(_key: FrontendKey, row: Frontend) -> list[Needed]:
+        if not row.flags & SOURCE_DENY or not rows.source_ranges.failed:
+            return []
+        failed = (key for key in rows.source_ranges.failed if key in rows.source_ranges.desired)
+        return [("source_ranges", key) for key in failed if key.service == row.service]
 
     return requires

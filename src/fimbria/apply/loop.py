@@ -236,9 +236,7 @@ class ApplyLoop:
         self.stats.audits += 1
         self.stats.last_audit_seconds = time.perf_counter() - started
 
-    def _note_drift(
-        self, stage: Stage, delta: Delta[Any, Any], pending: set[Any], actual: Mapping[Any, Any]
-    ) -> None:
+    def _note_drift(self, stage: Stage, delta: Delta[Any, Any], pending: set[Any], actual: Mapping[Any, Any]) -> None:
         if not self.stats.audits:
             return
         known = pending | stage.rows.failed.keys()
