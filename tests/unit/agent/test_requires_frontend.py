@@ -7,7 +7,8 @@ from fimbria.model.address import Prefix, pack
 from fimbria.model.rows import Frontend, FrontendKey
 
 KEY = FrontendKey(pack("203.0.113.1"), 80, 6)
-MINE, OTHERS, GONE = (source_key(n, Prefix.parse("10.0.0.0/16")) for n in (1, 2, 3))
+MINE, OTHERS = (source_key(n, Prefix.parse("10.0.0.0/16")) for n in (1, 2))
+GONE = source_key(1, Prefix.parse("10.1.0.0/16"))
 
 
 def test_only_those_of_its_own_service_that_are_wanted_and_failed() -> None:
