@@ -18,7 +18,7 @@ from test_nodeport import BOUND, CLIENT, CLUSTER_IP, NODE_PORT, RANGES, SILENT, 
 
 from fimbria.kernel.bpf import attach_xdp, prog_test_run
 from fimbria.model import rows
-from lab import Space
+from lab import Space, checksum
 
 XDP_PASS, XDP_TX = 2, 3
 DIRECT_RETURN = 512  # enum frontend_flag
@@ -208,6 +208,16 @@ def filling(w: Wire, more: int, dport: int = UDP_PORT, most: int = 1500) -> Pack
     return came(w, "world", "node", udp(CLIENT, dport, b"x" * room))
 
 
+def unfinished(w: Wire, payload: Packet, src: str = "world", dst: str = "node") -> Packet:
+    """The checksum as a sender leaves it to his device: addresses, protocol and length are summed up."""
+    number = payload.overload_fields[IP]["proto"]
+    pseudo = w.packed(src)[-16:] + w.packed(dst)[-16:] + struct.pack(">II", len(payload), number)
+    if w.family == 4:
+        pseudo = w.packed(src)[12:] + w.packed(dst)[12:] + struct.pack(">BBH", 0, number, len(payload))
+    payload.chksum = 0xFFFF - checksum(pseudo)
+    return payload
+
+
 def call(dst: str = "node", sport: int = CLIENT, **kw: int) -> Build:
     return lambda w: came(w, "world", dst, syn(sport, TCP_PORT), **kw)
 
@@ -312,6 +322,12 @@ LEFT = [
     Case("more than the way takes", lambda w: came(w, "world", "node", udp(CLIENT, UDP_PORT, b"x" * 1500)),
          rows=nodeport("c")),
     Case("what the backend's node is told makes it too large", lambda w: filling(w, 1), rows=direct),
+    Case("TCP whose checksum is left to a device", lambda w: came(w, "world", "node", unfinished(w, data(
+         CLIENT, TCP_PORT))), rows=nodeport("c")),
+    Case("UDP whose checksum is left to a device", lambda w: came(w, "world", "node", unfinished(w, udp(
+         CLIENT, UDP_PORT, b"odd"))), rows=nodeport("c")),
+    Case("an answer whose checksum is left to a device", lambda w: came(w, "c", "node", unfinished(w, syn(
+         8080, BOUND, "SA"), "c")), rows=nodeport("c"), before=[call()]),
     Case("an echo", lambda w: came(w, "world", "node", w.echo()), rows=nodeport("c")),
     Case("an error", lambda w: came(w, "c", "node", w.unreachable(w.ip("node", "c") / syn(BOUND, 8080))),
          rows=nodeport("c"), before=[call()]),
@@ -489,6 +505,8 @@ FROM_TUNNEL = [
     Case("congestion was met", lambda w: tunnelled(reply(w), ecn=3), rows=nodeport("c"), before=[call()]),
     Case("the tunnel's packet is summed up", lambda w: tunnelled(reply(w), chksum=77), rows=nodeport("c"),
          before=[call()]),
+    Case("its checksum is left to a device", lambda w: tunnelled(w.ip("c", "router", 62) / unfinished(w, syn(
+         8080, BOUND, "SA"), "c", "router")), rows=nodeport("c"), before=[call()]),
     Case("ARP in the tunnel", lambda w: tunnelled(ARP()), rows=nodeport("c"), before=[call()]),
 ]  # fmt: skip
 

@@ -147,6 +147,18 @@ def test_what_is_for_this_node_still_arrives(net: Lab, name: str, family: int) -
     both_fronts(net, s, family)
 
 
+@pytest.mark.parametrize("family", [4, 6])
+@pytest.mark.parametrize("name", ["c", "other"])
+def test_what_a_device_should_sum_up_is_left_to_tc(net: Lab, name: str, family: int) -> None:
+    s = server(net, name, family, caller(net, name, family))
+    serve(net.nodes[0], family, s.addr)
+    net.fabric.checksum_offload("n1", True)
+    try:
+        both_fronts(net, s, family)
+    finally:
+        net.fabric.checksum_offload("n1", False)
+
+
 @pytest.mark.usefixtures("alone")
 @pytest.mark.parametrize("family", [4, 6])
 @pytest.mark.parametrize("name", ["c", "other"])
