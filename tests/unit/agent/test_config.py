@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 
 from fimbria.agent.config import AgentConfig, ConfigError, parse
+from fimbria.apply.xdp import MODES
 
 NODE = ["--node-name", "n1"]
 
@@ -27,6 +28,7 @@ def test_an_argument_wins_over_the_environment() -> None:
         (NODE, {"FIMBRIA_FAST_PATH": "ture"}, "FIMBRIA_FAST_PATH"),
         ([*NODE, "--routing", "tunnel"], {}, "--routing"),
         ([*NODE, "--attach", "xdp"], {}, "--attach"),
+        ([*NODE, "--xdp", "on"], {}, "--xdp"),
         ([*NODE, "--masquerade-ports", "9-1"], {}, "--masquerade-ports"),
         ([*NODE, "--node-ports", "30000"], {}, "--node-ports"),
         ([*NODE, "--log-level", "loud"], {}, "--log-level"),
@@ -44,3 +46,7 @@ def test_what_cannot_be_used_is_refused_by_name(argv: list[str], environ: dict[s
 
 def test_the_defaults_can_be_used() -> None:
     AgentConfig(node_name="n1").check()
+
+
+def test_every_mode_of_xdp_that_can_be_set_can_be_attached() -> None:
+    assert {parse([*NODE, "--xdp", mode], {}).xdp for mode in MODES} == set(MODES)
