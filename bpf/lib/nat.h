@@ -130,6 +130,11 @@ __noinline int nat_bind(struct packet *p)
 		return DROP_NAT_NO_MAPPING;
 	e.used = coarse_now();
 	nat_key_of(&out, &p->t, DIRECTION_EGRESS);
+	/* What came by direct return is for a backend already. */
+	if (p->service) {
+		out.daddr = p->frontend.addr;
+		out.dport = p->frontend.port;
+	}
 	struct nat_entry *found = bpf_map_lookup_elem(&nat, &out);
 
 	if (found && !addr_equal(&found->addr, &p->source.addr))

@@ -470,8 +470,10 @@ static __always_inline bool may_complain(void)
 }
 
 /* Makes a packet that is dropped the answer to itself, where the protocols want one. Returns 0, or -1: no answer. */
-static __always_inline int nodeport_answer(struct __sk_buff *skb, struct packet *p, int reason, __u32 mtu)
+__noinline int nodeport_answer(struct __sk_buff *skb, struct packet *p, int reason, __u32 mtu)
 {
+	if (!p)
+		return -1;
 	bool refused = reason == DROP_SERVICE_NO_BACKEND && !(p->flags & PACKET_SILENT);
 	bool too_big = reason == DROP_FRAGMENTATION_NOT_SUPPORTED && !may_fragment(skb, p);
 

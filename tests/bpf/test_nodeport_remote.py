@@ -319,6 +319,12 @@ def names(front: str, port: int) -> Prepare:
     return then
 
 
+def three_ports(dp: Datapath, w: Wire) -> None:
+    found = {k.remote_port: e.frontend for k, e in dp.items("conntrack") if k.local == w.packed("a") and k.scope == 0}
+    assert sorted(found.values()) == sorted(w.packed(name) for name in ("other", "front", "node"))
+    assert {CLIENT, BOUND} < set(found)
+
+
 here = records_of(nodeport("a", flags=NODE_PORT | DIRECT))
 ARRIVED = ("from_network", told("world", "a", syn(CLIENT, 8080), "other", TCP_PORT, 62))
 ASKED = ("from_network", told("world", "a", udp(CLIENT, 8080), "other", UDP_PORT, 62))
@@ -341,6 +347,8 @@ AT_THE_BACKEND = [
          SHOT, before=[ARRIVED], drop="DROP_NAT_NO_MAPPING"),
     here("its datagrams are told apart", told("world", "a", udp(CLIENT, 8080), "front", 53, 62), REDIRECT,
          before=[ASKED], gives=lambda w: w.delivered("a", "world", udp(BOUND, 8080), ttl=61)),
+    here("those of a third, too", told("world", "a", udp(CLIENT, 8080), "node", UDP_PORT, 62), REDIRECT,
+         then=three_ports, before=[ASKED, ("from_network", told("world", "a", udp(CLIENT, 8080), "front", 53, 62))]),
     here("and so are the answers to them", lambda w: w.sent("world", udp(8080, BOUND)), REDIRECT, program="from_pod",
          before=[ASKED, ("from_network", told("world", "a", udp(CLIENT, 8080), "front", 53, 62))],
          gives=lambda w: w.sent("world", udp(53, CLIENT), src="front", ttl=63)),
