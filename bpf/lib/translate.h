@@ -29,12 +29,21 @@ static __always_inline bool tcp_attempt(const struct packet *p)
 	return p->tcp_flags & TCP_SYN && !(p->tcp_flags & TCP_ACK);
 }
 
+/* A frontend may come to stand for another choice of endpoints, when a policy changes: that decides about new connections.
+ * What is established stays where it is known. */
+static __always_inline bool service_keeps_established(const struct packet *p)
+{
+	return p->t.proto == IPPROTO_TCP && !tcp_attempt(p);
+}
+
 /* The backend of a connection that addressed a service earlier, in q->to. A fresh attempt after its end chooses anew. */
 static __always_inline bool service_goes_on(struct packet *p, struct ct_entry *e, struct service_query *q, __u64 now)
 {
 	bool attempt = tcp_attempt(p);
 
-	if (e->service != q->frontend.service || (attempt && e->flags & (CT_RST | CT_FIN_FORWARD)))
+	if (attempt && e->flags & (CT_RST | CT_FIN_FORWARD))
+		return false;
+	if (e->service != q->frontend.service && !service_keeps_established(p))
 		return false;
 	if (!service_answer(q, e->backend))
 		return false;

@@ -104,7 +104,7 @@ def sctp_dead(dp: Datapath, w: Wire) -> None:
 
 
 def replaced(dp: Datapath, w: Wire) -> None:
-    """Another service has the connection's frontend now."""
+    """The connection's frontend stands for another choice of endpoints now."""
     removed(dp, w)
     dp.service(27, w.addr("front"), 80, TCP, [(w.addr("c"), 8080)])
 
@@ -225,10 +225,9 @@ RECORDS = [
     Record("a connection ends with its service", lambda w: w.sent("front", acked()), REDIRECT, rows=removed,
            gives=lambda w: answered(w, TcpHeader(sport=80, dport=40000, flags="R", seq=555, window=0), "front"),
            mark=0xF4, drop="DROP_SERVICE_NO_BACKEND"),
-    Record("another service's frontend in its place ends it too", lambda w: w.sent("front", acked()), REDIRECT,
-           rows=replaced, gives=lambda w: answered(w, TcpHeader(sport=80, dport=40000, flags="R", seq=555, window=0),
-           "front"), drop="DROP_SERVICE_NO_BACKEND"),
-    Record("a new attempt goes to the new service", CALL[1], REDIRECT, rows=replaced,
+    Record("one with another choice of endpoints in its place doesn't", lambda w: w.sent("front", acked()), REDIRECT,
+           rows=replaced, gives=lambda w: w.delivered("b", "a", TcpHeader(sport=40000, dport=8080, flags="A", seq=1000, ack=555))),
+    Record("a new attempt goes to the new choice", CALL[1], REDIRECT, rows=replaced,
            gives=lambda w: w.sent("c", syn(dport=8080), ttl=63)),
     Record("a connection ends with its backend", lambda w: w.sent("front", acked()), REDIRECT, rows=dead,
            gives=lambda w: answered(w, TcpHeader(sport=80, dport=40000, flags="R", seq=555, window=0), "front"),

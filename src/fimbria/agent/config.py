@@ -148,7 +148,7 @@ HELP: Mapping[str, str] = {
     "affinity_entries": "size of the table of clients that keep their backend; 0: by memory",
     "socket_entries": "size of the table of sockets that reached a Service; 0: by memory",
     "ipcache_entries": "size of the table of the cluster's addresses",
-    "service_entries": "size of the tables of services: twice as many frontends and backends, four times as many slots",
+    "service_entries": "size of the tables of services: twice as many frontends, four times as many backends and slots",
     "forwarding": "service traffic from outside to other nodes: snat, dsr (they answer directly), hybrid (dsr for TCP)",
     "load_balancing": "how connections from outside are spread: random or maglev (consistent on all nodes)",
     "socket_services": "whose sockets see Services at connect: all, host (pods' don't) or off (nor the node's)",

@@ -198,7 +198,7 @@ def sizes(config: AgentConfig, memory: int = 0, existing: Mapping[str, int] = _N
         "ipcache": config.ipcache_entries,
         "frontends": config.service_entries * 2,
         "service_slots": config.service_entries * 4,
-        "backends": config.service_entries * 2,
+        "backends": config.service_entries * 4,
         "service_members": config.service_entries * 2,
         "source_ranges": config.service_entries // 2 or 1,
         "policy_sets": config.policy_sets,
