@@ -5,22 +5,10 @@
 #include "lib/nat.h"
 #include "lib/nodeport.h"
 #include "lib/nodeport_reply.h"
+#include "lib/outside.h"
 #include "lib/parse.h"
 
 char LICENSE[] SEC("license") = "Dual BSD/GPL";
-
-static __always_inline bool for_node(const struct packet *p)
-{
-	return config_addr_is(is_v6(p) ? &cfg_node_addr6 : &cfg_node_addr4, &p->t.daddr);
-}
-
-/* Nobody outside has our own address or a local pod's, and remote pods come through the tunnel where there is one. */
-static __always_inline bool is_spoofed(const struct packet *p)
-{
-	if (p->peer == IDENTITY_HOST || bpf_map_lookup_elem(&local_addrs, &p->t.saddr))
-		return true;
-	return cfg_overlay_ifindex && p->peer_flags & REMOTE_POD && p->peer_flags & REMOTE_TUNNEL;
-}
 
 /* A packet for a service from outside goes to a backend. One that now is for a pod of this node goes on as such. */
 #define SERVICE_GOES_ON -2

@@ -3,46 +3,22 @@
  * kernel has made a packet of it. The same rows, connections and bindings as tc uses (lib/nodeport.h): each packet may be
  * dealt with here or there. XDP_PASS leaves it to tc, unchanged; that is the answer to everything unusual. */
 #include "lib/nodeport.h"
+#include "lib/outside.h"
 #include "lib/xdp_parse.h"
 #include "lib/xdp_send.h"
 #include "lib/xdp_tunnel.h"
 
 char LICENSE[] SEC("license") = "Dual BSD/GPL";
 
-static __always_inline bool for_node(const struct packet *p)
-{
-	return config_addr_is(is_v6(p) ? &cfg_node_addr6 : &cfg_node_addr4, &p->t.daddr);
-}
-
-/* A pod of this node? */
-static __always_inline bool is_local(const addr_t *addr)
-{
-	/* Linux 6.1 takes a map's key from this frame's stack, not from a caller's. */
-	addr_t key = *addr;
-
-	return bpf_map_lookup_elem(&local_addrs, &key);
-}
-
-/* Nobody outside has our own address or a local pod's, and remote pods come through the tunnel where there is one. */
-static __always_inline bool is_spoofed(struct packet *p)
-{
-	identify_peer(p, &p->t.saddr);
-	if (p->peer == IDENTITY_HOST || is_local(&p->t.saddr))
-		return true;
-	return cfg_overlay_ifindex && p->peer_flags & REMOTE_POD && p->peer_flags & REMOTE_TUNNEL;
-}
-
-static __always_inline bool backend_is_here(const struct packet *p)
-{
-	const struct remote *remote = ipcache_lookup(&p->backend.addr);
-
-	return is_local(&p->backend.addr) || (remote && remote->identity == IDENTITY_HOST);
-}
-
 /* Is this a packet to a backend that can be sent on from here? */
 __noinline int passes_through(struct packet *p)
 {
-	return p && !(p->flags & PACKET_BOUND) && !ttl_expires(p) && !is_spoofed(p) && !backend_is_here(p);
+	if (!p || p->flags & PACKET_BOUND || ttl_expires(p))
+		return false;
+	addr_t backend = p->backend.addr;
+
+	identify_peer(p, &p->t.saddr);
+	return !is_spoofed(p) && place_of(&backend) == PLACE_ELSEWHERE;
 }
 
 /* Is there a way through the tunnel, if the backend is behind it? Then `outer` knows all but the MAC addresses. */
