@@ -31,8 +31,7 @@ static __always_inline void note_client_end(const struct packet *p, struct ct_en
 	ct_extend(e, now + lifetime);
 }
 
-/* A connection goes on with its backend while the frontend is still the same service's; a new attempt after its end
- * chooses anew. No other backend knows a connection that has lost its own: TCP is told so. */
+/* A connection goes on with its backend while there is the frontend; a new attempt after its end chooses anew. No other backend knows a connection that has lost its own: TCP is told so. */
 static __always_inline enum known nodeport_known(struct packet *p)
 {
 	struct ct_key key;
@@ -43,7 +42,8 @@ static __always_inline enum known nodeport_known(struct packet *p)
 
 	if (!e || (tcp_attempt(p) && e->flags & (CT_RST | CT_FIN_FORWARD)))
 		return KNOWN_NOT;
-	const struct backend *backend = e->service == p->service ? service_backend(e->backend) : NULL;
+	bool stays = e->service == p->service || service_keeps_established(p);
+	const struct backend *backend = stays ? service_backend(e->backend) : NULL;
 
 	if (!backend)
 		return p->t.proto != IPPROTO_TCP || tcp_attempt(p) ? KNOWN_NOT : KNOWN_LOST;
