@@ -31,7 +31,8 @@ static __always_inline void note_client_end(const struct packet *p, struct ct_en
 	ct_extend(e, now + lifetime);
 }
 
-/* A connection goes on with its backend while there is the frontend; a new attempt after its end chooses anew. No other backend knows a connection that has lost its own: TCP is told so. */
+/* A connection goes on with its backend while there is the frontend; a new attempt after its end chooses anew. No other
+ * backend knows a connection that has lost its own: TCP is told so. */
 static __always_inline enum known nodeport_known(struct packet *p)
 {
 	struct ct_key key;
