@@ -575,5 +575,6 @@ for size in (1400, 2000, 4000, 9000):
 def test_fragments_through_node_ports(lab: Lab, entry: str, family: int) -> None:
     """Datagrams larger than the MTU, both ways, from the world, wherever the backend is."""
     port = Front(lab, "both").node_port(UDP)
-    for size, attempts in script(lab, "node/world", LARGE, node_address(lab, entry, family), port):
-        assert None not in attempts and attempts[2:] == [0, 0], (size, attempts)
+    found = script(lab, "node/world", LARGE, node_address(lab, entry, family), port)
+    lost = [attempt for _, attempts in found for attempt in attempts]
+    assert None not in lost and sum(lost) <= 3, found
