@@ -136,15 +136,17 @@ def offers(world: World, key: ServiceKey) -> dict[FrontendKey, tuple[str, Servic
 
 
 def owners(world: World) -> dict[FrontendKey, Owner]:
-    """Who has each frontend: the first in the order of ranks and names."""
-    claims: dict[FrontendKey, list[Owner]] = {}
+    """Who has each frontend: the first in the order of ranks, of how the address was come by, and of names."""
+    claims: dict[FrontendKey, list[tuple[int, int, Owner]]] = {}
+    trust = {"cluster": 0, "node": 0, "balancer": 2, "external": 3}
     for key in world.services:
-        for frontend in offers(world, key):
-            claims.setdefault(frontend, []).append(Owner(SERVICE_RANK, "service", *key))
+        for frontend, (kind, _) in offers(world, key).items():
+            owner = Owner(SERVICE_RANK, "service", *key)
+            claims.setdefault(frontend, []).append((SERVICE_RANK, trust[kind], owner))
     for owner, extras in world.extras.items():
         for frontend in {f for extra in extras for f in extra.frontends}:
-            claims.setdefault(frontend, []).append(owner)
-    return {frontend: min(found) for frontend, found in claims.items()}
+            claims.setdefault(frontend, []).append((owner.rank, 0, owner))
+    return {frontend: min(found)[2] for frontend, found in claims.items()}
 
 
 def reference(world: World) -> tuple[dict[FrontendKey, Lead], set[BackendKey]]:

@@ -127,7 +127,9 @@ def fill(target: ServiceCompute, world: Any, order: list[ServiceKey] | None = No
     delta = target.set_topology(world.node)
     for owner in sorted(o for o in world.extras if o.rank == REDIRECT):
         delta.merge(target.set_extra(owner, world.extras[owner]))
-    for key in order or sorted(world.services):
+    order = order or sorted(world.services)
+    target.announce(((key, world.services[key][0]) for key in order), delta)
+    for key in order:
         delta.merge(target.update(key, *world.services[key]))
     for owner in sorted(o for o in world.extras if o.rank != REDIRECT):
         delta.merge(target.set_extra(owner, world.extras[owner]))

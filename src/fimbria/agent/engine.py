@@ -32,7 +32,7 @@ from fimbria.model.labels import Labels, pod_labels
 from fimbria.model.network import DeviceSet, NeighbourKey, Route
 from fimbria.model.node import Node
 from fimbria.model.policy import Policy, PolicyId
-from fimbria.model.rows import Cidr, Endpoint, ExemptKey, LocalAddr, PrefixKey, Remote
+from fimbria.model.rows import Cidr, Endpoint, ExemptKey, FrontendKey, LocalAddr, PrefixKey, Remote
 from fimbria.model.service import NodeTopology, ServiceKey, TableContent
 from fimbria.tables import ObjectKey, Tables
 from fimbria.tables.table import Changes
@@ -115,6 +115,7 @@ class Engine:
         self.on_services: Callable[[], None] = lambda: None
         self.on_labels: Callable[[int, Mapping[str, str]], None] = lambda _endpoint_id, _labels: None
         self.devices: DeviceSet | None = None
+        self.api_servers: frozenset[FrontendKey] = frozenset()
         self.ipcache = IpcacheCompute(node, overlay)
         self.policy = PolicyEngine(
             lambda origin: numbers.rules.take(str(origin)), lambda prefix: numbers.cidrs.take(str(prefix))
@@ -368,7 +369,10 @@ class Engine:
             self._api_servers()
         delta = ServiceDelta()
         # In one order, so that of several which claim a frontend the same one has it first after every start.
-        for service_key in sorted(keys):
+        order = sorted(keys)
+        known = self.tables.services.get
+        self.services.announce(((k, service) for k in order if (service := known(k)) is not None), delta)
+        for service_key in order:
             found = (self.tables.endpoint_slices.get(k) for k in self.tables.endpoint_slices.by("service", service_key))
             service = self.tables.services.get(service_key)
             self.services.update(service_key, service, [s for s in found if s], delta)
@@ -403,9 +407,14 @@ class Engine:
         """Policies name the API servers as an entity: it is the endpoints of Service default/kubernetes."""
         # The slice that API servers keep themselves. Others are anybody's who may write to that namespace.
         kept = (API_SERVICE.namespace, API_SERVICE.name)
-        slices = (k for k in self.tables.endpoint_slices.by("service", API_SERVICE) if k == kept)
+        slices = [k for k in self.tables.endpoint_slices.by("service", API_SERVICE) if k == kept]
         addrs = {e.addr for k in slices if (s := self.tables.endpoint_slices.get(k)) for e in s.endpoints}
         self._put_ipcache(self.ipcache.set_apiserver(addrs))
+        ends = {
+            FrontendKey(e.addr, p.port, p.proto)
+            for k in slices for s in (self.tables.endpoint_slices.get(k),) if s for p in s.ports for e in s.endpoints
+        }  # fmt: skip
+        self.put_services(self.services.set_api_servers(ends | self.api_servers))
         here = bool(addrs & self.ipcache.own_addrs)
         labels = RESERVED_LABELS[Reserved.HOST]
         self.policy.upsert_identity(

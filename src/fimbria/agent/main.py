@@ -20,11 +20,12 @@ from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any, Final
+from urllib.parse import urlsplit
 
 from fimbria.agent import datapath as dp
 from fimbria.agent import devices, requires
 from fimbria.agent.api import AgentApi
-from fimbria.agent.config import AgentConfig, ConfigError, parse
+from fimbria.agent.config import AgentConfig, ConfigError, parse, port_range
 from fimbria.agent.endpoints import EndpointManager
 from fimbria.agent.engine import DesiredRows, Engine, NumberBook
 from fimbria.agent.epoch import Epoch
@@ -46,16 +47,17 @@ from fimbria.apply.loop import ApplyLoop, Stage
 from fimbria.apply.network import NeighbourTarget, NextHopTarget, RouteTarget, SysctlTarget
 from fimbria.apply.programs import Constant, Datapath
 from fimbria.apply.xdp import XdpTarget
-from fimbria.compute.service_frontends import Defaults
+from fimbria.compute.service_frontends import TCP, Defaults
 from fimbria.compute.service_rows import MAPS
 from fimbria.decide.ipam import AddressPool
 from fimbria.kernel import probe
 from fimbria.kernel.grace import GracePeriod
 from fimbria.kernel.netlink import NetlinkSocket
 from fimbria.learned import sizing
+from fimbria.model.address import pack
 from fimbria.model.network import DeviceSet
 from fimbria.model.node import Node
-from fimbria.model.rows import Runtime
+from fimbria.model.rows import FrontendKey, Runtime
 from fimbria.model.service import ServiceKey
 from fimbria.sources.cni.server import CniServer
 from fimbria.sources.cni.spec import CniError, Code, Request
@@ -184,6 +186,7 @@ def build(config: AgentConfig, client: ApiClient) -> Agent:
         tables, rows, numbers, node=config.node_name, cluster=config.cluster_name, overlay=config.overlay,
         services=Defaults(config.forwarding, config.load_balancing), xdp=config.xdp,
     )  # fmt: skip
+    engine.api_servers = api_server_ends(client.config.server)
     identities = Identities(client, tables, words.labels)
     engine.on_labels = identities.labels_changed
     agent = Agent(
@@ -301,12 +304,34 @@ def _spent_backends(agent: Agent) -> set[int]:
     return {backend for table in tables for backend in dp.backends_in_use(table, agent.layouts)}
 
 
+def api_server_ends(server: str) -> frozenset[FrontendKey]:
+    """Address and port of an API server's URL, if it is an address. (One found by name isn't guarded by this.)"""
+    url = urlsplit(server)
+    try:
+        return frozenset({FrontendKey(pack(url.hostname or ""), url.port or 443, TCP)})
+    except ValueError:
+        return frozenset()
+
+
+def reserved_ports(config: AgentConfig) -> str:
+    """Local ports that the kernel shall give to no socket by itself, as it writes them back: what bindings use, with
+    masquerading or for clients of Services, and node ports, whose packets never reach a socket."""
+    found: list[list[int]] = []
+    for first, last in sorted(
+        (port_range("--masquerade-ports", config.masquerade_ports), port_range("--node-ports", config.node_ports))
+    ):
+        if found and first <= found[-1][1] + 1:
+            found[-1][1] = max(last, found[-1][1])
+        else:
+            found.append([first, last])
+    return ",".join(f"{first}-{last}" if first < last else str(first) for first, last in found)
+
+
 def _wanted_sysctls(agent: Agent) -> None:
     wanted = {"net/ipv4/ip_forward": "1", "net/ipv6/conf/all/forwarding": "1"}
     # An address without a pod answers: the kernel's one answer a second and peer would leave most unanswered.
     wanted |= {"net/ipv4/icmp_ratelimit": ICMP_PAUSE_MS, "net/ipv6/icmp/ratelimit": ICMP_PAUSE_MS}
-    if agent.config.masquerade:
-        wanted["net/ipv4/ip_local_reserved_ports"] = agent.config.masquerade_ports
+    wanted["net/ipv4/ip_local_reserved_ports"] = reserved_ports(agent.config)
     agent.rows.sysctls.put_many(wanted)
 
 

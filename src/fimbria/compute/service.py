@@ -9,7 +9,8 @@ Rules
 4. Slots are dense, and stable: a backend that goes is replaced by a new one, or else by the last. Which backend is in
    which slot therefore depends on what came before, so it is restored, like the numbers.
 5. A frontend that several claim belongs to one of them: a local redirect before Services before host ports, and among
-   equals the first by name. The others wait for it, and say so.
+   equals the most trusted claim (a cluster IP, an API server, a balancer's address, an external IP), then the first by
+   name. The others wait for it, and say so.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ from fimbria.compute import service_frontends as front
 from fimbria.compute.service_addresses import ServiceAddresses
 from fimbria.compute.service_backends import ListedBackends
 from fimbria.compute.service_choice import ALIVE, GOING_ON, READY, SERVING, Place, Standing, standing
-from fimbria.compute.service_claims import HOST_PORT, REDIRECT, SERVICE, Claims, Extra, Owner
+from fimbria.compute.service_claims import API_SERVER, HOST_PORT, REDIRECT, SERVICE, Claims, Extra, Owner
 from fimbria.compute.service_frontends import Defaults, PortKey, Want
 from fimbria.compute.service_group import Group, Members
 from fimbria.compute.service_rows import BACKENDS, FRONTENDS, MEMBERS, RANGES, SLOTS, TABLES, BackendKey, Delta, no_rows
@@ -57,6 +58,7 @@ __all__ = (
     "ServiceCompute",
 )  # fmt: skip
 
+API_SERVERS: Final = Owner(SERVICE, "API server", "default", "kubernetes")
 _PROTOCOLS: Final = {6: "TCP", 17: "UDP", 132: "SCTP"}
 _KINDS: Final = {front.CLUSTER_IP: "ClusterIP", front.NODE_PORT: "NodePort", front.HOST_PORT: "HostPort"}
 MAX_KNOWN: Final = 1 << 16
@@ -106,6 +108,8 @@ class ServiceCompute:
         self.topology = NodeTopology()
         self._states: dict[Owner, _State] = {}
         self._claims = Claims()
+        self._reserved: frozenset[FrontendKey] = frozenset()
+        self._announced: dict[Owner, _State] = {}
         self._groups: dict[int, tuple[Owner, Group]] = {}
         self._frontends: dict[FrontendKey, Frontend] = {}
         self._addresses = ServiceAddresses(self._frontends)
@@ -151,6 +155,21 @@ class ServiceCompute:
 
     # --- what is wanted ------------------------------------------------------------------------------------------
 
+    def announce(self, services: Iterable[tuple[ServiceKey, Service]], delta: Delta) -> None:
+        """Services whose `update` follows: each claims what it wants before any is given anything. A loser that came
+        first would take over the number of who had the frontend before a restart, and break its connections."""
+        losers = dict[Owner, None]()
+        for key, service in services:
+            owner = Owner(SERVICE, "service", *key)
+            if owner in self._states or owner in self._announced:
+                continue
+            state = self._announced[owner] = self._planned(service, {})
+            for frontend, want in state.plan.items():
+                loser = self._claims.claim(frontend, owner, want.trust)
+                if loser is not None:
+                    losers[loser] = None
+        self._settle_claims(losers, {}, delta)
+
     def update(
         self,
         key: ServiceKey,
@@ -168,7 +187,13 @@ class ServiceCompute:
             before, old.slices = old.slices, now
             self._refresh(old, before, delta)
         else:
-            new = self._planned(service, now) if service is not None else None
+            told = self._announced.get(owner)
+            if service is None:
+                new = None
+            elif told is not None and told.service is service:
+                new, told.slices = told, now
+            else:
+                new = self._planned(service, now)
             if new is not None and old is not None:
                 new.members = old.members
             self._addresses.exchange(_addresses(old), _addresses(new), delta)
@@ -190,6 +215,24 @@ class ServiceCompute:
         if new is not None and old is not None:
             new.members = old.members
         self._replace(owner, old, new, delta)
+        self._listed.sweep(delta)
+        return delta
+
+    def set_api_servers(self, frontends: Iterable[FrontendKey]) -> Delta:
+        """Where the API servers themselves are: no Service's external address takes them over, for nobody would hear
+        that the Service is gone. No rows come of it."""
+        delta, wanted = Delta(), frozenset(frontends)
+        losers, heirs = dict[Owner, None](), dict[Owner, None]()
+        for frontend in self._reserved - wanted:
+            heir = self._claims.unclaim(frontend, API_SERVERS)
+            if heir is not None:
+                heirs[heir] = None
+        for frontend in wanted - self._reserved:
+            loser = self._claims.claim(frontend, API_SERVERS, API_SERVER)
+            if loser is not None:
+                losers[loser] = None
+        self._reserved = wanted
+        self._settle_claims(losers, heirs, delta)
         self._listed.sweep(delta)
         return delta
 
@@ -335,27 +378,32 @@ class ServiceCompute:
 
     def _replace(self, owner: Owner, old: _State | None, new: _State | None, delta: Delta) -> None:
         """Another state of an owner: settle who has which frontend, then take from the losers, then give."""
-        before = old.plan if old is not None else {}
+        told = self._announced.pop(owner, None)
+        before = old.plan if old is not None else told.plan if told is not None else {}
         after = new.plan if new is not None else {}
         losers, winners = {owner: None}, {owner: None}
-        for frontend in before.keys() - after.keys() if before else ():
+        kept = {f for f in before.keys() & after.keys() if before[f].trust == after[f].trust} if before else set()
+        for frontend in before.keys() - kept:
             heir = self._claims.unclaim(frontend, owner)
             if heir is not None:
                 winners[heir] = None
         for frontend in after:
-            if frontend not in before:
-                loser = self._claims.claim(frontend, owner)
+            if frontend not in kept:
+                loser = self._claims.claim(frontend, owner, after[frontend].trust)
                 if loser is not None:
                     losers[loser] = None
         if new is not None:
             self._states[owner] = new
         elif old is not None:
             self._states[owner] = replace(old, plan={})
+        if new is None and owner in self._states:
+            self._shed(owner, self._states.pop(owner), delta)
+        self._settle_claims(losers, winners, delta)
+
+    def _settle_claims(self, losers: Mapping[Owner, None], winners: Mapping[Owner, None], delta: Delta) -> None:
         for each in losers:
             self._shed(each, self._states.get(each), delta)
-        if new is None:
-            self._states.pop(owner, None)
-        for each in losers | winners:
+        for each in {**losers, **winners}:
             if each in self._states:
                 self._fill(each, self._states[each], delta)
 

@@ -14,6 +14,8 @@ from fimbria.model.rows import FrontendKey
 REDIRECT: Final = 0
 SERVICE: Final = 1
 HOST_PORT: Final = 2
+API_SERVER: Final = 1
+"""How far the API servers' own addresses are trusted: cluster IPs (0) alone go before them."""
 _PROTOCOLS: Final = {6: "TCP", 17: "UDP", 132: "SCTP"}
 
 
@@ -46,11 +48,17 @@ class Extra:
 
 
 class Claims:
-    """Frontends (of SCOPE_ALL) with their holders, and those who wait for them."""
+    """Frontends (of SCOPE_ALL) with their holders, and those who wait for them.
+
+    A claim's `trust` says how far who makes it was given the address: 0 if the API server allocated it. Less trusted
+    claims (higher numbers) lose to others of their rank, whatever their names: whoever may create a Service may write
+    any external IP into it.
+    """
 
     def __init__(self) -> None:
         self._holders: dict[FrontendKey, Owner] = {}
         self._waiting: dict[FrontendKey, list[Owner]] = {}
+        self._trusts: dict[tuple[FrontendKey, Owner], int] = {}
 
     def holder(self, frontend: FrontendKey) -> Owner | None:
         """Who has a frontend."""
@@ -63,13 +71,18 @@ class Claims:
             if winner != owner and (winner.rank != REDIRECT or owner.rank == REDIRECT):
                 yield f"{_named(frontend)} already belongs to {winner}"
 
-    def claim(self, frontend: FrontendKey, owner: Owner) -> Owner | None:
+    def _order(self, frontend: FrontendKey, owner: Owner) -> tuple[int, int, Owner]:
+        return owner.rank, self._trusts.get((frontend, owner), 0), owner
+
+    def claim(self, frontend: FrontendKey, owner: Owner, trust: int = 0) -> Owner | None:
         """Returns who lost it."""
+        if trust:
+            self._trusts[frontend, owner] = trust
         holder = self._holders.get(frontend)
         if holder is None:
             self._holders[frontend] = owner
             return None
-        if holder < owner:
+        if self._order(frontend, holder) < self._order(frontend, owner):
             self._waiting.setdefault(frontend, []).append(owner)
             return None
         self._waiting.setdefault(frontend, []).append(holder)
@@ -79,12 +92,13 @@ class Claims:
     def unclaim(self, frontend: FrontendKey, owner: Owner) -> Owner | None:
         """Returns who has it now, if that has changed."""
         waiting = self._waiting.get(frontend)
+        self._trusts.pop((frontend, owner), None)
         if self._holders[frontend] != owner:
             assert waiting is not None
             waiting.remove(owner)
             heir = None
         elif waiting:
-            heir = self._holders[frontend] = min(waiting)
+            heir = self._holders[frontend] = min(waiting, key=lambda each: self._order(frontend, each))
             waiting.remove(heir)
         else:
             del self._holders[frontend]

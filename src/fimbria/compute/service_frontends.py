@@ -31,6 +31,8 @@ OUTSIDE_ONLY: Final = TWO_SCOPES | SOURCE_RANGES | SOURCE_DENY | DIRECT_RETURN
 
 UNSPECIFIED: Final = {True: V4_MAPPED + bytes(4), False: bytes(16)}
 TCP: Final = 6
+BALANCER_TRUST: Final = 2  # written into the status, by whom the cluster's owner lets
+EXTERNAL_TRUST: Final = 3  # written by whoever may create Services
 RANGE_BITS: Final = 32  # the service id comes first in struct source_key
 
 
@@ -48,6 +50,7 @@ class Want(NamedTuple):
     port: PortKey
     local: bool
     flags: int
+    trust: int = 0  # see service_claims.Claims
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,8 +74,8 @@ def frontends(service: Service, defaults: Defaults) -> dict[FrontendKey, Want]:
                     found.setdefault(FrontendKey(addr, port.port, port.proto), want)
             if port.node_port or service.load_balancer_ips or service.external_ips:
                 flags = affinity | _outside(service, port, defaults)
-                for frontend, more in _external(service, port, v4):
-                    found.setdefault(frontend, Want(key, service.external_local, flags | more))
+                for frontend, more, trust in _external(service, port, v4):
+                    found.setdefault(frontend, Want(key, service.external_local, flags | more, trust))
     return found
 
 
@@ -122,16 +125,16 @@ def _outside(service: Service, port: ServicePort, defaults: Defaults) -> int:
     return flags
 
 
-def _external(service: Service, port: ServicePort, v4: bool) -> Iterator[tuple[FrontendKey, int]]:
-    """Node port, load balancer's and external IPs. The ranges are about the balancer's addresses alone."""
+def _external(service: Service, port: ServicePort, v4: bool) -> Iterator[tuple[FrontendKey, int, int]]:
+    """Node port, load balancer's and external IPs: flags and trust. The ranges are about the balancer's alone."""
     if port.node_port:
-        yield FrontendKey(UNSPECIFIED[v4], port.node_port, port.proto), NODE_PORT
+        yield FrontendKey(UNSPECIFIED[v4], port.node_port, port.proto), NODE_PORT, 0
     limited = 0
     if service.load_balancer_ips and ranges(service, v4):
         limited = SOURCE_RANGES | (SOURCE_DENY if service.source_deny else 0)
     for addr in service.load_balancer_ips:
         if is_v4(addr) == v4:
-            yield FrontendKey(addr, port.port, port.proto), limited
+            yield FrontendKey(addr, port.port, port.proto), limited, BALANCER_TRUST
     for addr in service.external_ips:
         if is_v4(addr) == v4:
-            yield FrontendKey(addr, port.port, port.proto), 0
+            yield FrontendKey(addr, port.port, port.proto), 0, EXTERNAL_TRUST

@@ -9,7 +9,10 @@ from typing import Any
 import pytest
 
 from fimbria.agent import main as agent
+from fimbria.agent.config import AgentConfig
 from fimbria.kernel import probe
+from fimbria.model.address import pack
+from fimbria.model.rows import FrontendKey
 
 ALL = (1 << 41) - 1
 
@@ -64,3 +67,25 @@ def test_tcx_that_is_demanded_and_missing(monkeypatch: pytest.MonkeyPatch) -> No
 def test_a_setting_that_cannot_be_used(capsys: Any) -> None:
     assert agent.main(["--node-name", "n", "--masquerade-ports", "9-1"]) == 2
     assert "--masquerade-ports '9-1'" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(("server", "ends"), [
+    ("https://172.31.254.10:6443", {FrontendKey(pack("172.31.254.10"), 6443, 6)}),
+    ("https://[2001:db8::1]", {FrontendKey(pack("2001:db8::1"), 443, 6)}),
+    ("https://api.example:6443", set()),
+])  # fmt: skip
+def test_the_address_that_the_agent_was_given_is_the_api_servers(server: str, ends: set[FrontendKey]) -> None:
+    assert agent.api_server_ends(server) == ends
+
+
+@pytest.mark.parametrize(("masquerading", "nodes", "reserved"), [
+    ("49152-65535", "30000-32767", "30000-32767,49152-65535"),
+    ("40001-50000", "30000-40000", "30000-50000"),
+    ("61000-65535", "62000-62000", "61000-65535"),
+    ("61000-65535", "30000-30000", "30000,61000-65535"),
+])  # fmt: skip
+def test_no_socket_is_given_a_port_of_a_binding_or_of_a_service(masquerading: str, nodes: str, reserved: str) -> None:
+    """Without masquerading, too: clients of Services have bindings of the same ports."""
+    for masquerade in (True, False):
+        config = AgentConfig(masquerade=masquerade, masquerade_ports=masquerading, node_ports=nodes)
+        assert agent.reserved_ports(config) == reserved

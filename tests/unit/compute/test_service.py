@@ -1,5 +1,6 @@
 """Single rules of ServiceCompute; random histories are in tests/properties/test_service.py."""
 
+from dataclasses import replace
 from typing import Any
 
 from fimbria.compute import service_frontends as front
@@ -345,3 +346,62 @@ def test_services_that_lost_every_frontend_are_told_of() -> None:
     c.update(KEY, WEB)
     c.update(late, Service(late, (IP,), WEB.ports))
     assert c.unserved() == [late]
+
+
+def by_name(name: str, **more: Any) -> Service:
+    return Service(ServiceKey(name, "svc"), (pack("10.96.0.9"),), (ServicePort("http", 80, 6),), **more)
+
+
+def winner(c: ServiceCompute, frontend: FrontendKey) -> str:
+    owner = c.claimed(frontend)
+    return owner.namespace if owner else ""
+
+
+def test_an_external_ip_takes_over_nobodys_address_whatever_its_services_name() -> None:
+    """Anybody who may create Services may write any external IP; cluster IPs and balancers' addresses are allocated."""
+    balancer = FrontendKey(pack("203.0.113.1"), 80, 6)
+    thief = by_name("aaa", external_ips=(IP, balancer.addr))
+    for first in (True, False):
+        c = compute()
+        if first:
+            c.update(thief.key, thief)
+        c.update(KEY, replace(WEB, load_balancer_ips=(balancer.addr,)), (part(pod(1)),))
+        if not first:
+            c.update(thief.key, thief)
+        assert winner(c, FRONTEND) == winner(c, balancer) == "default"
+        assert slots(c.all_rows()) == slots(c.all_rows(), balancer) == [1]
+        assert len(c.warnings(thief.key)) == 2
+        c.update(KEY, None)
+        assert winner(c, FRONTEND) == winner(c, balancer) == "aaa"
+
+
+def test_a_claim_that_becomes_a_better_one() -> None:
+    c, shared = compute(), FrontendKey(pack("203.0.113.1"), 80, 6)
+    c.update(KEY, replace(WEB, external_ips=(shared.addr,)))
+    c.update(ServiceKey("aaa", "svc"), by_name("aaa", external_ips=(shared.addr,)))
+    assert winner(c, shared) == "aaa"
+    c.update(KEY, replace(WEB, load_balancer_ips=(shared.addr,)))
+    assert winner(c, shared) == "default"
+    c.update(KEY, replace(WEB, external_ips=(shared.addr,)))
+    assert winner(c, shared) == "aaa"
+
+
+def test_no_service_takes_over_the_api_servers() -> None:
+    """Agents would not even hear that it is deleted."""
+    c, api = compute(), FrontendKey(pack("192.0.2.1"), 80, 6)
+    thief = by_name("aaa", external_ips=(api.addr,), load_balancer_ips=(api.addr,))
+    c.update(thief.key, thief)
+    assert api in c.all_rows()[FRONTENDS]
+    assert c.set_api_servers([api]).deletes[FRONTENDS] == {api}
+    assert api not in c.all_rows()[FRONTENDS]
+    assert c.warnings(thief.key) == ("port 80 of 192.0.2.1 already belongs to API server default/kubernetes",)
+    assert not c.set_api_servers([api])
+    assert api in c.set_api_servers([]).upserts[FRONTENDS]
+    assert c.warnings(thief.key) == ()
+
+
+def test_a_cluster_ip_by_which_agents_reach_the_api_server_is_a_services() -> None:
+    c = compute()
+    c.set_api_servers([FRONTEND])
+    c.update(KEY, WEB, (part(pod(1)),))
+    assert slots(c.all_rows()) == [1]
