@@ -4,19 +4,18 @@ from __future__ import annotations
 
 import asyncio
 import os
-import sysconfig
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import Final
 
 import aiohttp
 from tests.bench import cluster_data
 from tests.bench.cluster_data import Row
-from tests.bench.measure import HERE, Place, server_command
+from tests.bench.measure import Place, server_command
+from tests.lab.cards import far_ends
 
 from fimbria.lab import access, cluster, state
 from fimbria.lab.errors import LabError
@@ -25,7 +24,6 @@ from fimbria.lab.layout import LabSpec
 
 PREFIX: Final = "bench"
 CALM: Final = 0.5  # seconds
-PASS: Final = Path(__file__).with_name("pass.bpf.c")
 
 
 @dataclass(frozen=True, slots=True)
@@ -119,23 +117,16 @@ def _ticks(lab: Lab) -> int:
     return total
 
 
-def like_wires(lab: Lab, cables: Sequence[tuple[str, str]], senders: Sequence[str]) -> None:
-    """What XDP relies on and veth pairs don't do by themselves: the ends of `cables` (place, device) take frames that
+@contextmanager
+def like_wires(lab: Lab, cables: Sequence[tuple[str, str]], senders: Sequence[str]) -> Iterator[None]:
+    """What XDP relies on and veth pairs don't do by themselves: the ends of `cables` (member, device) take frames that
     XDP sends from their peers, and `senders` fill in their checksums. Raises LabError."""
-    with TemporaryDirectory(prefix="fimbench-") as folder:
-        program = f"{folder}/pass.o"
-        include = f"-I/usr/include/{sysconfig.get_config_var('MULTIARCH')}"
-        HERE.run("clang-19", "-O2", "-target", "bpf", include, "-c", str(PASS), "-o", program)
-        for target, device in cables:
-            _inside(lab, target, "ip", "link", "set", "dev", device, "xdp", "obj", program, "sec", "xdp")
     for target in senders:
-        _inside(lab, target, "ethtool", "-K", "eth0", "tx", "off")
-
-
-def _inside(lab: Lab, target: str, *command: str) -> None:
-    done = lab.run(target, *command)
-    if done.returncode != 0:
-        raise LabError(f"{' '.join(command)} in {target}: {done.stderr.strip()}")
+        done = lab.run(target, "ethtool", "-K", "eth0", "tx", "off")
+        if done.returncode != 0:
+            raise LabError(f"ethtool in {target}: {done.stderr.strip()}")
+    with far_ends(lab, *cables):
+        yield
 
 
 def agent_metrics(lab: Lab, node: str) -> dict[str, float]:

@@ -129,7 +129,7 @@ def _build(stack: ExitStack, plan: Plan, settings: Settings) -> World:
         labs[way] = stack.enter_context(bench_lab(settings.say, way, **spec))
         start_pods(labs[way], PODS)
         if way == "xdp":
-            like_wires(labs[way], [("node/fabric", "node1")], ["node/world", "far"])
+            stack.enter_context(like_wires(labs[way], [("fabric", "node1")], ["node/world", "far"]))
     pods = {way: {p.name: lab.addresses(p.name)[0] for p in PODS} for way, lab in labs.items()}
     twins = {name: _twin(stack, labs["socket"], name, pods["socket"]) for name in (CLEAN, *plan.proxies)}
     return World(plan, labs, twins, pods)

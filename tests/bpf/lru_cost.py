@@ -9,12 +9,13 @@ ones push out? Programs run by test runs, one thread pinned to each of two CPUs.
 """
 
 import os
-import subprocess
 import tempfile
 import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
+
+from compiling import compile_object
 
 from fimbria.kernel._libbpf import ffi, lib
 from fimbria.kernel.maps import Map
@@ -27,11 +28,7 @@ RUNS = 200_000
 
 def compiled() -> bytes:
     with tempfile.TemporaryDirectory() as folder:
-        target = Path(folder, "lru_cost.o")
-        flags = ["-O2", "-g", "-target", "bpf", "-mcpu=v3", f"-I{HERE.parents[1] / 'bpf'}"]
-        flags += ["-idirafter", "/usr/include/x86_64-linux-gnu"]
-        subprocess.run(["clang-19", *flags, "-c", str(HERE / "lru_cost.bpf.c"), "-o", str(target)], check=True)
-        return target.read_bytes()
+        return compile_object(HERE / "lru_cost.bpf.c", Path(folder)).read_bytes()
 
 
 def run(program: Program, times: int) -> float:

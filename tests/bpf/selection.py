@@ -1,9 +1,8 @@
-"""lib/service.h as a function: compiles service_select.bpf.c, asks it, and writes rows by hand."""
+"""lib/service.h as a function: asks service_select.bpf.c, and writes rows by hand."""
 
 from __future__ import annotations
 
 import struct
-import subprocess
 from collections.abc import Iterable
 from dataclasses import dataclass
 from enum import IntEnum
@@ -17,7 +16,7 @@ from fimbria.kernel.btf import enum_values
 from fimbria.kernel.codec import Codec
 from fimbria.model import rows
 
-HERE: Final = Path(__file__).parent
+SOURCE: Final = Path(__file__).with_name("service_select.bpf.c")
 TCP, UDP = 6, 17
 TABLE_SIZE: Final = 16381
 FLAG: Final = {name.removeprefix("FRONTEND_"): n for name, n in enum_values(LAYOUT, "frontend_flag").items()}
@@ -52,14 +51,6 @@ class Answer:
     slot: int
     service: int
     to: tuple[str, int]
-
-
-def compile_test(target: Path) -> Path:
-    source = HERE / "service_select.bpf.c"
-    flags = ["-O2", "-g", "-target", "bpf", "-mcpu=v3", "-Wall", "-Wextra", "-Werror"]
-    places = [f"-I{HERE.parent.parent / 'bpf'}", "-idirafter", "/usr/include/x86_64-linux-gnu"]
-    subprocess.run(["clang-19", *flags, *places, "-c", str(source), "-o", str(target)], check=True)
-    return target
 
 
 class Selection:

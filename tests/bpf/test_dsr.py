@@ -1,11 +1,11 @@
 """The frontend in a packet, for direct return: put in, taken out, and left alone where it isn't ours to touch."""
 
-import subprocess
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
+from compiling import compile_object
 from datapath import DEFAULTS, DROP, Setting, addr
 from record import Wire, syn, udp
 from scapy.layers.inet import IP, IPOption
@@ -24,17 +24,9 @@ OTHER_FRONTEND = -11
 PAYLOADS = {"udp": udp(), "empty": udp(data=b""), "syn": syn(), "large": udp(data=b"x" * 1400)}
 
 
-def compile_object(source: Path, target: Path) -> Path:
-    flags = ["-O2", "-g", "-target", "bpf", "-mcpu=v3", "-Wall", "-Wextra", "-Werror", "-Wno-unused-parameter",
-             "-Wno-address-of-packed-member"]  # fmt: skip
-    places = [f"-I{HERE.parent.parent / 'bpf'}", "-idirafter", "/usr/include/x86_64-linux-gnu"]
-    subprocess.run(["clang-19", *flags, *places, "-c", str(source), "-o", str(target)], check=True)
-    return target
-
-
 @pytest.fixture(scope="module")
 def programs(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, Program]]:
-    path = compile_object(HERE / "dsr_test.bpf.c", tmp_path_factory.mktemp("bpf") / "dsr_test.bpf.o")
+    path = compile_object(HERE / "dsr_test.bpf.c", tmp_path_factory.mktemp("bpf"))
     with BpfObject(path) as obj:
         mine: dict[str, Setting] = {
             "cfg_frontend4": addr(FRONT[4]),

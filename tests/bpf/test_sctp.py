@@ -6,13 +6,13 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from compiling import compile_object
 from datapath import DEFAULTS, DROP
 from record import Wire
 from scapy.layers.inet import IP
 from scapy.layers.inet6 import IPv6ExtHdrDestOpt, IPv6ExtHdrFragment, PadN
 from scapy.layers.l2 import Ether
 from scapy.packet import Raw
-from test_dsr import compile_object
 
 from fimbria.kernel.bpf import BpfObject, Program, prog_test_run
 
@@ -54,7 +54,7 @@ def frame(family: int, payload: bytes) -> bytes:
 
 @pytest.fixture(scope="module")
 def program(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Program]:
-    path = compile_object(HERE / "sctp_test.bpf.c", tmp_path_factory.mktemp("bpf") / "sctp_test.bpf.o")
+    path = compile_object(HERE / "sctp_test.bpf.c", tmp_path_factory.mktemp("bpf"))
     with BpfObject(path) as obj:
         wanted = {**DEFAULTS, "cfg_sport": SPORT, "cfg_dport": DPORT}
         obj.set_constants({name: wanted[name] for name in obj.constants})

@@ -4,8 +4,9 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from compiling import compile_object
 from datapath import show
-from selection import INSIDE, Result, Selection, compile_test
+from selection import INSIDE, SOURCE, Result, Selection
 
 from fimbria.compute.service import BACKENDS, FRONTENDS, SLOTS, Delta, ServiceCompute
 from fimbria.decide.numbers import Numbers
@@ -51,7 +52,7 @@ class Kernel:
 
 @pytest.fixture(scope="module")
 def object_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return compile_test(tmp_path_factory.mktemp("bpf") / "service_select.bpf.o")
+    return compile_object(SOURCE, tmp_path_factory.mktemp("bpf"))
 
 
 @pytest.fixture

@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
+from compiling import compile_object
 from datapath import addr
 from selection import (
     ASK,
@@ -15,13 +16,13 @@ from selection import (
     OTHER_NODE,
     POD_ADDRESS,
     SOCKET,
+    SOURCE,
     TABLE_SIZE,
     TCP,
     THIS_NODE,
     UDP,
     Result,
     Selection,
-    compile_test,
     node_address,
 )  # fmt: skip
 
@@ -46,7 +47,7 @@ both = pytest.mark.parametrize("family", [4, 6])
 
 @pytest.fixture(scope="module")
 def object_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return compile_test(tmp_path_factory.mktemp("bpf") / "service_select.bpf.o")
+    return compile_object(SOURCE, tmp_path_factory.mktemp("bpf"))
 
 
 @pytest.fixture(scope="module")

@@ -5,8 +5,8 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from compiling import compile_object
 from datapath import DEFAULTS, OBJECTS, Setting, addr
-from test_dsr import compile_object
 from test_nodeport_traffic import (
     BACKEND_PORT,
     FRONT,
@@ -52,7 +52,7 @@ MODES = {"native": (False, DRIVER), "generic": (False, GENERIC), "overlay": (Tru
 @pytest.fixture(scope="module", params=MODES)
 def net(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Lab]:
     overlay, flags = MODES[request.param]
-    compiled = compile_object(HERE / "xdp_pass.bpf.c", tmp_path_factory.mktemp("bpf") / "xdp_pass.bpf.o")
+    compiled = compile_object(HERE / "xdp_pass.bpf.c", tmp_path_factory.mktemp("bpf"))
     with contextlib.ExitStack() as stack:
         built = stack.enter_context(lab(Mode(overlay=overlay, tcx=has_tcx())))
         node, fabric = built.nodes[0], built.fabric

@@ -5,9 +5,7 @@ Servers are `near` (node1) and `far` (node2); node3 has none, and is in node1's 
 each other's addresses, as direct server return through node ports needs it.
 """
 
-import subprocess
-from collections.abc import Callable
-from pathlib import Path
+from collections.abc import Callable, Iterator
 
 import pytest
 from balance import (
@@ -26,11 +24,11 @@ from balance import (
     wait_answers,
     world_address,
 )
+from cards import far_ends
 from traffic import pod, set_options, wait_settled
 
 from fimbria.lab.handle import Lab
 
-PASS, SECTION = Path(__file__).parent.parent / "bpf" / "xdp_pass.bpf.c", "xdp.frags"
 PROTOCOLS = {"tcp": TCP, "udp": UDP}
 PLACES = {"near": "node1", "far": "node2"}
 MANIFESTS = (
@@ -62,24 +60,17 @@ ROUTED = ["dsr", "xdp", "xdp-native", "xdp-dsr", "clsact"]
 
 
 @pytest.fixture(scope="module", params=["overlay", "native"])
-def lab(request: pytest.FixtureRequest, make_lab: Callable[..., Lab], tmp_path_factory: pytest.TempPathFactory) -> Lab:
+def lab(request: pytest.FixtureRequest, make_lab: Callable[..., Lab]) -> Iterator[Lab]:
     lab = make_lab(nodes=3, routing=request.param, source_check=False, zones=("a", "b"))
     lab.apply(MANIFESTS)
     lab.wait_ready(["client", "near", "far"])
-    as_network_cards(lab, tmp_path_factory.mktemp("bpf") / "pass.o")
+    for node in lab.spec.node_names:
+        # What comes from network cards has whole checksums.
+        assert lab.run("node/fabric", "ethtool", "-K", node, "tx", "off").returncode == 0
     enter_by(lab, "node3")
     wait_answers(lab, "node/world", node_address(lab, "node3", 4), Front(lab, "both").node_port(TCP))
-    return lab
-
-
-def as_network_cards(lab: Lab, compiled: Path) -> None:
-    """Cards hand over whole checksums, and take what XDP sends back: a veth only if a program runs at its other end."""
-    options = ["-O2", "-g", "-target", "bpf", "-idirafter", "/usr/include/x86_64-linux-gnu"]
-    subprocess.run(["clang-19", *options, "-c", str(PASS), "-o", str(compiled)], check=True)
-    for node in lab.spec.node_names:
-        assert lab.run("node/fabric", "ethtool", "-K", node, "tx", "off").returncode == 0
-        done = lab.run("node/fabric", "ip", "link", "set", node, "xdpdrv", "obj", str(compiled), "sec", SECTION)
-        assert done.returncode == 0, done.stderr
+    with far_ends(lab, *(("fabric", node) for node in lab.spec.node_names)):
+        yield lab
 
 
 once = pytest.mark.parametrize("lab", ["overlay"], indirect=True, scope="module")

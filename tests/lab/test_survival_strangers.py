@@ -7,6 +7,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
+from tests.bpf.compiling import compile_object
 from traffic import Traffic, agent, metric, start_pods, wait_settled
 
 from fimbria.lab import components
@@ -30,11 +31,7 @@ def _settled(lab: Lab) -> Iterator[None]:
 
 @pytest.fixture(scope="module")
 def stranger(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    built = tmp_path_factory.mktemp("stranger") / "stranger.bpf.o"
-    source = HERE / "stranger.bpf.c"
-    flags = ("-O2", "-g", "-target", "bpf", "-idirafter", "/usr/include/x86_64-linux-gnu")
-    subprocess.run(["clang-19", *flags, "-c", source, "-o", built], check=True)
-    return built
+    return compile_object(HERE / "stranger.bpf.c", tmp_path_factory.mktemp("stranger"))
 
 
 def hook(lab: Lab, pod: str) -> int:

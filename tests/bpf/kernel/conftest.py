@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
+from compiling import compile_object
 
 from fimbria.kernel import link, netns, probe
 from fimbria.kernel.bpf import BpfObject
@@ -31,10 +32,7 @@ def compiled(tmp_path_factory: pytest.TempPathFactory) -> dict[str, bytes]:
     out = tmp_path_factory.mktemp("progs")
     objects = {}
     for source in sorted(PROGS.glob("*.bpf.c")):
-        target = out / source.name.replace(".c", ".o")
-        flags = ["-O2", "-g", "-target", "bpf", "-mcpu=v3", "-Wall", "-idirafter", "/usr/include/x86_64-linux-gnu"]
-        subprocess.run(["clang-19", *flags, "-c", str(source), "-o", str(target)], check=True)
-        objects[source.name.split(".")[0]] = target.read_bytes()
+        objects[source.name.split(".")[0]] = compile_object(source, out).read_bytes()
     return objects
 
 
