@@ -16,7 +16,7 @@ CONNECTION: Final = (
 REASONS: Final[Sequence[tuple[str, str, str]]] = (
     ("pods", r"policy: connect", "the first packet is judged on both ends, and its verdict stored with the connection"),
     ("pods", r"connect\+request\+close", CONNECTION),
-    ("pods", r"bulk", "not the programs, which take 3% of the time; packets reach the receiver one by one, through fewer "
+    ("pods", r"bulk", "not the programs, which take 3% of the time; packets reach the receiver one by one, by fewer "
                       "queues, and it sleeps and is woken 1.3 times as often for the same data: costly in a guest"),
     ("pods", r"native: request/response", "the programs' own time, against a path that looks at no packet"),
     ("services", r"against the pod's address", "one look-up more for each connection"),
