@@ -132,6 +132,26 @@ static __always_inline void ct_note_tcp(struct packet *p, struct ct_entry *e, bo
 	}
 }
 
+/* What the answers to this packet, of whoever opens connections, seem to come from. */
+static __always_inline __u32 ct_service_of(const struct packet *p)
+{
+	return p->direction == DIRECTION_EGRESS || p->flags & PACKET_OUTSIDE ? p->service : 0;
+}
+
+/* Datagrams by one port, first through a service and now directly (its socket was closed, and another got the port): the
+ * last one says where answers come from. Attempts of TCP open a new entry, and who uses two frontends at once has a
+ * port for each. */
+static __always_inline void ct_follow(const struct packet *p, struct ct_entry *e)
+{
+	__u32 service = ct_service_of(p);
+
+	if (e->service == service || p->t.proto != IPPROTO_UDP || p->flags & PACKET_FRAGMENT)
+		return;
+	e->frontend = p->frontend.addr;
+	e->frontend_port = p->frontend.port;
+	e->service = service;
+}
+
 /* Who is on the other side? A node that calls a pod for a client outside says so by the tunnel; the answer only has its
  * address. */
 static __always_inline identity_t ct_peer(const struct packet *p, const struct ct_entry *e, bool reply)
@@ -184,7 +204,9 @@ static __always_inline int ct_known(struct packet *p, struct endpoint *ep, const
 		p->report = true;
 		return 0;
 	}
-	if (reply && !(e->flags & CT_SEEN_REPLY))
+	if (!reply)
+		ct_follow(p, e);
+	else if (!(e->flags & CT_SEEN_REPLY))
 		e->flags |= CT_SEEN_REPLY;
 	ct_note_tcp(p, e, reply);
 	ct_extend(e, now + ct_lifetime(key->proto, e->flags));
@@ -236,8 +258,8 @@ static __always_inline int ct_new(struct __sk_buff *skb, struct packet *p, struc
 
 	if (p->flags & PACKET_BOUND)
 		e.flags |= CT_BOUND;
-	if (p->service && (egress || p->flags & PACKET_OUTSIDE)) {
-		e.service = p->service;
+	e.service = ct_service_of(p);
+	if (e.service) {
 		e.frontend = p->frontend.addr;
 		e.frontend_port = p->frontend.port;
 	}

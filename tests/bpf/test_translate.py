@@ -1,7 +1,6 @@
 """Services by packet: there and back, errors included, and an answer when there is nobody."""
 
 import struct
-from collections.abc import Iterator
 
 import pytest
 from datapath import (
@@ -20,7 +19,6 @@ from record import (
     A_ID,
     B_IDENTITY,
     C_IDENTITY,
-    OVERLAY,
     Prepare,
     Record,
     Wire,
@@ -44,13 +42,6 @@ from fimbria.model import rows
 TCP, UDP, SCTP = 6, 17, 132
 OUT, IN = ENFORCE_EGRESS, ENFORCE_INGRESS
 FLAG = {name.removeprefix("FRONTEND_"): n for name, n in enum_values(LAYOUT, "frontend_flag").items()}
-
-
-@pytest.fixture(scope="module")
-def dp() -> Iterator[Datapath]:
-    loaded = Datapath(OVERLAY)
-    yield loaded
-    loaded.close()
 
 
 def service(*backends: str, port: int = 8080) -> Prepare:
@@ -192,6 +183,7 @@ def exempt(endpoint: int) -> Prepare:
 
 CALL = ("from_pod", lambda w: w.sent("front", syn()))
 ASK = ("from_pod", lambda w: w.sent("front", udp()))
+DIRECT = ("from_pod", lambda w: w.sent("b", udp(dport=8080)))
 RECORDS = [
     Record("a call goes to the backend", CALL[1], REDIRECT, rows=service("b"),
            gives=lambda w: w.delivered("b", "a", syn(dport=8080)), then=names_service),
@@ -236,6 +228,12 @@ RECORDS = [
            gives=lambda w: sctp(w, "c", ttl=63), mark=0xF2),
     Record("a new attempt gets another backend", CALL[1], REDIRECT, rows=dead,
            gives=lambda w: w.sent("c", syn(dport=8080), ttl=63)),
+    Record("a datagram sent directly by a service's port is answered directly", lambda w: w.routed("b", "a",
+           udp(8080, 40000)), TCX_NEXT, program="to_pod", rows=service("b"), before=[ASK, DIRECT],
+           gives=lambda w: w.routed("b", "a", udp(8080, 40000))),
+    Record("and by the service's again afterwards", lambda w: w.routed("b", "a", udp(8080, 40000)), TCX_NEXT,
+           program="to_pod", rows=service("b"), before=[ASK, DIRECT, ASK],
+           gives=lambda w: w.routed("front", "a", udp(53, 40000))),
     Record("a connection without its backend gets another", ASK[1], REDIRECT, rows=moved,
            gives=lambda w: w.sent("c", udp(dport=9000), ttl=63)),
     Record("policy is about the backend", CALL[1], REDIRECT,
