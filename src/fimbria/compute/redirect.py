@@ -14,6 +14,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator
 
 from fimbria.compute.service import HOST_PORT, REDIRECT, Extra, Owner
+from fimbria.compute.service_claims import LOCAL_REDIRECT
 from fimbria.compute.service_frontends import CLUSTER_IP, EXEMPT
 from fimbria.model.address import is_v4, unpack
 from fimbria.model.redirect import LocalPod, Redirect, RedirectPort
@@ -24,7 +25,7 @@ from fimbria.model.service import Service
 def owner(redirect: Redirect) -> Owner:
     """A redirect of a Service goes before the Service; one of an address after whoever has that address."""
     rank = REDIRECT if redirect.service is not None else HOST_PORT
-    return Owner(rank, "local redirect", redirect.id.namespace, redirect.id.name)
+    return Owner(rank, LOCAL_REDIRECT, redirect.id.namespace, redirect.id.name)
 
 
 def extras(redirect: Redirect, service: Service | None, pods: Iterable[LocalPod]) -> tuple[Extra, ...]:

@@ -23,7 +23,16 @@ from fimbria.compute import service_frontends as front
 from fimbria.compute.service_addresses import ServiceAddresses
 from fimbria.compute.service_backends import ListedBackends
 from fimbria.compute.service_choice import ALIVE, GOING_ON, READY, SERVING, Place, Standing, standing
-from fimbria.compute.service_claims import API_SERVER, HOST_PORT, REDIRECT, SERVICE, Claims, Extra, Owner
+from fimbria.compute.service_claims import (
+    API_SERVER,
+    HOST_PORT,
+    LOCAL_REDIRECT,
+    REDIRECT,
+    SERVICE,
+    Claims,
+    Extra,
+    Owner,
+)
 from fimbria.compute.service_frontends import Defaults, PortKey, Want
 from fimbria.compute.service_group import Group, Members
 from fimbria.compute.service_rows import BACKENDS, FRONTENDS, MEMBERS, RANGES, SLOTS, TABLES, BackendKey, Delta, no_rows
@@ -306,12 +315,12 @@ class ServiceCompute:
         owner, group = self._groups[row.service]
         want, state = group.frontends[frontend], self._states[owner]
         kind = "ExternalIP"
-        if owner.rank == REDIRECT:
+        if owner.kind == LOCAL_REDIRECT:
             kind = "LocalRedirect"
         elif frontend.addr in state.service.load_balancer_ips:
             kind = "LoadBalancer"
         for flag, name in _KINDS.items():
-            kind = name if want.flags & flag and owner.rank != REDIRECT else kind
+            kind = name if want.flags & flag and owner.kind != LOCAL_REDIRECT else kind
         return Description(owner, self._members_of(owner, group).port, kind, want.local, group.ranges)
 
     def unserved(self) -> list[ServiceKey]:

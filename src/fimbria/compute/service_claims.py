@@ -14,6 +14,8 @@ from fimbria.model.rows import FrontendKey
 REDIRECT: Final = 0
 SERVICE: Final = 1
 HOST_PORT: Final = 2
+LOCAL_REDIRECT: Final = "local redirect"
+"""The kind of owner that redirects: of a Service with rank REDIRECT, of an address with rank HOST_PORT."""
 API_SERVER: Final = 1
 """How far the API servers' own addresses are trusted: cluster IPs (0) alone go before them."""
 _PROTOCOLS: Final = {6: "TCP", 17: "UDP", 132: "SCTP"}

@@ -16,6 +16,7 @@ from fimbria.compute.service import (
     Owner,
     ServiceCompute,
 )
+from fimbria.compute.service_claims import LOCAL_REDIRECT
 from fimbria.compute.service_rows import no_rows
 from fimbria.decide.numbers import Numbers
 from fimbria.model.address import pack
@@ -405,3 +406,13 @@ def test_a_cluster_ip_by_which_agents_reach_the_api_server_is_a_services() -> No
     c.set_api_servers([FRONTEND])
     c.update(KEY, WEB, (part(pod(1)),))
     assert slots(c.all_rows()) == [1]
+
+
+def test_a_redirect_is_called_so_whatever_it_redirects() -> None:
+    """An address's redirect only gets what no Service has; the flags say how clients find it."""
+    for rank in (REDIRECT, HOST_PORT):
+        c = compute()
+        owner = Owner(rank, LOCAL_REDIRECT, "default", "dns")
+        c.set_extra(owner, (Extra((FRONTEND,), ((pod(1).addr, 53, 6),), front.CLUSTER_IP),))
+        about = c.describe(FRONTEND)
+        assert about and about.kind == "LocalRedirect"
