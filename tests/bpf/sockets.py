@@ -13,6 +13,7 @@ import subprocess
 from collections.abc import Iterator
 from pathlib import Path
 
+import pytest
 from datapath import DEFAULTS, HOST, LAYOUT, NODE, OBJECTS, REMOTE_NODE
 
 from fimbria.apply.attach import SOCKET_HOOKS
@@ -23,6 +24,7 @@ from fimbria.kernel.fd import check
 from fimbria.kernel.links import attach_cgroup
 from fimbria.kernel.maps import Map
 from fimbria.kernel.objects import BpfObject
+from fimbria.model.address import pack
 
 OBJECT = OBJECTS / "socket.bpf.o"
 TCP, UDP = socket.SOCK_STREAM, socket.SOCK_DGRAM
@@ -34,13 +36,8 @@ BACKENDS = {4: [f"10.77.0.{n}" for n in range(1, 5)], 6: [f"fd77::{n}" for n in 
 HOST_ADDR = {4: "10.78.0.1", 6: "fd78::1"}
 POD_ADDR = {4: "10.78.0.2", 6: "fd78::2"}
 NETNS, POD_NETNS = f"fimsock{os.getpid()}", f"fimsockp{os.getpid()}"
+CASES = pytest.mark.parametrize(("client", "family"), [(4, 4), (6, 6), (6, 4)], ids=["ipv4", "ipv6", "mapped"])
 Address = tuple[str, int]
-
-
-def packed(address: str) -> bytes:
-    if ":" in address:
-        return socket.inet_pton(socket.AF_INET6, address)
-    return bytes(10) + b"\xff\xff" + socket.inet_aton(address)
 
 
 class Services:
@@ -53,7 +50,7 @@ class Services:
                  scope: int = 0, affinity: int = 0) -> None:  # fmt: skip
         """`backends`: by backend id, in slot order; `flags`: names of enum frontend_flag; `kind` 0: a whole address."""
         for slot, (number, (address, port)) in enumerate(backends.items()):
-            value = packed(address) + struct.pack(">H", port) + bytes([PROTO[kind], 0])
+            value = pack(address) + struct.pack(">H", port) + bytes([PROTO[kind], 0])
             self.maps["backends"].update(struct.pack("=I", number), value)
             self.maps["service_slots"].update(struct.pack("=II", service, slot), struct.pack("=I", number))
             if affinity:
@@ -66,11 +63,11 @@ class Services:
         assert self.maps["frontends"].delete(self.key(at, kind))
 
     def key(self, at: Address, kind: int, scope: int = 0) -> bytes:
-        return packed(at[0]) + struct.pack(">H", at[1]) + bytes([PROTO[kind], scope])
+        return pack(at[0]) + struct.pack(">H", at[1]) + bytes([PROTO[kind], scope])
 
     def node_address(self, address: str, own: bool) -> None:
         """A row of ipcache: an address of this node or of another one."""
-        key = struct.pack("=I", 128) + packed(address)
+        key = struct.pack("=I", 128) + pack(address)
         self.maps["ipcache"].update(key, struct.pack("=II", HOST if own else REMOTE_NODE, NODE) + bytes(16))
 
     def exempt(self, cookie: int, service: int) -> None:

@@ -1,11 +1,10 @@
 """The pods' gateway exists by its answers only."""
 
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
 from datapath import REDIRECT, SHOT, TCX_NEXT, Datapath
-from record import ADDRS, MACS, OVERLAY, Record, base_rows, case_id, cases, check, send, udp
+from record import ADDRS, MACS, Record, base_rows, case_id, cases, check, send, udp
 from scapy.layers.inet6 import (
     ICMPv6MLReport2,
     ICMPv6ND_NA,
@@ -19,13 +18,6 @@ from scapy.layers.l2 import ARP, Ether
 from scapy.packet import Packet
 
 ROUTER, POD = ADDRS[6]["router"], ADDRS[6]["a"]
-
-
-@pytest.fixture(scope="module")
-def dp() -> Iterator[Datapath]:
-    loaded = Datapath(OVERLAY)
-    yield loaded
-    loaded.close()
 
 
 def who_has(target: str, **fields: Any) -> Packet:

@@ -1,10 +1,8 @@
 """What a hostile pod, or a hostile network, sends to get past policy."""
 
-from collections.abc import Iterator
-
 import pytest
 from datapath import REDIRECT, SHOT, TCX_NEXT, Datapath
-from record import ADDRS, B_IDENTITY, MACS, NATIVE, OVERLAY, Record, Wire, base_rows, case_id, cases, check, udp
+from record import ADDRS, B_IDENTITY, MACS, Record, Wire, base_rows, case_id, cases, check, udp
 from scapy.layers.inet6 import ICMPv6ND_NA, ICMPv6NDOptDstLLAddr, IPv6
 from scapy.layers.l2 import Ether
 from scapy.layers.vxlan import VXLAN
@@ -12,20 +10,6 @@ from scapy.packet import Packet, Raw
 
 READY, ENFORCE_INGRESS = 1, 2
 SIX = (6,)
-
-
-@pytest.fixture(scope="module")
-def dp() -> Iterator[Datapath]:
-    loaded = Datapath(OVERLAY)
-    yield loaded
-    loaded.close()
-
-
-@pytest.fixture(scope="module")
-def native() -> Iterator[Datapath]:
-    loaded = Datapath(NATIVE)
-    yield loaded
-    loaded.close()
 
 
 def forged_tunnel(w: Wire) -> Packet:

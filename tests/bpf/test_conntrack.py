@@ -1,7 +1,6 @@
 """Connections: what belongs to one, what it is worth, and when a verdict is reached again."""
 
 import time
-from collections.abc import Iterator
 from dataclasses import replace
 
 import pytest
@@ -22,7 +21,6 @@ from record import (
     A_IDENTITY,
     B_IDENTITY,
     B_IFINDEX,
-    OVERLAY,
     Build,
     Prepare,
     Record,
@@ -43,13 +41,6 @@ TCP, UDP = 6, 17
 SECOND = 10**9
 OPENED_EGRESS, SEEN_REPLY, FIN_FORWARD, FIN_REPLY, RST = 1, 2, 4, 8, 16
 OUT, IN = ENFORCE_EGRESS, ENFORCE_INGRESS
-
-
-@pytest.fixture(scope="module")
-def dp() -> Iterator[Datapath]:
-    loaded = Datapath(OVERLAY)
-    yield loaded
-    loaded.close()
 
 
 def now() -> int:

@@ -1,6 +1,5 @@
 """Where packets of a pod go, and what is refused before they go anywhere."""
 
-from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any
 
@@ -11,7 +10,6 @@ from record import (
     A_IFINDEX,
     B_IFINDEX,
     MACS,
-    OVERLAY,
     Record,
     Wire,
     case_id,
@@ -26,13 +24,6 @@ from scapy.layers.l2 import Dot1Q, Ether
 from scapy.packet import Packet, Raw
 
 FROM_A = A_IDENTITY << 8 | 0xF1
-
-
-@pytest.fixture(scope="module")
-def dp() -> Iterator[Datapath]:
-    with_overlay = Datapath(OVERLAY)
-    yield with_overlay
-    with_overlay.close()
 
 
 def not_ready(dp: Datapath, _w: Wire) -> None:

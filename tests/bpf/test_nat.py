@@ -1,7 +1,5 @@
 """Masquerading: pods speak to the outside with the node's address."""
 
-from collections.abc import Iterator
-
 import pytest
 from datapath import (
     EGRESS,
@@ -17,7 +15,6 @@ from datapath import (
     prefix,
 )  # fmt: skip
 from record import (
-    NATIVE,
     OVERLAY,
     Build,
     Prepare,
@@ -41,20 +38,6 @@ from fimbria.model import rows
 PORT = 61000 + 40000 % 1000  # where source port 40000 goes first
 SPORT = 40000
 TCP_NUMBER, UDP_NUMBER, SCTP_NUMBER = 6, 17, 132
-
-
-@pytest.fixture(scope="module")
-def dp() -> Iterator[Datapath]:
-    loaded = Datapath(OVERLAY)
-    yield loaded
-    loaded.close()
-
-
-@pytest.fixture(scope="module")
-def native() -> Iterator[Datapath]:
-    loaded = Datapath(NATIVE)
-    yield loaded
-    loaded.close()
 
 
 def out(dst: str, payload: Packet, **kw: int) -> Build:

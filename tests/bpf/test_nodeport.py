@@ -71,13 +71,6 @@ def space() -> Iterator[Space]:
         made.close()
 
 
-@pytest.fixture(scope="module")
-def dp() -> Iterator[Datapath]:
-    loaded = Datapath(OVERLAY)
-    yield loaded
-    loaded.close()
-
-
 def nodeport(*backends: str, flags: int = NODE_PORT, port: int = 8080) -> Prepare:
     """Node port 30080 for TCP and SCTP, 30053 for UDP; `front` 80 and 53 lead to the same `port` of the backends."""
 

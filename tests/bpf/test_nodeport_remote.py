@@ -1,7 +1,6 @@
 """Services for clients outside whose backend is elsewhere: this node calls it, or leaves the answer to its node."""
 
 import socket
-from collections.abc import Iterator
 
 import pytest
 from datapath import (
@@ -13,7 +12,6 @@ from datapath import (
     Datapath,
 )  # fmt: skip
 from record import (
-    NATIVE,
     Build,
     Prepare,
     Record,
@@ -44,7 +42,6 @@ from test_nodeport import (
     UDP_PORT,
     by_stack,
     call,
-    dp,
     head,
     nodeport,
     records_of,
@@ -55,14 +52,7 @@ from test_sctp import sctp
 from fimbria.model import rows
 from lab import Space
 
-__all__ = ["dp", "space"]  # fixtures
-
-
-@pytest.fixture(scope="module")
-def native() -> Iterator[Datapath]:
-    loaded = Datapath(NATIVE)
-    yield loaded
-    loaded.close()
+__all__ = ["space"]  # a fixture
 
 
 def taken(dp: Datapath, w: Wire) -> None:

@@ -1,7 +1,6 @@
 """Who may talk to whom: the rules as the kernel applies them."""
 
 import struct
-from collections.abc import Iterator
 
 import pytest
 from datapath import (
@@ -27,7 +26,6 @@ from record import (
     A_IDENTITY,
     B_IDENTITY,
     C_IDENTITY,
-    OVERLAY,
     Prepare,
     Record,
     Wire,
@@ -46,13 +44,6 @@ ALLOW, DENY = 1, 2
 ANY_PEER = 1
 CIDR_IDENTITY = (1 << 24) | 5
 TCP, UDP = 6, 17
-
-
-@pytest.fixture(scope="module")
-def dp() -> Iterator[Datapath]:
-    loaded = Datapath(OVERLAY)
-    yield loaded
-    loaded.close()
 
 
 def rule(peer: int, direction: int, verdict: int = ALLOW, proto: int = 0, port: int | None = None, number: int = 900,

@@ -7,39 +7,13 @@ import socket
 import struct
 import subprocess
 from collections import Counter
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from sockets import BACKENDS, FRONTEND, OTHER_FRONTEND, TCP, UDP, Net, Services, client_address, loaded
+from sockets import BACKENDS, CASES, FRONTEND, OTHER_FRONTEND, TCP, UDP, Net, Services, client_address
 
 from fimbria.kernel._libbpf import lib
 from fimbria.kernel.fd import check
-
-
-@pytest.fixture(scope="module")
-def node() -> Iterator[tuple[Services, Net]]:
-    with loaded() as both:
-        yield both
-
-
-@pytest.fixture
-def services(node: tuple[Services, Net]) -> Iterator[Services]:
-    yield node[0]
-    node[0].clear()
-
-
-@pytest.fixture
-def net(node: tuple[Services, Net]) -> Iterator[Net]:
-    yield node[1]
-    node[1].close()
-
-
-CASES = pytest.mark.parametrize(
-    ("client", "family"),
-    [(4, 4), (6, 6), (6, 4)],
-    ids=["ipv4", "ipv6", "mapped"],
-)
 
 
 def exchange(server: socket.socket, text: bytes) -> None:

@@ -4,11 +4,11 @@ import errno
 import select
 import socket
 import struct
-from collections.abc import Iterator
 
 import pytest
 from sockets import (
     BACKENDS,
+    CASES,
     FRONTEND,
     HOST_ADDR,
     OTHER_FRONTEND,
@@ -18,7 +18,6 @@ from sockets import (
     Net,
     Services,
     client_address,
-    loaded,
 )  # fmt: skip
 
 from fimbria.kernel import netns
@@ -29,27 +28,8 @@ LOOPBACK = {4: "127.0.0.1", 6: "::1"}
 REMOTE = {4: "192.0.2.7", 6: "fd66::7"}
 PORT = 30080
 TABLE_SIZE = 16381
-CASES = pytest.mark.parametrize(("client", "family"), [(4, 4), (6, 6), (6, 4)], ids=["ipv4", "ipv6", "mapped"])
 both = pytest.mark.parametrize("family", [4, 6])
 kinds = pytest.mark.parametrize("kind", [TCP, UDP], ids=["tcp", "udp"])
-
-
-@pytest.fixture(scope="module")
-def node() -> Iterator[tuple[Services, Net]]:
-    with loaded() as pair:
-        yield pair
-
-
-@pytest.fixture
-def services(node: tuple[Services, Net]) -> Iterator[Services]:
-    yield node[0]
-    node[0].clear()
-
-
-@pytest.fixture
-def net(node: tuple[Services, Net]) -> Iterator[Net]:
-    yield node[1]
-    node[1].close()
 
 
 def servers(net: Net, family: int, kind: int, n: int = 1) -> dict[int, socket.socket]:
