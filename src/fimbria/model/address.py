@@ -36,6 +36,13 @@ def is_v4(addr: bytes) -> bool:
     return addr[:12] == V4_MAPPED
 
 
+def is_anybodys(addr: bytes) -> bool:
+    """Whether a 16-byte address says nothing about who has it: unspecified, loopback, multicast or broadcast."""
+    if is_v4(addr):
+        return addr[12] == 127 or addr[12] >= 224 or not any(addr[12:])
+    return addr[0] == 0xFF or (not any(addr[:15]) and addr[15] <= 1)
+
+
 @dataclass(frozen=True, slots=True, order=True)
 class Prefix:
     """A network: 16 address bytes with the host bits zero and a length of 0..128 (an IPv4 /n is 96 + n)."""

@@ -13,7 +13,7 @@ from typing import Final
 
 import msgspec
 
-from fimbria.model.address import is_v4, pack
+from fimbria.model.address import is_anybodys, pack
 from fimbria.model.labels import NAMESPACE
 from fimbria.model.policy import Operator, PolicyId, Problem, Requirement, Selector
 from fimbria.model.redirect import Redirect, RedirectPort
@@ -76,9 +76,7 @@ def _address(frontend: Frontend, path: str) -> bytes:
         addr = pack(frontend.ip)
     except ValueError:
         raise Refused(path, f"{frontend.ip!r} is not an IP address") from None
-    loopback = addr[12] == 127 if is_v4(addr) else addr == pack("::1")
-    multicast = addr[12] >= 224 if is_v4(addr) else addr[0] == 0xFF
-    if loopback or multicast or not any(addr[12:] if is_v4(addr) else addr):
+    if is_anybodys(addr):
         raise Refused(path, f"{frontend.ip} can't be redirected")
     return addr
 

@@ -10,7 +10,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from functools import lru_cache
 from typing import Final
 
-from fimbria.model.address import Prefix, is_v4, pack
+from fimbria.model.address import Prefix, is_anybodys, is_v4, pack
 from fimbria.model.selector import NodeSelector
 from fimbria.model.service import (
     DEFAULT_WEIGHT,
@@ -126,7 +126,9 @@ def _addresses(
         except ValueError:
             warnings.append(f"{what} {text!r} is not an IP address")
             continue
-        if is_v4(addr) in families:
+        if is_anybodys(addr):
+            warnings.append(f"{what} {text} is left out: no Service can have it")
+        elif is_v4(addr) in families:
             found.append(addr)
         else:
             warnings.append(f"{what} {text} is left out: the service has no cluster IP of that family")

@@ -110,3 +110,17 @@ def test_bad_endpoints_and_ports_are_named_and_the_rest_counts() -> None:
         "endpoint left out: 'pod' is not an IP address",
         "endpoint left out: '' is not an IP address",
     )
+
+
+def test_addresses_that_no_service_can_have() -> None:
+    """A frontend of the unspecified address would be a node port, one of loopback every node's own port."""
+    status = {"loadBalancer": {"ingress": [{"ip": ip} for ip in ("0.0.0.0", "::", "127.0.0.1", "::1", "203.0.113.1")]}}
+    spec = {
+        "type": "LoadBalancer", "clusterIPs": ["10.96.0.1", "fd96::1"], "clusterIP": "10.96.0.1",
+        "externalIPs": ["224.0.0.5", "ff02::1", "255.255.255.255", "2001:db8::1"], "ports": [{"port": 30080}],
+    }  # fmt: skip
+    obj = {"metadata": {"namespace": "shop", "name": "web"}, "spec": spec, "status": status}
+    row = to_service(msgspec.convert(obj, core.Service))
+    assert row.load_balancer_ips == (pack("203.0.113.1"),) and row.external_ips == (pack("2001:db8::1"),)
+    assert row.warnings[0] == "load balancer IP 0.0.0.0 is left out: no Service can have it"
+    assert len(row.warnings) == 7
