@@ -9,7 +9,6 @@ from collections.abc import Awaitable, Iterator
 from contextlib import contextmanager
 from typing import Final
 
-
 COLLECT_AFTER: Final = (20_000, 20, 20)
 """Python's own (700, 10, 10) looks at what a burst of objects leaves behind again and again: half of the time that
 10,000 new Services take, and next to nothing of it is garbage."""

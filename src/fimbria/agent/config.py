@@ -9,7 +9,7 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any, Final
 
-from fimbria.compute.maglev import TABLE_SIZES
+from fimbria.compute.maglev import DEFAULT_SIZE, TABLE_SIZES
 from fimbria.model.labels import LabelFilter
 
 
@@ -54,7 +54,7 @@ class AgentConfig:
     forwarding: str = "snat"
     load_balancing: str = "random"
     socket_services: str = "all"
-    maglev_table_size: int = 16381
+    maglev_table_size: int = DEFAULT_SIZE
     policy_sets: int = 4096
     identity_entries: int = 65536
     audit_interval: float = 30.0

@@ -115,7 +115,7 @@ class _Exchange(asyncio.Protocol):
             self._transport.abort()
 
     def data_received(self, data: bytes) -> None:
-        if self._head is None or self._transport is None or self._transport.is_closing():
+        if self._transport is None or self._transport.is_closing():
             return
         self._head += data[: MAX_HEAD + 1]
         end = self._head.find(b"\r\n\r\n")

@@ -21,8 +21,6 @@ _MAGIC = 0xEB9F
 _SIZE_LIMIT = 256 << 20
 _DEPTH_LIMIT = 64
 
-VMLINUX = "/sys/kernel/btf/vmlinux"
-
 
 class BtfError(ValueError):
     """Malformed BTF, or a type that isn't there."""
@@ -127,11 +125,6 @@ class Btf:
         """The BTF of an object file. Raises BtfError, OSError."""
         data = source if isinstance(source, bytes) else Path(source).read_bytes()
         return cls(elf_section(data, ".BTF"))
-
-    @classmethod
-    def of_kernel(cls) -> Btf:
-        """The running kernel's. Raises OSError when it has none."""
-        return cls(Path(VMLINUX).read_bytes())
 
     def __len__(self) -> int:
         return len(self._offsets)

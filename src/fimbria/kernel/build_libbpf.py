@@ -62,8 +62,6 @@ uint32_t bpf_program__type(const struct bpf_program *prog);
 uint32_t bpf_program__expected_attach_type(const struct bpf_program *prog);
 bool bpf_program__autoload(const struct bpf_program *prog);
 int bpf_program__set_autoload(struct bpf_program *prog, bool autoload);
-int bpf_program__set_type(struct bpf_program *prog, uint32_t type);
-int bpf_program__set_expected_attach_type(struct bpf_program *prog, uint32_t type);
 
 int bpf_obj_pin(int fd, const char *pathname);
 int bpf_obj_get(const char *pathname);
@@ -148,9 +146,6 @@ int fim_ring_fd(struct fim_ring *r);
 int fim_ring_drain(struct fim_ring *r, uint32_t max);
 void fim_ring_free(struct fim_ring *r);
 
-int libbpf_probe_bpf_prog_type(uint32_t prog_type, const void *opts);
-int libbpf_probe_bpf_map_type(uint32_t map_type, const void *opts);
-int libbpf_probe_bpf_helper(uint32_t prog_type, uint32_t helper_id, const void *opts);
 const char *libbpf_version_string(void);
 
 int fim_maglev(const char *members, uint32_t n, uint32_t *table, uint32_t size);

@@ -17,7 +17,6 @@ from fimbria.kernel.netlink import (
     Request,
     WireError,
     attr,
-    attr_list,
     attr_text,
     attr_u8,
     attr_u32,
@@ -38,7 +37,7 @@ NAME_LIMIT = 15  # IFNAMSIZ without its NUL
 _IFINFOMSG = struct.Struct("=BxHiII")  # family, device type, index, flags, change mask
 _IFLA_ADDRESS, _IFLA_IFNAME, _IFLA_MTU, _IFLA_LINK, _IFLA_MASTER, _IFLA_TXQLEN = 1, 3, 4, 5, 10, 13
 _IFLA_OPERSTATE, _IFLA_LINKINFO, _IFLA_IFALIAS, _IFLA_GROUP, _IFLA_NET_NS_FD, _IFLA_EXT_MASK = 16, 18, 20, 27, 28, 29
-_IFLA_LINK_NETNSID, _IFLA_GSO_MAX_SIZE, _IFLA_PROP_LIST, _IFLA_ALT_IFNAME = 37, 41, 52, 53
+_IFLA_LINK_NETNSID, _IFLA_GSO_MAX_SIZE, _IFLA_ALT_IFNAME = 37, 41, 53
 _IFLA_GRO_MAX_SIZE, _IFLA_GSO_IPV4, _IFLA_GRO_IPV4 = 58, 63, 64
 _INFO_KIND, _INFO_DATA = 1, 2
 _VETH_PEER = 1
@@ -76,7 +75,6 @@ class Device:
     peer_netnsid: int
     group: int
     alias: str
-    altnames: tuple[str, ...]
     gso_max_size: int
     gro_max_size: int
     gso_ipv4_max_size: int
@@ -211,18 +209,6 @@ def change(
     return Request(RTM_NEWLINK, 0, b"".join(parts), f"change device {index}")
 
 
-def add_altname(index: int, name: str) -> Request:
-    """Gives a device another name; EEXIST when it is taken."""
-    body = _header(index) + nest(_IFLA_PROP_LIST, attr_text(_IFLA_ALT_IFNAME, name))
-    return Request(RTM_NEWLINKPROP, CREATE | EXCL, body, f"add name {name} to device {index}")
-
-
-def delete_altname(index: int, name: str) -> Request:
-    """Takes another name away."""
-    body = _header(index) + nest(_IFLA_PROP_LIST, attr_text(_IFLA_ALT_IFNAME, name))
-    return Request(RTM_DELLINKPROP, 0, body, f"delete name {name} of device {index}")
-
-
 def delete(index: int) -> Request:
     """Deletes a device (of a veth pair: both ends); ENODEV when there is none. By index: names are reused."""
     return Request(RTM_DELLINK, 0, _header(index), f"delete device {index}")
@@ -251,14 +237,12 @@ def parse_device(data: bytes, start: int, end: int) -> Device | None:
     raw_info = get(_IFLA_LINKINFO, b"")
     info = attrs(raw_info, 0, len(raw_info))
     kind = text(info.get(_INFO_KIND))
-    props = get(_IFLA_PROP_LIST, b"")
     netnsid = get(_IFLA_LINK_NETNSID)
     return Device(
         index, text(get(_IFLA_IFNAME)), kind, number(get(_IFLA_MTU)), get(_IFLA_ADDRESS, b""), flags,
         number(get(_IFLA_OPERSTATE)), number(get(_IFLA_MASTER)), number(get(_IFLA_LINK)),
         struct.unpack("=i", netnsid)[0] if netnsid and len(netnsid) == 4 else -1,
         number(get(_IFLA_GROUP)), text(get(_IFLA_IFALIAS)),
-        tuple(text(value) for k, value in attr_list(props, 0, len(props)) if k == _IFLA_ALT_IFNAME),
         number(get(_IFLA_GSO_MAX_SIZE)), number(get(_IFLA_GRO_MAX_SIZE)),
         number(get(_IFLA_GSO_IPV4)), number(get(_IFLA_GRO_IPV4)),
         _vxlan(info) if kind == "vxlan" else None,

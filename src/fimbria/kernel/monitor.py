@@ -20,13 +20,11 @@ class Group(IntEnum):
     TC = 4
     IPV4_ADDRESS = 5
     IPV4_ROUTE = 7
-    IPV4_RULE = 8
     IPV6_ADDRESS = 9
     IPV6_ROUTE = 11
-    IPV6_RULE = 19
 
 
-Thing = link.Device | link.Address | route.Route | route.Rule | neighbour.Neighbour | tc.Qdisc | tc.Filter
+Thing = link.Device | link.Address | route.Route | neighbour.Neighbour | tc.Qdisc | tc.Filter
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,7 +39,6 @@ _PARSERS: dict[int, Callable[[bytes, int, int], Thing | None]] = {
     link.RTM_NEWLINK: link.parse_device,
     link.RTM_NEWADDR: link.parse_address,
     route.RTM_NEWROUTE: route.parse_route,
-    route.RTM_NEWRULE: route.parse_rule,
     neighbour.RTM_NEWNEIGH: neighbour.parse_neighbour,
     tc.RTM_NEWQDISC: tc.parse_qdisc,
     tc.RTM_NEWTFILTER: tc.parse_filter,

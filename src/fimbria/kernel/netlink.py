@@ -124,18 +124,6 @@ def attrs(data: bytes, start: int, end: int) -> dict[int, bytes]:
     return found
 
 
-def attr_list(data: bytes, start: int, end: int) -> list[tuple[int, bytes]]:
-    """The attributes in order, repeated ones included. Raises WireError."""
-    found: list[tuple[int, bytes]] = []
-    while start + 4 <= end:
-        length, kind = ATTR.unpack_from(data, start)
-        if length < 4 or start + length > end:
-            raise WireError(f"attribute {kind & _TYPE_MASK} of {length} bytes does not fit at offset {start}")
-        found.append((kind & _TYPE_MASK, data[start + 4 : start + length]))
-        start += (length + 3) & ~3
-    return found
-
-
 def number(value: bytes | None, default: int = 0) -> int:
     """An attribute's value as an unsigned number in host byte order."""
     return int.from_bytes(value, "little" if U16.pack(1)[0] else "big") if value else default

@@ -201,15 +201,6 @@ class BpfObject:
         self._unloaded("choose maps")
         check(lib.bpf_map__set_autocreate(self._map(name), create), f"{self.name}: autocreate {name}")
 
-    def set_type(self, program: str, prog_type: int, attach_type: int | None = None) -> None:
-        """Overrides what the section name says. Numbers of enum bpf_prog_type and enum bpf_attach_type."""
-        self._unloaded("set a type")
-        raw = self._program(program)
-        check(lib.bpf_program__set_type(raw, prog_type), f"{self.name}: type of {program}")
-        if attach_type is not None:
-            result = lib.bpf_program__set_expected_attach_type(raw, attach_type)
-            check(result, f"{self.name}: attach type of {program}")
-
     def reuse(self, maps: Mapping[str, Map]) -> None:
         """Uses existing maps in place of the file's, by name. Resize first: sizes must agree too.
 

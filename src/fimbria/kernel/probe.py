@@ -5,8 +5,7 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
-from fimbria.kernel._libbpf import ffi, lib
-from fimbria.kernel.fd import BpfError, check
+from fimbria.kernel.fd import BpfError
 from fimbria.kernel.links import AttachType, query_device
 
 _CAP_NET_ADMIN, _CAP_SYS_ADMIN, _CAP_BPF = 12, 21, 39
@@ -30,21 +29,6 @@ def has_tcx() -> bool:
 def has_btf() -> bool:
     """True when the kernel publishes its type information."""
     return Path("/sys/kernel/btf/vmlinux").exists()
-
-
-def have_helper(prog_type: int, helper_id: int) -> bool:
-    """True when programs of this type may call the helper (numbers of the UAPI). Raises BpfError when it can't tell."""
-    return check(lib.libbpf_probe_bpf_helper(prog_type, helper_id, ffi.NULL), f"probe helper {helper_id}") == 1
-
-
-def have_prog_type(prog_type: int) -> bool:
-    """True when the kernel has this program type. Raises BpfError when it can't tell."""
-    return check(lib.libbpf_probe_bpf_prog_type(prog_type, ffi.NULL), f"probe program type {prog_type}") == 1
-
-
-def have_map_type(map_type: int) -> bool:
-    """True when the kernel has this map type. Raises BpfError when it can't tell."""
-    return check(lib.libbpf_probe_bpf_map_type(map_type, ffi.NULL), f"probe map type {map_type}") == 1
 
 
 def cgroup2_mount(mounts: str | None = None) -> str | None:

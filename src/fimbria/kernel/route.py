@@ -1,4 +1,4 @@
-"""Routes and policy rules over rtnetlink (include/uapi/linux/rtnetlink.h and fib_rules.h). Packed addresses."""
+"""Routes over rtnetlink (include/uapi/linux/rtnetlink.h). Packed addresses."""
 
 from __future__ import annotations
 
@@ -14,23 +14,18 @@ from fimbria.kernel.netlink import (
     REPLACE,
     U16,
     U32,
-    Message,
     NetlinkError,
     NetlinkSocket,
     Request,
     WireError,
     attr,
-    attr_text,
-    attr_u8,
     attr_u32,
     attrs,
     nest,
     number,
-    text,
 )
 
 RTM_NEWROUTE, RTM_DELROUTE, RTM_GETROUTE = 24, 25, 26
-RTM_NEWRULE, RTM_DELRULE, RTM_GETRULE = 32, 33, 34
 
 _RTMSG = struct.Struct("=BBBBBBBBI")  # family, dst_len, src_len, tos, table, protocol, scope, type, flags
 _RTNEXTHOP = struct.Struct("=HBBi")  # length, flags, hops, ifindex
@@ -278,89 +273,3 @@ def lookup(sock: NetlinkSocket, dst: bytes, *, src: bytes = b"", oif: int = 0, m
         data = m.data[: m.start + 8] + U32.pack(flags) + m.data[m.start + 12 :]
         return parse_route(data, m.start, m.end)
     return None
-
-
-# -- rules
-
-_FRA_DST, _FRA_SRC, _FRA_IIFNAME, _FRA_PRIORITY, _FRA_FWMARK = 1, 2, 3, 6, 10
-_FRA_TABLE, _FRA_FWMASK, _FRA_OIFNAME, _FRA_PROTOCOL = 15, 16, 17, 21
-_RULE_INVERT = 2
-_ACTION_TABLE = 1
-
-
-@dataclass(frozen=True, slots=True)
-class Rule:
-    """One policy routing rule. `family` is AF_INET or AF_INET6; empty `src`/`dst` match everything.
-
-    `action`: 1 looks `table` up; 6 blackhole, 7 unreachable, 8 prohibit (enum of fib_rules.h).
-    """
-
-    family: int
-    priority: int
-    table: int = 0
-    src: bytes = b""
-    src_len: int = 0
-    dst: bytes = b""
-    dst_len: int = 0
-    iif: str = ""
-    oif: str = ""
-    mark: int = 0
-    mask: int = 0
-    protocol: int = 0
-    invert: bool = False
-    action: int = _ACTION_TABLE
-
-    def __str__(self) -> str:
-        return f"{self.priority}: table {self.table} mark {self.mark:#x}/{self.mask:#x}"
-
-
-def rule_body(rule: Rule) -> bytes:
-    """The wire form of a rule."""
-    small = rule.table if rule.table < 256 else 0
-    flags = _RULE_INVERT if rule.invert else 0
-    parts = [
-        _RTMSG.pack(rule.family, rule.dst_len, rule.src_len, 0, small, 0, 0, rule.action, flags),
-        attr_u32(_FRA_PRIORITY, rule.priority),
-        attr_u32(_FRA_TABLE, rule.table) if rule.table else b"",
-        attr(_FRA_SRC, rule.src) if rule.src else b"",
-        attr(_FRA_DST, rule.dst) if rule.dst else b"",
-        attr_text(_FRA_IIFNAME, rule.iif) if rule.iif else b"",
-        attr_text(_FRA_OIFNAME, rule.oif) if rule.oif else b"",
-        attr_u32(_FRA_FWMARK, rule.mark) + attr_u32(_FRA_FWMASK, rule.mask) if rule.mask else b"",
-        attr_u8(_FRA_PROTOCOL, rule.protocol) if rule.protocol else b"",
-    ]
-    return b"".join(parts)
-
-
-def add_rule(rule: Rule) -> Request:
-    """Adds; EEXIST when the very same rule is there."""
-    return Request(RTM_NEWRULE, CREATE | EXCL, rule_body(rule), f"add rule {rule}")
-
-
-def delete_rule(rule: Rule) -> Request:
-    """Deletes; ENOENT when there is none."""
-    return Request(RTM_DELRULE, 0, rule_body(rule), f"delete rule {rule}")
-
-
-def parse_rule(data: bytes, start: int, end: int) -> Rule | None:
-    """The rule in an RTM_NEWRULE or RTM_DELRULE body; None for families other than IPv4 and IPv6. Raises WireError."""
-    if end - start < _RTMSG.size:
-        raise WireError("rule message too short")
-    family, dst_len, src_len, _tos, table, _r1, _r2, action, flags = _RTMSG.unpack_from(data, start)
-    if family not in WIDTHS:
-        return None
-    found = attrs(data, start + 12, end)
-    return Rule(
-        family, number(found.get(_FRA_PRIORITY)), number(found.get(_FRA_TABLE), table),
-        found.get(_FRA_SRC, b""), src_len, found.get(_FRA_DST, b""), dst_len,
-        text(found.get(_FRA_IIFNAME)), text(found.get(_FRA_OIFNAME)),
-        number(found.get(_FRA_FWMARK)), number(found.get(_FRA_FWMASK)), number(found.get(_FRA_PROTOCOL)),
-        bool(flags & _RULE_INVERT), action,
-    )  # fmt: skip
-
-
-def dump_rules(sock: NetlinkSocket, family: int) -> list[Rule]:
-    """The rules of one family. Raises NetlinkError."""
-    messages: list[Message] = sock.dump(Request(RTM_GETRULE, 0, _RTMSG.pack(family, *[0] * 8), "dump rules"))
-    rules = (parse_rule(m.data, m.start, m.end) for m in messages if m.type == RTM_NEWRULE)
-    return [r for r in rules if r is not None]

@@ -27,7 +27,6 @@ _BYTECODE: Final = 1
 _OP: Final = struct.Struct("=BBH")
 _HOST: Final = struct.Struct("=BBxxi")
 _JUMP, _D_COND = 1, 8
-_NO_COOKIE: Final = (1 << 64) - 1
 
 ESTABLISHED, SYN_SENT, SYN_RECV, CLOSE = 1, 2, 3, 7  # include/net/tcp_states.h; a connected UDP socket is ESTABLISHED
 # More conditions cost the kernel more than handing out sockets that then don't match.

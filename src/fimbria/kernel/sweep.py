@@ -8,7 +8,6 @@ and removal, it is put back at once (and one that a program has made anew meanwh
 from __future__ import annotations
 
 import errno
-import struct
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Final
@@ -17,7 +16,6 @@ from fimbria.kernel._libbpf import ffi, lib
 from fimbria.kernel.btf import Btf, Kind
 from fimbria.kernel.maps import Map, MapError
 
-_U32: Final = struct.Struct("=I")
 _CURSOR: Final = 4
 
 

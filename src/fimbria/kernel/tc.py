@@ -10,25 +10,21 @@ import struct
 from dataclasses import dataclass
 
 from fimbria.kernel.netlink import (
-    CREATE,
-    EXCL,
     NetlinkError,
     NetlinkSocket,
     Request,
     WireError,
-    attr_text,
     attrs,
     number,
     text,
 )
 
-RTM_NEWQDISC, RTM_DELQDISC, RTM_GETQDISC = 36, 37, 38
+RTM_NEWQDISC = 36
 RTM_NEWTFILTER, RTM_DELTFILTER, RTM_GETTFILTER = 44, 45, 46
 
 _TCMSG = struct.Struct("=BxxxiIII")  # family, index, handle, parent, info
 _TCA_KIND, _TCA_OPTIONS = 1, 2
 _BPF_NAME, _BPF_ID = 7, 11
-_CLSACT_HANDLE, _CLSACT_PARENT = 0xFFFF0000, 0xFFFFFFF1
 INGRESS, EGRESS = 0xFFFFFFF2, 0xFFFFFFF3
 
 
@@ -55,18 +51,6 @@ class Filter:
     prog_id: int
 
 
-def add_clsact(index: int) -> Request:
-    """Adds clsact; EEXIST when it is there."""
-    body = _TCMSG.pack(0, index, _CLSACT_HANDLE, _CLSACT_PARENT, 0) + attr_text(_TCA_KIND, "clsact")
-    return Request(RTM_NEWQDISC, CREATE | EXCL, body, f"add clsact to device {index}")
-
-
-def delete_clsact(index: int) -> Request:
-    """Deletes clsact and every filter on it: only if all are ours."""
-    body = _TCMSG.pack(0, index, _CLSACT_HANDLE, _CLSACT_PARENT, 0) + attr_text(_TCA_KIND, "clsact")
-    return Request(RTM_DELQDISC, 0, body, f"delete clsact of device {index}")
-
-
 def parse_qdisc(data: bytes, start: int, end: int) -> Qdisc:
     """The qdisc in an RTM_NEWQDISC or RTM_DELQDISC body. Raises WireError."""
     if end - start < _TCMSG.size:
@@ -91,13 +75,6 @@ def parse_filter(data: bytes, start: int, end: int) -> Filter | None:
         index, parent == EGRESS, info >> 16, handle, kind,
         text(options.get(_BPF_NAME)) if bpf else "", number(options.get(_BPF_ID)) if bpf else 0,
     )  # fmt: skip
-
-
-def dump_qdiscs(sock: NetlinkSocket, index: int = 0) -> list[Qdisc]:
-    """The qdiscs of all devices or of one. Raises NetlinkError."""
-    request = Request(RTM_GETQDISC, 0, _TCMSG.pack(0, 0, 0, 0, 0), "dump qdiscs")
-    found = [parse_qdisc(m.data, m.start, m.end) for m in sock.dump(request) if m.type == RTM_NEWQDISC]
-    return [q for q in found if not index or q.index == index]
 
 
 def dump_filters(sock: NetlinkSocket, index: int, *, egress: bool) -> list[Filter]:
