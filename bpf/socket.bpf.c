@@ -147,14 +147,15 @@ static __always_inline bool sock_may_mean_service(struct service_query *q, bool 
 	return true;
 }
 
-/* A pod's TCP socket with a port of its own choice is left to the packet path. Two of them may call two services that
- * share a backend: it would be one connection, and the second connect() would fail with EADDRNOTAVAIL for no reason that
- * the application could see. By packet, the second gets another backend or another port on the way. */
+/* A pod's connecting socket with a port of its own choice is left to the packet path. Two of them may call two services
+ * that share a backend: to the kernel it would be one connection. TCP's second connect() would fail with EADDRNOTAVAIL for
+ * no reason that the application could see, and one of two UDP sockets would get all answers. By packet, the second gets
+ * another port on the way. */
 static __always_inline bool sock_is_bound(const struct bpf_sock_addr *ctx, bool connecting)
 {
 	const struct bpf_sock *sk = ctx->sk;
 
-	return connecting && ctx->protocol == IPPROTO_TCP && sk && sk->src_port;
+	return connecting && sk && sk->src_port;
 }
 
 /* Finds the backend to talk to instead of `to`, in q->to. SERVICE_NONE: `to` is no service's, or not for this socket. */

@@ -273,13 +273,26 @@ def test_a_pods_tcp_socket_with_a_port_of_its_own_is_left_to_the_packet_path(
 
 
 @both
-def test_a_pods_udp_socket_with_a_port_of_its_own_is_translated(services: Services, net: Net, family: int) -> None:
+def test_a_pods_connecting_udp_socket_likewise(services: Services, net: Net, family: int) -> None:
+    of, direct = servers(net, family, UDP), net.server(HOST_ADDR[family], UDP, 8081)
+    services.frontend((HOST_ADDR[family], 8081), UDP, 7, backends(of))
+    for pod, hears in ((True, direct), (False, of[1])):
+        c = net.open(family, UDP, pod=pod)
+        c.bind(((POD_ADDR if pod else HOST_ADDR)[family], 0))
+        c.connect((HOST_ADDR[family], 8081))
+        c.send(b"x")
+        assert hears.recv(8) == b"x"
+
+
+@both
+def test_a_pods_unconnected_udp_socket_is_translated_whatever_its_port(
+    services: Services, net: Net, family: int
+) -> None:
     of = servers(net, family, UDP)
     services.frontend((FRONTEND[family], 53), UDP, 7, backends(of))
     c = net.open(family, UDP, pod=True)
     c.bind((POD_ADDR[family], 0))
-    c.connect((FRONTEND[family], 53))
-    c.send(b"x")
+    c.sendto(b"x", (FRONTEND[family], 53))
     assert of[1].recv(8) == b"x"
 
 

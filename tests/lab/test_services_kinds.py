@@ -479,10 +479,9 @@ def test_two_services_with_one_backend_from_one_client_port(
     first, second = (node_address(lab, node, family) for node in ("node1", "node3"))
     ways = first, one.node_port(port), second, one.node_port(port)
     script(lab, "node/world", TWINS, proto, client_port + 1, *ways)
-    # A pod's bound TCP socket is left to packets, which can tell two connections apart; bound UDP sockets can't be.
-    if proto == "tcp":
-        ways = one.cluster_ip(family), port, two.cluster_ip(family), port
-        script(lab, "client", TWINS, proto, client_port, *ways)
+    # A pod's bound socket is left to packets, which can tell two connections apart.
+    ways = one.cluster_ip(family), port, two.cluster_ip(family), port
+    script(lab, "client", TWINS, proto, client_port, *ways)
 
 
 # --- UDP whose backend goes ----------------------------------------------------------------------------------------
