@@ -5,6 +5,7 @@ import json
 import sys
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from typing import Any
 
 import pytest
@@ -98,6 +99,38 @@ def test_an_identity_with_a_strange_name_opens_nothing(lab: Lab, name: str) -> N
     time.sleep(0.3)
     assert not talks(lab, "evil", "near") and talks(lab, "friend", "near")
     lab.request("DELETE", f"{CILIUM}/ciliumidentities/{name}")
+
+
+def test_a_service_with_the_api_servers_address_locks_no_agent_out(lab: Lab) -> None:
+    """By `externalIPs` anybody may name any address. An agent that starts then would ask the Service's pods for the
+    cluster's state, and never hear that the Service is gone."""
+    server, _, port = agent(lab, "node1", "status")["api_server"]["server"].removeprefix("https://").rpartition(":")
+    body = {
+        "apiVersion": "v1", "kind": "Service", "metadata": {"name": "thief"},
+        "spec": {
+            "selector": {"app": "victim"}, "externalIPs": [server],
+            "ports": [{"name": "api", "port": int(port), "targetPort": 9000}],
+        },
+    }  # fmt: skip
+    lab.apply(json.dumps(body))
+
+    def told() -> bool:
+        return any(f"port {port} of {server} already" in w for s in services() for w in s["warnings"])
+
+    def services() -> list[dict[str, Any]]:
+        return [s for s in agent(lab, "node1", "services") if s["service"] == "default/thief"]
+
+    def ready() -> bool:
+        with suppress(OSError):
+            return bool(agent(lab, "node1", "status")["ready"])
+        return False
+
+    lab.wait("the Service is told", told)
+    lab.kill("node1/agent")
+    lab.restart("node1/agent")
+    lab.wait("the agent is ready again", ready)
+    lab.delete(json.dumps(body))
+    lab.wait("it hears that the Service is gone", lambda: not services())
 
 
 def test_junk_takes_no_agent_down(lab: Lab) -> None:
