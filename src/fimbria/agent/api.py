@@ -25,6 +25,7 @@ from typing import TYPE_CHECKING, Any, Final
 from aiohttp import web
 
 from fimbria.agent import details, views
+from fimbria.agent.config import listen_address
 from fimbria.model.address import Prefix, unpack
 
 if TYPE_CHECKING:
@@ -86,15 +87,15 @@ class AgentApi:
 
     async def _listen_metrics(self) -> web.AppRunner | None:
         """Metrics alone are also served over TCP if a setting says so."""
-        listen = self._agent.config.metrics_listen
-        if not listen:
+        listen = listen_address(self._agent.config.metrics_listen)
+        if listen is None:
             return None
-        host, _, port = listen.rpartition(":")
+        host, port = listen
         app = web.Application()
         app.add_routes([web.get("/metrics", self._metrics)])
         runner = web.AppRunner(app, access_log=None)
         await runner.setup()
-        await web.TCPSite(runner, host.strip("[]") or None, int(port)).start()
+        await web.TCPSite(runner, host or None, port).start()
         return runner
 
     async def _status(self, _request: web.Request) -> web.Response:

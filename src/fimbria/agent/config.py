@@ -91,10 +91,11 @@ class AgentConfig:
             value = getattr(self, name)
             if not least <= value <= most:
                 raise ConfigError(f"--{name.replace('_', '-')} {value}: expected {least} to {most}")
-        try:
-            listen_address(self.healthz_listen)
-        except ValueError as error:
-            raise ConfigError(f"--healthz-listen {error}") from None
+        for setting, text in (("--healthz-listen", self.healthz_listen), ("--metrics-listen", self.metrics_listen)):
+            try:
+                listen_address(text)
+            except ValueError as error:
+                raise ConfigError(f"{setting} {error}") from None
         try:
             LabelFilter.of(self.label_filter.split())
         except ValueError as error:

@@ -10,6 +10,7 @@ from fimbria.compute.policy_shapes import CIDR_ANY_PEER, PREFIX_ANY_PORT, PREFIX
 from fimbria.model.address import Prefix, is_v4, pack, unpack
 from fimbria.model.identity import SCOPE_CIDR
 from fimbria.model.policy import Anyone, Direction, NamedPort, Policy, PolicySpec, PortRange, Rule, Verdict
+from fimbria.model.protocol import NAMES, protocol_name
 from fimbria.model.rows import PolicyEntry, PolicyKey, PrefixKey
 from fimbria.model.service import Endpoint, EndpointPort, ServiceKey
 
@@ -17,7 +18,6 @@ if TYPE_CHECKING:
     from fimbria.agent.main import Agent
 
 Row = dict[str, Any]
-_PROTOCOLS: Final = {1: "ICMP", 6: "TCP", 17: "UDP", 58: "ICMPv6", 132: "SCTP"}
 _ICMP: Final = (1, 58)
 _V4_BITS: Final = 96  # what an IPv4 prefix is longer by in its mapped form
 
@@ -57,7 +57,7 @@ def port_text(prefixlen: int, proto: int, port: int) -> str:
     """What a policy entry's (protocol, port) prefix means: `any`, `TCP`, `TCP/80`, `TCP/8080-8087`, `ICMP type 8`."""
     if prefixlen <= PREFIX_ANY_PROTO:
         return "any"
-    name = _PROTOCOLS.get(proto, f"protocol {proto}")
+    name = NAMES.get(proto, f"protocol {proto}")
     if prefixlen <= PREFIX_ANY_PORT:
         return name
     last = port + (1 << (PREFIX_FULL - prefixlen)) - 1
@@ -139,7 +139,7 @@ def _rule(rule: Rule) -> Row:
 
 
 def _port(port: PortRange | NamedPort) -> str:
-    name = "any" if port.proto is None else _PROTOCOLS.get(int(port.proto), f"protocol {port.proto}")
+    name = "any" if port.proto is None else NAMES.get(int(port.proto), f"protocol {port.proto}")
     if isinstance(port, NamedPort):
         return f"{name}/{port.name}"
     if port.proto is None or (port.first, port.last) == (0, 65535):
@@ -176,7 +176,7 @@ def _service_endpoint(port: EndpointPort, e: Endpoint, weight: int, used: set[st
     return {
         "address": address,
         "port": port.name,
-        "protocol": _PROTOCOLS.get(port.proto, str(port.proto)),
+        "protocol": protocol_name(port.proto),
         "node": e.node,
         "state": state if e.serving or not e.terminating else "terminating, not serving",
         "weight": weight,

@@ -13,7 +13,7 @@ from fimbria.agent import views
 from fimbria.agent.config import port_range
 from fimbria.learned.collect import AffinityCollector, Collector, ConntrackCollector, NatCollector
 from fimbria.learned.pace import Alarm
-from fimbria.model.address import unpack
+from fimbria.model.protocol import protocol_name
 from fimbria.model.rows import NatKey
 
 if TYPE_CHECKING:
@@ -22,7 +22,6 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 WATCH: Final = 10.0
 NO_MAPPING: Final = 167  # enum drop_reason
-_PROTOCOLS: Final = {1: "ICMP", 6: "TCP", 17: "UDP", 58: "ICMPv6", 132: "SCTP"}
 
 
 class Learned:
@@ -84,9 +83,7 @@ class Learned:
 
     def _destination(self, key: bytes) -> str:
         row: NatKey = self._agent.layouts["nat_key"].decode(key)
-        addr = unpack(row.saddr)
-        end = f"[{addr}]" if ":" in addr else addr
-        return f"{_PROTOCOLS.get(row.proto, str(row.proto))} {end}:{row.sport}"
+        return f"{protocol_name(row.proto)} {views.addr_port(row.saddr, row.sport)}"
 
     def _affinity_seconds(self) -> Mapping[int, int]:
         # In a thread: a copy of the dict is made in one step, walking it would not be.

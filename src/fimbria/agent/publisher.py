@@ -17,6 +17,7 @@ from typing import Any, Final
 
 from fimbria.model.address import is_v4, pack, unpack
 from fimbria.model.endpoint import EndpointIdentity, LocalEndpoint
+from fimbria.model.protocol import protocol_name
 from fimbria.sources.k8s.client import ApiClient
 from fimbria.sources.k8s.errors import AlreadyExists, ApiError, Conflict, NotFound
 from fimbria.sources.k8s.resources import CILIUM_ENDPOINTS
@@ -25,7 +26,6 @@ from fimbria.tables import ObjectKey, Tables
 log = logging.getLogger(__name__)
 WORKERS: Final = 8
 RETRY: Final = 1.0
-_PROTOCOLS: Final = {6: "TCP", 17: "UDP", 132: "SCTP"}
 
 
 @dataclass(slots=True)
@@ -142,7 +142,5 @@ class Publisher:
                 "k8s-pod-name": endpoint.pod,
                 "cni-attachment-id": f"{endpoint.container_id}:{endpoint.ifname}",
             },
-            "named-ports": [
-                {"name": p.name, "port": p.port, "protocol": _PROTOCOLS.get(p.proto, str(p.proto))} for p in ports
-            ],
+            "named-ports": [{"name": p.name, "port": p.port, "protocol": protocol_name(p.proto)} for p in ports],
         }

@@ -19,6 +19,7 @@ from fimbria.kernel.sweep import count
 from fimbria.model.address import Prefix, is_v4, pack, unpack
 from fimbria.model.identity import RESERVED_LABELS
 from fimbria.model.policy import Direction
+from fimbria.model.protocol import protocol_name
 from fimbria.model.rows import NO_ADDR, Backend, Frontend, FrontendKey, PrefixKey, Remote, SlotKey
 from fimbria.model.service import ServiceKey
 from fimbria.observe.names import drop_reason_name, enum_names
@@ -31,7 +32,6 @@ Row = dict[str, Any]
 DIRECTIONS: Final = ("ingress", "egress")
 _NOT_DROPS: Final = {0: "FORWARDED", 1: "EVENT_LOST"}
 _REMOTE_FLAGS: Final = {1: "pod", 2: "node", 4: "tunnel", 8: "no-masquerade"}
-_PROTOCOLS: Final = {1: "ICMP", 6: "TCP", 17: "UDP", 58: "ICMPv6", 132: "SCTP"}
 
 
 def status(agent: Agent) -> Row:
@@ -200,7 +200,7 @@ def _frontend(compute: ServiceCompute, key: FrontendKey, row: Frontend, about: D
         "owner": str(owner),
         "port": about.port.name,
         "frontend": addr_port(key.addr, key.port),
-        "protocol": _PROTOCOLS.get(key.proto, str(key.proto)),
+        "protocol": protocol_name(key.proto),
         "type": about.kind,
         # Whom this row is for: frontends with externalTrafficPolicy Local have two, others one for everybody.
         "scope": "inside" if key.scope else "outside" if flags & front.TWO_SCOPES else "all",
@@ -330,8 +330,7 @@ def _table_rows(agent: Agent) -> list[Row]:
 
 
 def _backend_name(row: Backend) -> str:
-    host = unpack(row.addr) if is_v4(row.addr) else f"[{unpack(row.addr)}]"
-    return f"{host}:{row.port}/{_PROTOCOLS.get(row.proto, row.proto)}"
+    return f"{addr_port(row.addr, row.port)}/{protocol_name(row.proto)}"
 
 
 def metrics_rows(agent: Agent) -> list[Row]:

@@ -38,6 +38,7 @@ from fimbria.compute.service_group import Group, Members
 from fimbria.compute.service_rows import BACKENDS, FRONTENDS, MEMBERS, RANGES, SLOTS, TABLES, BackendKey, Delta, no_rows
 from fimbria.decide.numbers import Numbers
 from fimbria.model.address import Prefix, is_v4
+from fimbria.model.protocol import WITH_PORTS
 from fimbria.model.rows import Backend, Frontend, FrontendKey, SlotKey
 from fimbria.model.service import (
     DEFAULT_WEIGHT,
@@ -68,7 +69,6 @@ __all__ = (
 )  # fmt: skip
 
 API_SERVERS: Final = Owner(SERVICE, "API server", "default", "kubernetes")
-_PROTOCOLS: Final = {6: "TCP", 17: "UDP", 132: "SCTP"}
 _KINDS: Final = {front.CLUSTER_IP: "ClusterIP", front.NODE_PORT: "NodePort", front.HOST_PORT: "HostPort"}
 MAX_KNOWN: Final = 1 << 16
 Listing = tuple[Backend, Standing]
@@ -330,11 +330,6 @@ class ServiceCompute:
         )
         return [key for key in found if self.warnings(key)]
 
-    def owner_of(self, number: int) -> Owner | None:
-        """Who has the frontends of a service id."""
-        found = self._groups.get(number)
-        return found[0] if found else None
-
     def take_losing(self) -> set[int]:
         """Service ids that may have lost a backend since the last call: sockets may still talk to it."""
         found, self._losing = self._losing, set()
@@ -342,7 +337,7 @@ class ServiceCompute:
 
     def lists(self, addr: bytes, port: int) -> bool:
         """Whether any service lists an endpoint, alive or not, under any protocol."""
-        return any(self.backends.get(Backend(addr, port, proto)) is not None for proto in _PROTOCOLS)
+        return any(self.backends.get(Backend(addr, port, proto)) is not None for proto in WITH_PORTS.values())
 
     def keeps(self, number: int, addr: bytes, port: int) -> bool:
         """Whether what a client has with a backend of a service may go on: it is still listed, and alive."""

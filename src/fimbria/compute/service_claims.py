@@ -9,6 +9,7 @@ from typing import Final, NamedTuple
 from fimbria.compute.service_frontends import UNSPECIFIED
 from fimbria.compute.service_rows import BackendKey
 from fimbria.model.address import is_v4, unpack
+from fimbria.model.protocol import protocol_name
 from fimbria.model.rows import FrontendKey
 
 REDIRECT: Final = 0
@@ -18,7 +19,6 @@ LOCAL_REDIRECT: Final = "local redirect"
 """The kind of owner that redirects: of a Service with rank REDIRECT, of an address with rank HOST_PORT."""
 API_SERVER: Final = 1
 """How far the API servers' own addresses are trusted: cluster IPs (0) alone go before them."""
-_PROTOCOLS: Final = {6: "TCP", 17: "UDP", 132: "SCTP"}
 
 
 class Owner(NamedTuple):
@@ -113,5 +113,5 @@ class Claims:
 def _named(frontend: FrontendKey) -> str:
     if frontend.addr in UNSPECIFIED.values():
         family = "IPv4" if is_v4(frontend.addr) else "IPv6"
-        return f"port {frontend.port}/{_PROTOCOLS.get(frontend.proto, frontend.proto)} of the nodes ({family})"
+        return f"port {frontend.port}/{protocol_name(frontend.proto)} of the nodes ({family})"
     return f"port {frontend.port} of {unpack(frontend.addr)}"

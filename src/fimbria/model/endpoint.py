@@ -7,10 +7,10 @@ from dataclasses import dataclass
 from typing import Final, NamedTuple
 
 from fimbria.model.address import V4_MAPPED, unpack
+from fimbria.model.protocol import protocol_name
 from fimbria.model.rows import NO_ADDR
 
 _ANY: Final = (V4_MAPPED + bytes(4), bytes(16))
-_PROTOCOLS: Final = {6: "TCP", 17: "UDP", 132: "SCTP"}
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,7 +38,7 @@ class HostPort(NamedTuple):
 
     def __str__(self) -> str:
         where = f"{unpack(self.host_ip) or '::'} " if self.host_ip else ""
-        return f"host port {where}{self.port}/{_PROTOCOLS.get(self.proto, self.proto)}"
+        return f"host port {where}{self.port}/{protocol_name(self.proto)}"
 
 
 @dataclass(frozen=True, slots=True)

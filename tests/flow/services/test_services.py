@@ -31,14 +31,14 @@ from fimbria.compute.service import BACKENDS, FRONTENDS, MEMBERS, RANGES, SLOTS,
 from fimbria.compute.service_frontends import Defaults
 from fimbria.decide.numbers import Numbers
 from fimbria.model.address import Prefix, is_v4, unpack
+from fimbria.model.protocol import NAMES
 from fimbria.model.rows import Frontend, FrontendKey, MemberKey, SlotKey
 from fimbria.model.service import EndpointSlice, NodeTopology, Service, ServiceKey
-from fimbria.sources.k8s.services import PROTOCOLS, to_service, to_slice, to_topology
+from fimbria.sources.k8s.services import to_service, to_slice, to_topology
 from fimbria.sources.k8s.types import core
 
 STORIES = sorted(Path(__file__).parent.glob("*.txt"))
 NODE = "here"
-PROTOCOL_NAMES = {number: name for name, number in PROTOCOLS.items()}
 Step = tuple[str, str]
 
 
@@ -158,7 +158,7 @@ def title(frontend: FrontendKey, row: Frontend, rows: dict[str, dict[Any, Any]])
     name = socket_name(frontend)
     if row.flags & front.NODE_PORT:
         assert frontend.addr in front.UNSPECIFIED.values()
-        name = f"node{4 if is_v4(frontend.addr) else 6}:{frontend.port}/{PROTOCOL_NAMES[frontend.proto]}"
+        name = f"node{4 if is_v4(frontend.addr) else 6}:{frontend.port}/{NAMES[frontend.proto]}"
     words = [name, f"service {row.service}"]
     if frontend.scope:
         assert rows[FRONTENDS][FrontendKey(frontend.addr, frontend.port, frontend.proto)].flags & front.TWO_SCOPES
@@ -181,7 +181,7 @@ def endpoint(row: Any) -> str:
 
 
 def socket_name(row: Any) -> str:
-    return f"{endpoint(row)}/{PROTOCOL_NAMES[row.proto]}"
+    return f"{endpoint(row)}/{NAMES[row.proto]}"
 
 
 def new_compute(defaults: Defaults) -> ServiceCompute:

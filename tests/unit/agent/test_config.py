@@ -36,6 +36,8 @@ def test_an_argument_wins_over_the_environment() -> None:
         ([*NODE, "--overlay-port", "99999"], {}, "--overlay-port"),
         ([*NODE, "--conntrack-entries", "-5"], {}, "--conntrack-entries"),
         ([*NODE, "--audit-interval", "-1"], {}, "--audit-interval"),
+        ([*NODE, "--healthz-listen", "10256"], {}, "--healthz-listen"),
+        ([*NODE, "--metrics-listen", "localhost:"], {}, "--metrics-listen"),
         ([*NODE, "--label-filter", "["], {}, "--label-filter"),
     ],
 )

@@ -19,6 +19,7 @@ from typing import Any, Final
 
 from fimbria.model.address import is_v4, pack, unpack
 from fimbria.model.endpoint import HostPort
+from fimbria.model.protocol import WITH_PORTS
 
 SUPPORTED: Final = ("0.3.0", "0.3.1", "0.4.0", "1.0.0", "1.1.0")
 COMMANDS: Final = ("ADD", "DEL", "CHECK", "STATUS", "GC")
@@ -28,7 +29,6 @@ _NAME: Final = re.compile(r"[a-zA-Z0-9][a-zA-Z0-9_.\-]*")
 _MAX_CONTAINER_ID: Final = 256
 _MAX_IFNAME: Final = 15  # IFNAMSIZ with its end, include/uapi/linux/if.h
 _MAX_MAPPINGS: Final = 1024
-_PROTOCOLS: Final = {"tcp": 6, "udp": 17, "sctp": 132}
 _GC_KEYS: Final = ("cni.dev/valid-attachments", "cni.dev/attachments")  # the second: libcni 1.2
 
 
@@ -163,7 +163,7 @@ def _port_mapping(row: Mapping[str, Any]) -> HostPort:
     if not all(isinstance(p, int) and not isinstance(p, bool) and 0 < p < 65536 for p in ports):
         raise CniError(Code.INVALID_CONFIG, f"portMappings: hostPort and containerPort must be ports: {_short(row)}")
     name = row.get("protocol") or "tcp"
-    proto = _PROTOCOLS.get(name.lower()) if isinstance(name, str) else None
+    proto = WITH_PORTS.get(name.upper()) if isinstance(name, str) else None
     if proto is None:
         raise CniError(Code.INVALID_CONFIG, f"portMappings: protocol must be tcp, udp or sctp: {_short(row)}")
     text = row.get("hostIP") or ""

@@ -16,6 +16,7 @@ import msgspec
 from fimbria.model.address import is_anybodys, pack
 from fimbria.model.labels import NAMESPACE
 from fimbria.model.policy import Operator, PolicyId, Problem, Requirement, Selector
+from fimbria.model.protocol import WITH_PORTS
 from fimbria.model.redirect import Redirect, RedirectPort
 from fimbria.model.service import ServiceKey
 from fimbria.sources.k8s.policies import DEFAULT_VOCABULARY, Refused, Vocabulary, checked_key, port_number, requirements
@@ -23,7 +24,6 @@ from fimbria.sources.k8s.types.cilium_redirect import CiliumLocalRedirectPolicy,
 from fimbria.sources.k8s.types.meta import LabelSelector
 
 KIND: Final = "CiliumLocalRedirectPolicy"
-_PROTOCOLS: Final = {"TCP": 6, "UDP": 17, "SCTP": 132}
 _NUMBER: Final = re.compile(r"[0-9]{1,5}")
 
 
@@ -93,7 +93,7 @@ def _ports(listed: Iterable[PortInfo], path: str) -> Iterator[RedirectPort]:
     seen: set[tuple[int, int]] = set()
     for n, item in enumerate(listed):
         at = f"{path}[{n}]"
-        proto = _PROTOCOLS.get(item.protocol.upper())
+        proto = WITH_PORTS.get(item.protocol.upper())
         if proto is None:
             raise Refused(f"{at}.protocol", f"{item.protocol!r} is none of TCP, UDP, SCTP")
         if not _NUMBER.fullmatch(item.port):

@@ -15,11 +15,11 @@ from fimbria.model.address import Prefix, pack
 from fimbria.model.endpoint import ClusterIdentity, NamedPort, Pod, RemoteEndpoint
 from fimbria.model.identity import MIN_ALLOCATED, SCOPE_CIDR, Reserved
 from fimbria.model.node import Node
+from fimbria.model.protocol import WITH_PORTS
 from fimbria.sources.k8s.types import cilium, core
 from fimbria.sources.k8s.types.meta import ObjectMeta
 
 T = TypeVar("T")
-PROTOCOLS: Final = {"TCP": 6, "UDP": 17, "SCTP": 132}
 SOCKET_SERVICES: Final = "fimbria.io/socket-services"
 UNUSED_ANNOTATION: Final = "fimbria.io/unused-since"
 MAX_ADDRESSES: Final = 64
@@ -72,7 +72,7 @@ def named_ports(spec: core.PodSpec) -> tuple[NamedPort, ...]:
     """Named ports of the containers that run with the pod (sidecar init containers included)."""
     sidecars = [c for c in spec.init_containers or () if c.restart_policy == "Always"]
     ports = [p for c in (*(spec.containers or ()), *sidecars) for p in c.ports or ()]
-    return tuple(NamedPort(p.name, PROTOCOLS.get(p.protocol, 0), p.container_port) for p in ports if p.name)
+    return tuple(NamedPort(p.name, WITH_PORTS.get(p.protocol, 0), p.container_port) for p in ports if p.name)
 
 
 def pod(obj: core.Pod) -> Pod:
@@ -134,7 +134,7 @@ def remote_endpoint(obj: cilium.CiliumEndpoint) -> RemoteEndpoint | None:
         return None
     if not _allocated(status.identity.id) and status.identity.id not in (Reserved.HEALTH, Reserved.INIT):
         raise ValueError(f"status.identity.id: {status.identity.id} is no pod's identity")
-    ports = tuple(NamedPort(p.name, PROTOCOLS.get(p.protocol, 0), p.port) for p in status.named_ports or ())
+    ports = tuple(NamedPort(p.name, WITH_PORTS.get(p.protocol, 0), p.port) for p in status.named_ports or ())
     return RemoteEndpoint(
         identity=_shared(status.identity.id),
         addrs=addrs,

@@ -11,6 +11,7 @@ from functools import lru_cache
 from typing import Final
 
 from fimbria.model.address import Prefix, is_anybodys, is_v4, pack
+from fimbria.model.protocol import WITH_PORTS
 from fimbria.model.selector import NodeSelector
 from fimbria.model.service import (
     DEFAULT_WEIGHT,
@@ -40,7 +41,6 @@ WEIGHT: Final = "service.cilium.io/weight"
 KNOWN: Final = frozenset((TYPE, FORWARDING, ALGORITHM, RANGES_POLICY, NODE, NODE_SELECTOR, WEIGHT))
 FAMILY: Final = "service.cilium.io/"
 
-PROTOCOLS = {"TCP": 6, "UDP": 17, "SCTP": 132}
 KINDS: Final = ("ClusterIP", "NodePort", "LoadBalancer")
 AFFINITY_SECONDS: Final = 10800  # the API's default
 MAX_AFFINITY: Final = 86400
@@ -137,7 +137,7 @@ def _addresses(
 
 def _ports(ports: Iterable[core.ServicePort], by_node: bool, warnings: list[str]) -> Iterator[ServicePort]:
     for port in ports:
-        proto = PROTOCOLS.get(port.protocol)
+        proto = WITH_PORTS.get(port.protocol)
         if proto is None:
             warnings.append(f"port {port.port}: unknown protocol {port.protocol!r}")
         elif not 0 < port.port < 65536:
@@ -256,7 +256,7 @@ def _strangers(notes: Mapping[str, str]) -> Iterator[str]:
 
 def _slice_ports(obj: core.EndpointSlice, warnings: list[str]) -> Iterator[EndpointPort]:
     for port in obj.ports or ():
-        proto = PROTOCOLS.get(port.protocol or "TCP")
+        proto = WITH_PORTS.get(port.protocol or "TCP")
         if proto is None:
             warnings.append(f"port {port.name or port.port}: unknown protocol {port.protocol!r}")
         elif port.port is None or not 0 < port.port < 65536:
