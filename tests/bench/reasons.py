@@ -10,14 +10,14 @@ from typing import Final
 from tests.bench.report import Figure
 
 CONNECTION: Final = (
-    "a connection passes the programs eight times, and each of ours is entered in a table at its start and marked at "
-    "its end, so that policy and translation know it; plain routing remembers nothing"
+    "in part the programs (eight passes, about 8% of a connection's time) and its entries in the table, which plain "
+    "routing doesn't have; the rest is not explained yet"
 )
 REASONS: Final[Sequence[tuple[str, str, str]]] = (
     ("pods", r"policy: connect", "the first packet is judged on both ends, and its verdict stored with the connection"),
     ("pods", r"connect\+request\+close", CONNECTION),
-    ("pods", r"bulk", "not the programs, which take 3% of the time; packets reach the receiver one by one, by fewer "
-                      "queues, and it sleeps and is woken 1.3 times as often for the same data: costly in a guest"),
+    ("pods", r"bulk", "not explained yet; the programs take 3% of the time, and the receiver is woken 1.3 times as "
+                      "often for the same data"),
     ("pods", r"native: request/response", "the programs' own time, against a path that looks at no packet"),
     ("services", r"against the pod's address", "one look-up more for each connection"),
     ("services", r"XDP", "a veth device copies each packet for a native XDP program; hardware doesn't"),
