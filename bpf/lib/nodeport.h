@@ -109,6 +109,18 @@ static __always_inline bool backend_is_pod(const struct packet *p)
 	return remote && remote->flags & REMOTE_POD;
 }
 
+/* May the backend's node answer the client itself? Nodes themselves, and who is no part of the cluster, don't know what the
+ * option tells; and a client that is a node may be the backend's own, which takes nothing from outside that has its address. */
+static __always_inline bool may_return_directly(const struct packet *p)
+{
+	const struct remote *client;
+
+	if (!backend_is_pod(p))
+		return false;
+	client = ipcache_lookup(&p->t.saddr);
+	return !client || !(client->flags & REMOTE_NODE);
+}
+
 /* Would the client speak to the overlay of a node? From our address other nodes would believe what it says about identities.
  * See from_pod: pods may serve that port. */
 static __always_inline bool backend_is_tunnel(const struct packet *p)
@@ -150,8 +162,7 @@ __noinline int nodeport_choose(struct packet *p, __u32 owner, __u32 *chosen)
 		if (backend_is_tunnel(p))
 			return DROP_INVALID_IDENTITY;
 	}
-	/* Nodes themselves, and who is no part of the cluster, don't know what the option tells. */
-	if (q.frontend.flags & FRONTEND_DIRECT_RETURN && backend_is_pod(p))
+	if (q.frontend.flags & FRONTEND_DIRECT_RETURN && may_return_directly(p))
 		p->flags |= PACKET_DIRECT;
 	return 0;
 }

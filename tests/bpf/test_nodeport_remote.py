@@ -288,6 +288,8 @@ DIRECTLY = [
            gives=lambda w: w.routed("node", "other", syn(BOUND, 8080), ttl=63)),
     direct("nor does one out of the cluster", CALL[1], REDIRECT, rows=nodeport("hop", flags=NODE_PORT | DIRECT),
            gives=lambda w: w.routed("node", "hop", syn(BOUND, 8080), ttl=63)),
+    direct("a client that is a node may be the backend's own", lambda w: w.routed("other", "node",
+           syn(CLIENT, TCP_PORT)), REDIRECT, gives=lambda w: w.routed("node", "c", syn(BOUND, 8080), ttl=63)),
     direct("what leaves no room for it is answered", big(1495), REDIRECT, drop="DROP_FRAGMENTATION_NOT_SUPPORTED",
            gives=lambda w: too_big(1495, 1500 - (8 if w.family == 4 else 24))(w)),
     direct("an error about an answer goes to the backend", lambda w: w.routed("hop", "node", w.too_big(
