@@ -1,8 +1,7 @@
 """Policy sets in the kernel: an outer map from a set's number to an inner map with its entries.
 
 Rules
-1. A large change is a new inner map that takes the old one's place in one step. New maps go in by one batch: every
-   system call that changes a map of maps waits until no program is left that reads the old one, for some 10 ms.
+1. A large change is a new inner map that takes the old one's place in one step. New maps go in by one batch.
 2. A small change is made in place, in an order in which nothing is allowed at any instant that is denied both before
    and after (`steps`).
 3. What can't be written leaves what is enforced. A change that fails half-way in place is written whole; if that fails
@@ -20,6 +19,7 @@ from dataclasses import dataclass, field
 from typing import Final, TypeVar
 
 from fimbria.apply.maps import BATCH, U32, ManyCodec
+from fimbria.apply.outer import OPEN_AT_ONCE, put_all, remove_all
 from fimbria.apply.rows import Delta
 from fimbria.kernel.bpf import BpfError, Map, MapError, MapFlag, MapType, create_map
 from fimbria.model.identity import SCOPE_CIDR
@@ -27,7 +27,6 @@ from fimbria.model.rows import PolicyEntry, PolicyKey
 
 log = logging.getLogger(__name__)
 SMALL: Final = 64
-OPEN_AT_ONCE: Final = 256  # new inner maps, each an open file
 DENY: Final = 2  # enum policy_verdict
 
 Content = Mapping[PolicyKey, PolicyEntry]
@@ -175,26 +174,18 @@ class PolicySetsTarget:
     def _swap(self, sets: Sequence[tuple[int, Content]]) -> dict[int, str]:
         failures: dict[int, str] = {}
         with ExitStack() as stack:
-            made: list[tuple[int, Content, Map]] = []
+            made: dict[int, Map] = {}
             for number, content in sets:
                 try:
                     inner = stack.enter_context(_inner_map(number, len(content)))
                     self._fill(inner, content)
-                    made.append((number, content, inner))
+                    made[number] = inner
                 except MapError as error:
-                    failures[number] = self._explain(number, error)
-            while made:
-                done = len(made)
-                try:
-                    numbers, maps = [n for n, _, _ in made], [m.fd for _, _, m in made]
-                    self._outer.update_batch(U32().encode_many(numbers), U32().encode_many(maps), len(made))
-                except MapError as error:
-                    done = error.done
-                    number = made[done][0]
-                    failures[number] = self._explain(number, error)
-                for number, content, inner in made[:done]:
-                    self._note(number, content, inner)
-                made = made[done + 1 :]
+                    failures[number] = _explain(number, error)
+            failures |= put_all(self._outer, made, _explain)
+            for number, content in sets:
+                if number not in failures:
+                    self._note(number, content, made[number])
         return failures
 
     def _note(self, number: int, content: Content, inner: Map) -> None:
@@ -207,23 +198,16 @@ class PolicySetsTarget:
     def _remove(self, numbers: list[int]) -> dict[int, str]:
         for number in numbers:
             self._written.pop(number, None)
-        failures: dict[int, str] = {}
-        while numbers:
-            try:
-                self._outer.delete_batch(U32().encode_many(numbers), len(numbers))
-                break
-            except MapError as error:
-                failures[numbers[error.done]] = f"policy set {numbers[error.done]}: {error}"
-                numbers = numbers[error.done + 1 :]
-        return failures
+        return remove_all(self._outer, numbers, lambda number, error: f"policy set {number}: {error}")
 
     def _fill(self, inner: Map, content: Content) -> None:
         for part in _parts(list(content.items()), BATCH):
             keys = self._keys.encode_many([k for k, _ in part])
             inner.update_batch(keys, self._values.encode_many([v for _, v in part]), len(part))
 
-    def _explain(self, number: int, error: MapError) -> str:
-        return f"policy set {number}: {error}; what was enforced before stays enforced"
+
+def _explain(number: int, error: MapError) -> str:
+    return f"policy set {number}: {error}; what was enforced before stays enforced"
 
 
 def _inner_map(number: int, entries: int) -> Map:

@@ -4,8 +4,7 @@ Rules
 1. A connection reads one entry, and each entry is written in one piece. So a table that is there is changed in place,
    entry by entry, and only where it differs: every connection sees the old backend or the new one, both of which exist
    (new backends are written before, old ones removed after).
-2. A table that isn't there is filled before it goes into the outer map, all new ones by one batch: each system call
-   that changes a map of maps waits for the programs that read it, some 10 ms.
+2. A table that isn't there is filled before it goes into the outer map, all new ones by one batch.
 3. What a table holds is compared with what was written by a digest; nobody keeps the entries. After a restart every
    table is computed once and compared with the kernel's.
 """
@@ -18,17 +17,15 @@ import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import ExitStack, suppress
 from dataclasses import dataclass
-from typing import Final
 
 from fimbria.apply.maps import U32
+from fimbria.apply.outer import OPEN_AT_ONCE, put_all, remove_all
 from fimbria.apply.rows import Delta
 from fimbria.compute.maglev import TableMember, in_order
 from fimbria.kernel import maglev
 from fimbria.kernel.bpf import BpfError, Map, MapError, MapFlag, MapType, array_map, array_memory
 from fimbria.model.rows import Backend
 from fimbria.model.service import TableContent
-
-OPEN_AT_ONCE: Final = 256  # new tables, each an open file
 
 
 @dataclass(frozen=True, slots=True)
@@ -133,41 +130,27 @@ class ServiceTablesTarget:
     def _create(self, rows: Sequence[tuple[int, TableContent]]) -> dict[int, str]:
         failures: dict[int, str] = {}
         with ExitStack() as stack:
-            made: list[tuple[int, _Written, Map]] = []
+            made: dict[int, Map] = {}
+            written: dict[int, _Written] = {}
             for number, content in rows:
                 table = self._table(content)
                 try:
                     inner = stack.enter_context(array_map(self._size, f"table_{number}"))
                     with array_memory(inner) as entries:
                         entries[:] = memoryview(table).cast("I")
-                    made.append((number, _Written(content, _digest(table)), inner))
+                    made[number], written[number] = inner, _Written(content, _digest(table))
                 except MapError as error:
                     failures[number] = _explain(number, error)
-            while made:
-                done = len(made)
-                try:
-                    numbers, maps = [n for n, _, _ in made], [m.fd for _, _, m in made]
-                    self._outer.update_batch(U32().encode_many(numbers), U32().encode_many(maps), len(made))
-                except MapError as error:
-                    done = error.done
-                    failures[made[done][0]] = _explain(made[done][0], error)
-                self._written.update((n, written) for n, written, _ in made[:done])
-                self.created += done
-                made = made[done + 1 :]
+            failures |= put_all(self._outer, made, _explain)
+        there = written.keys() - failures.keys()
+        self._written.update((number, written[number]) for number in there)
+        self.created += len(there)
         return failures
 
     def _remove(self, numbers: list[int]) -> dict[int, str]:
         for number in numbers:
             self._written.pop(number, None)
-        failures: dict[int, str] = {}
-        while numbers:
-            try:
-                self._outer.delete_batch(U32().encode_many(numbers), len(numbers))
-                break
-            except MapError as error:
-                failures[numbers[error.done]] = _explain(numbers[error.done], error)
-                numbers = numbers[error.done + 1 :]
-        return failures
+        return remove_all(self._outer, numbers, _explain)
 
 
 def _change(numbers: memoryview, table: bytes) -> int:

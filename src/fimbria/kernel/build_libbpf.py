@@ -17,8 +17,7 @@ from pathlib import Path
 from cffi import FFI
 
 HERE = Path(__file__).resolve().parent
-HELPERS = HERE / "libbpf_helpers.c"
-SWEEP = HERE / "sweep_helpers.c"
+SOURCES = tuple(HERE / f"{name}_helpers.c" for name in ("libbpf", "sweep", "maglev"))
 TARGET = HERE / "_libbpf.abi3.so"
 
 CDEF = """
@@ -161,7 +160,7 @@ def emit(path: Path) -> None:
     """Writes the generated C source to `path`."""
     ffi = FFI()
     ffi.cdef(CDEF)
-    source = "".join(f'#include "{p.name}"\n' for p in (HELPERS, SWEEP))
+    source = "".join(f'#include "{p.name}"\n' for p in SOURCES)
     ffi.set_source("fimbria.kernel._libbpf", source, py_limited_api=True)
     ffi.emit_c_code(str(path))
 
@@ -200,7 +199,7 @@ def up_to_date(target: Path = TARGET) -> bool:
     """True when the extension is newer than the files it is made from."""
     if not target.exists():
         return False
-    return target.stat().st_mtime >= max(p.stat().st_mtime for p in (HELPERS, SWEEP, Path(__file__)))
+    return target.stat().st_mtime >= max(p.stat().st_mtime for p in (*SOURCES, Path(__file__)))
 
 
 if __name__ == "__main__":
