@@ -46,6 +46,8 @@ while going:
             s.connect((address, port))
         s.send(b"who\\n")
         name = json.loads(s.recv(2000))["name"]
+        if not names:
+            print("begun", flush=True)
         names[name] = time.time()
         gap, last = max(gap, time.time() - last), time.time()
         time.sleep(0.002)
@@ -76,7 +78,7 @@ def resolver(lab: Lab, where: str, address: str, port: int = UDP, kind: str = "u
         lab.argv(where, sys.executable, "-c", RESOLVER, address, str(port), kind), stdout=subprocess.PIPE, text=True
     )
     try:
-        time.sleep(0.5)
+        assert process.stdout is not None and process.stdout.readline() == "begun\n"
         yield seen
     finally:
         process.send_signal(signal.SIGTERM)

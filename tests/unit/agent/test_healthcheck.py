@@ -161,8 +161,8 @@ async def test_a_port_that_is_taken_is_named_and_tried_again(
         assert caplog.text.count("Service shop/web: port") == 1, "once, not with every try"
         assert list(node.checks.problems) == ["health check of Service shop/web"]
     await until_open(node.port)
-    await asyncio.sleep(0.1)
-    assert node.checks.problems == {}
+    while node.checks.problems:
+        await asyncio.sleep(0.01)
 
 
 async def test_the_node_answers_as_kube_proxy_does(node: Node, quick: None) -> None:
@@ -223,15 +223,15 @@ async def test_many_questions_are_one_count(node: Node) -> None:
 
 def test_a_proxy_that_can_not_write_becomes_unhealthy_and_recovers() -> None:
     passes, waiting = 0, False
-    freshness = Freshness(lambda: passes, lambda: waiting, lambda: True, late=0.05)
+    freshness = Freshness(lambda: passes, lambda: waiting, lambda: True, late=0.3)
     assert freshness.healthy()
     waiting = True
     assert freshness.healthy(), "not late yet"
-    time.sleep(0.06)
+    time.sleep(0.35)
     assert not freshness.healthy()
     passes += 1
     assert freshness.healthy()
-    time.sleep(0.06)
+    time.sleep(0.35)
     waiting = False
     assert freshness.healthy()
 
