@@ -492,7 +492,6 @@ host, port, seconds = sys.argv[1], int(sys.argv[2]), float(sys.argv[3])
 family = socket.AF_INET6 if ":" in host else socket.AF_INET
 start, longest, names, s = time.monotonic(), 0.0, [], None
 last = start
-print(json.dumps("begun"), flush=True)
 while time.monotonic() - start < seconds:
     try:
         if s is None:
@@ -501,6 +500,8 @@ while time.monotonic() - start < seconds:
             s.connect((host, port))
         s.send(b"who")
         name = json.loads(s.recv(500))["name"]
+        if not names:
+            print(json.dumps("begun"), flush=True)
         if not names or names[-1] != name:
             names.append(name)
         longest, last = max(longest, time.monotonic() - last), time.monotonic()
@@ -529,7 +530,6 @@ def test_a_connected_udp_client_does_not_hang_on_a_removed_backend(lab: Lab, cli
     try:
         for process in running:
             assert process.stdout is not None and json.loads(process.stdout.readline()) == "begun"
-        lab.wait("they talk", lambda: script(lab, client, "import time; time.sleep(0.5); print(1)"))
         lab.delete(server("dns1", "node2", "dns"))
         outcomes = [json.loads(p.communicate(timeout=40)[0].splitlines()[-1]) for p in running]
     finally:
