@@ -63,8 +63,8 @@ class LocalFrontends:
         changed = set(dirty.get("redirects", ()))
         services = dirty.get("services", ())
         for key, wanted in self._tables.redirects.items():
-            at = services if wanted.service is not None else ()
-            if key[0] in moved or wanted.service in at or (wanted.addr is not None and "nodes" in dirty):
+            at_address = wanted.addr is not None and (services or "nodes" in dirty)
+            if key[0] in moved or wanted.service in services or at_address:
                 changed.add(key)
         for key in sorted(changed):
             self._redirect(key, self._tables.redirects.get(key))
@@ -121,7 +121,7 @@ class LocalFrontends:
             self._put(self._services.set_extra(former, ()))
         self._redirected[key] = owner
         service = self._tables.services.get(wanted.service) if wanted.service is not None else None
-        foreign = wanted.addr is not None and self._held(wanted.addr)
+        foreign = wanted.addr is not None and (self._held(wanted.addr) or self._services.has_address(wanted.addr))
         pods = sorted(self._selected(wanted))
         extras = () if foreign else redirect.extras(wanted, service, pods)
         self._put(self._services.set_extra(owner, extras))

@@ -68,9 +68,9 @@ def exempt(redirect: Redirect, numbers: Iterable[int], pods: Iterable[LocalPod])
 
 def problems(redirect: Redirect, service: Service | None, pods: Iterable[LocalPod], *, foreign: bool) -> Iterator[str]:
     """Why a redirect that is right in itself does nothing on this node, a sentence each. `foreign`: its address is a
-    node's or a pod's."""
+    Service's, a node's or a pod's."""
     if foreign:
-        yield f"{unpack(redirect.addr or b'')} is the address of a node or a pod, which can't be redirected"
+        yield f"{unpack(redirect.addr or b'')} is the address of a Service, a node or a pod, which can't be redirected"
     elif redirect.service is not None and service is None:
         yield f"there is no Service {redirect.service}"
     elif redirect.service is not None and not _addresses(redirect, service):

@@ -307,6 +307,10 @@ class ServiceCompute:
         owner, group = found
         return ServiceKey(owner.namespace, owner.name), self._members_of(owner, group).port
 
+    def has_address(self, addr: bytes) -> bool:
+        """Whether an address is a Service's cluster IP or balancer's address, whatever its ports."""
+        return FrontendKey(addr, 0, 0) in self._frontends
+
     def describe(self, frontend: FrontendKey) -> Description | None:
         """What a frontend is, for people; None for one that isn't there, and for rows of whole addresses."""
         row = self._frontends.get(frontend)

@@ -179,3 +179,15 @@ def test_a_pod_with_addresses_of_its_own(world: World) -> None:
     world.pod(5, own=True)
     world.gone(5)
     assert not world.exempt()
+
+
+def test_a_port_that_a_services_address_doesnt_serve_cant_be_redirected_either(world: World) -> None:
+    world.pod(5)
+    world.redirect("other", VIP)
+    assert world.leads(VIP, 53, 17) == one(5), "nobody's address yet"
+    world.service(ports=(ServicePort("other", 80, 6),))
+    assert world.leads(VIP, 53, 17) is None
+    assert "is the address of a Service" in str(world.engine.local.problems)
+    world.tables.services.delete(tuple(DNS))
+    world.engine.step()
+    assert world.leads(VIP, 53, 17) == one(5)
