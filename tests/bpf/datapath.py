@@ -16,6 +16,7 @@ from fimbria.model import rows
 
 OBJECTS = Path(fimbria.__file__).parent / "_bpf"
 LAYOUT = Btf.from_elf(OBJECTS / "layout.bpf.o")
+FRONTEND_FLAG = {name.removeprefix("FRONTEND_"): n for name, n in enum_values(LAYOUT, "frontend_flag").items()}
 # Small: thousands of test maps are created.
 SIZES = {"ipcache": 1024, "conntrack": 4096, "nat": 4096, "frontends": 256, "service_slots": 1024, "backends": 1024,
          "identities": 256, "events": 1 << 18, "fragments": 256}  # fmt: skip

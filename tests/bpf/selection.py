@@ -9,17 +9,15 @@ from enum import IntEnum
 from pathlib import Path
 from typing import Any, Final
 
-from datapath import DEFAULTS, LAYOUT, Setting, addr, prefix, show
+from datapath import DEFAULTS, FRONTEND_FLAG, LAYOUT, Setting, addr, prefix, show
 
 from fimbria.kernel.bpf import BpfObject, MapFlag, MapType, create_map, prog_test_run
-from fimbria.kernel.btf import enum_values
 from fimbria.kernel.codec import Codec
 from fimbria.model import rows
 
 SOURCE: Final = Path(__file__).with_name("service_select.bpf.c")
 TCP, UDP = 6, 17
 TABLE_SIZE: Final = 16381
-FLAG: Final = {name.removeprefix("FRONTEND_"): n for name, n in enum_values(LAYOUT, "frontend_flag").items()}
 INSIDE, SOCKET = 1, 2
 ASK, NOBODY, THIS_NODE, OTHER_NODE, POD_ADDRESS = range(5)
 _QUERY: Final = struct.Struct("=16s16s2s2sBBBBIII16s16s2sH")  # struct service_query
@@ -83,7 +81,7 @@ class Selection:
             self.put("service_slots", rows.SlotKey(number, slot), backend)
             if affinity:
                 self.put("service_members", rows.MemberKey(number, backend))
-        bits = sum(FLAG[name] for name in flags.split())
+        bits = sum(FRONTEND_FLAG[name] for name in flags.split())
         key = rows.FrontendKey(addr(at[0]), at[1], proto, scope)
         self.put("frontends", key, rows.Frontend(number, len(backends), bits, affinity))
 

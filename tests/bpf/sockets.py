@@ -14,12 +14,11 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from datapath import DEFAULTS, HOST, LAYOUT, NODE, OBJECTS, REMOTE_NODE
+from datapath import DEFAULTS, FRONTEND_FLAG, HOST, NODE, OBJECTS, REMOTE_NODE
 
 from fimbria.apply.attach import SOCKET_HOOKS
 from fimbria.kernel import netns
 from fimbria.kernel._libbpf import lib
-from fimbria.kernel.btf import enum_values
 from fimbria.kernel.fd import check
 from fimbria.kernel.links import attach_cgroup
 from fimbria.kernel.maps import Map
@@ -29,7 +28,6 @@ from fimbria.model.address import pack
 OBJECT = OBJECTS / "socket.bpf.o"
 TCP, UDP = socket.SOCK_STREAM, socket.SOCK_DGRAM
 PROTO: dict[int, int] = {TCP: socket.IPPROTO_TCP, UDP: socket.IPPROTO_UDP, 0: 0}
-FLAG = {name.removeprefix("FRONTEND_"): n for name, n in enum_values(LAYOUT, "frontend_flag").items()}
 FRONTEND = {4: "10.96.0.10", 6: "fd96::10"}
 OTHER_FRONTEND = {4: "10.96.0.11", 6: "fd96::11"}
 BACKENDS = {4: [f"10.77.0.{n}" for n in range(1, 5)], 6: [f"fd77::{n}" for n in range(1, 5)]}
@@ -55,7 +53,7 @@ class Services:
             self.maps["service_slots"].update(struct.pack("=II", service, slot), struct.pack("=I", number))
             if affinity:
                 self.maps["service_members"].update(struct.pack("=II", service, number), struct.pack("=I", 1))
-        bits = sum(FLAG[name] for name in flags.split())
+        bits = sum(FRONTEND_FLAG[name] for name in flags.split())
         row = struct.pack("=IIII", service, len(backends), bits, affinity)
         self.maps["frontends"].update(self.key(at, kind, scope), row)
 

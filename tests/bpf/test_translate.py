@@ -8,7 +8,7 @@ from datapath import (
     ENFORCE_EGRESS,
     ENFORCE_INGRESS,
     EVENT_DROP,
-    LAYOUT,
+    FRONTEND_FLAG,
     REDIRECT,
     SHOT,
     TCX_NEXT,
@@ -36,12 +36,10 @@ from scapy.layers.l2 import Ether
 from scapy.packet import Packet, Raw
 from test_policy import enforce, rule
 
-from fimbria.kernel.btf import enum_values
 from fimbria.model import rows
 
 TCP, UDP, SCTP = 6, 17, 132
 OUT, IN = ENFORCE_EGRESS, ENFORCE_INGRESS
-FLAG = {name.removeprefix("FRONTEND_"): n for name, n in enum_values(LAYOUT, "frontend_flag").items()}
 
 
 def service(*backends: str, port: int = 8080) -> Prepare:
@@ -147,13 +145,13 @@ def quoted(w: Wire, packet: Packet) -> bytes:
 
 
 def silent(dp: Datapath, w: Wire) -> None:
-    dp.put("frontends", rows.FrontendKey(w.packed("front"), 80, TCP), rows.Frontend(7, 0, FLAG["SILENT"]))
+    dp.put("frontends", rows.FrontendKey(w.packed("front"), 80, TCP), rows.Frontend(7, 0, FRONTEND_FLAG["SILENT"]))
 
 
 def address_only(dp: Datapath, w: Wire) -> None:
     """`front` belongs to services, which serve other ports; and so does `node`, by an external IP."""
     for name in ("front", "node"):
-        dp.put("frontends", rows.FrontendKey(w.packed(name), 0, 0), rows.Frontend(0, 0, FLAG["ADDRESS"]))
+        dp.put("frontends", rows.FrontendKey(w.packed(name), 0, 0), rows.Frontend(0, 0, FRONTEND_FLAG["ADDRESS"]))
 
 
 def node_port(flags: str = "", inside: str = "") -> Prepare:
@@ -162,7 +160,7 @@ def node_port(flags: str = "", inside: str = "") -> Prepare:
     def prepare(dp: Datapath, w: Wire) -> None:
         any_address = "0.0.0.0" if w.family == 4 else "::"
         dp.service(7, any_address, 30080, TCP, [(w.addr("b"), 8080)])
-        bits = sum(FLAG[name] for name in f"NODE_PORT {flags}".split())
+        bits = sum(FRONTEND_FLAG[name] for name in f"NODE_PORT {flags}".split())
         dp.put("frontends", rows.FrontendKey(addr(any_address), 30080, TCP), rows.Frontend(7, 1, bits))
         if inside:
             dp.put("backends", 801, rows.Backend(w.packed(inside), 8080, TCP))
@@ -175,7 +173,7 @@ def node_port(flags: str = "", inside: str = "") -> Prepare:
 def exempt(endpoint: int) -> Prepare:
     def prepare(dp: Datapath, w: Wire) -> None:
         service("b")(dp, w)
-        dp.put("frontends", rows.FrontendKey(w.packed("front"), 80, TCP), rows.Frontend(7, 1, FLAG["EXEMPT"]))
+        dp.put("frontends", rows.FrontendKey(w.packed("front"), 80, TCP), rows.Frontend(7, 1, FRONTEND_FLAG["EXEMPT"]))
         dp.put("service_exempt", rows.ExemptKey(endpoint, 7, 1), 1)
 
     return prepare
@@ -432,7 +430,7 @@ def test_affinity_by_packet_is_the_pods(dp: Datapath, family: int) -> None:
     for backend in (700, 701):
         dp.maps["service_members"].update(struct.pack("=II", 7, backend), struct.pack("=I", 1))
     key = rows.FrontendKey(w.packed("front"), 80, TCP)
-    dp.put("frontends", key, rows.Frontend(7, 2, FLAG["AFFINITY"], 600))
+    dp.put("frontends", key, rows.Frontend(7, 2, FRONTEND_FLAG["AFFINITY"], 600))
     for sport in range(30000, 30040):
         send(dp, "from_pod", w.sent("front", syn(sport)))
     assert len({k.remote for k, _ in dp.items("conntrack") if k.scope == 0 and k.local == w.packed("a")}) == 1
