@@ -157,8 +157,7 @@ class Engine:
             self._policies(name, dirty.get(name, ()))
         self._remotes(dirty.get("remote_endpoints", ()))
         self._nodes(dirty.get("nodes", ()))
-        if "own_node" in dirty or "nodes" in dirty:
-            self._topology()
+        self._topology(dirty)
         self._services(dirty.get("services", ()), dirty.get("endpoint_slices", ()))
         touched = self._touched_endpoints(dirty)
         self._locals(touched)
@@ -389,11 +388,14 @@ class Engine:
             return True
         return any(addr in block for node in self.tables.nodes.values() for block in node.pod_cidrs)
 
-    def _topology(self) -> None:
+    def _topology(self, dirty: Mapping[str, set[Any]]) -> None:
         """Where this node is, and which addresses are nodes' own."""
-        here = self.tables.own_node.get(self.node) or NodeTopology()
-        addrs = (a for node in self.tables.nodes.values() for a in (*node.addrs, *node.routers))
-        self.put_services(self.services.set_topology(here, addrs))
+        if "own_node" in dirty:
+            self.put_services(self.services.set_topology(self.tables.own_node.get(self.node) or NodeTopology()))
+        if "nodes" in dirty:
+            found = {name: self.tables.nodes.get(name) for name in dirty["nodes"]}
+            addrs = {name: (*node.addrs, *node.routers) if node else () for name, node in found.items()}
+            self.put_services(self.services.set_nodes(addrs))
 
     def put_services(self, delta: ServiceDelta) -> None:
         """Want what a change of Services, or of what others ask of them, brought about."""

@@ -205,8 +205,9 @@ class ServiceCompute:
                 new = self._planned(service, now)
             if new is not None and old is not None:
                 new.members = old.members
-            self._addresses.exchange(_addresses(old), _addresses(new), delta)
+            self._addresses.exchange(_addresses(old), _addresses(new))
             self._replace(owner, old, new, delta)
+        self._addresses.settle(delta)
         self._listed.sweep(delta)
         return delta
 
@@ -245,16 +246,22 @@ class ServiceCompute:
         self._listed.sweep(delta)
         return delta
 
-    def set_topology(self, topology: NodeTopology, node_addrs: Iterable[bytes] = ()) -> Delta:
-        """This node's labels changed, or the addresses of nodes (of all of them): what depends on them is done again.
-
-        An address of a node belongs to that node, whatever Services say.
-        """
+    def set_nodes(self, changed: Mapping[str, Iterable[bytes]]) -> Delta:
+        """The addresses of the nodes that changed, by name: they belong to those nodes, whatever Services say."""
         delta = Delta()
-        self._addresses.set_nodes((*node_addrs, *topology.addrs), delta)
+        for name, addrs in changed.items():
+            self._addresses.set_node(name, addrs)
+        self._addresses.settle(delta)
+        return delta
+
+    def set_topology(self, topology: NodeTopology) -> Delta:
+        """This node's labels or addresses changed: what depends on them is done again."""
+        delta = Delta()
+        self._addresses.set_node("", topology.addrs)
         zone, former = topology.zone, self.topology
         if topology.labels == former.labels:
             self.topology = topology
+            self._addresses.settle(delta)
             return delta
         self.topology, self.place = topology, self.place._replace(zone=zone)
         self._standings.clear()
@@ -263,8 +270,9 @@ class ServiceCompute:
             if owner.rank == SERVICE and (hinted or state.service.nodes is not None):
                 new = self._planned(state.service, state.slices)
                 new.members = state.members
-                self._addresses.exchange(_addresses(state), _addresses(new), delta)
+                self._addresses.exchange(_addresses(state), _addresses(new))
                 self._replace(owner, state, new, delta)
+        self._addresses.settle(delta)
         self._listed.sweep(delta)
         return delta
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterable, Mapping
 
 from fimbria.compute import service_frontends as front
@@ -15,9 +16,11 @@ class ServiceAddresses:
     def __init__(self, frontends: dict[FrontendKey, Frontend]) -> None:
         self._frontends = frontends
         self._counts: dict[bytes, list[int]] = {}
-        self._of_nodes: frozenset[bytes] = frozenset()
+        self._nodes: dict[str, frozenset[bytes]] = {}
+        self._of_nodes: Counter[bytes] = Counter()
+        self._touched: set[bytes] = set()
 
-    def exchange(self, before: Mapping[bytes, int], after: Mapping[bytes, int], delta: Delta) -> None:
+    def exchange(self, before: Mapping[bytes, int], after: Mapping[bytes, int]) -> None:
         """A service has other addresses now; each with CLUSTER_IP, if that is what it is."""
         if before == after:
             return
@@ -27,14 +30,25 @@ class ServiceAddresses:
         for addr in {**before, **after}:
             if not any(self._counts[addr]):
                 del self._counts[addr]
-            self._row(addr, delta)
+            self._touched.add(addr)
 
-    def set_nodes(self, addrs: Iterable[bytes], delta: Delta) -> None:
-        """The addresses of nodes: they belong to those nodes, whatever Services say."""
-        now = frozenset(addrs)
-        changed, self._of_nodes = now ^ self._of_nodes, now
-        for addr in changed & self._counts.keys():
+    def set_node(self, name: str, addrs: Iterable[bytes]) -> None:
+        """The addresses of a node: they belong to it, whatever Services say. None if it is gone."""
+        before, now = self._nodes.pop(name, frozenset()), frozenset(addrs)
+        if now:
+            self._nodes[name] = now
+        for addr in before ^ now:
+            self._of_nodes[addr] += 1 if addr in now else -1
+            if not self._of_nodes[addr]:
+                del self._of_nodes[addr]
+            if addr in self._counts:
+                self._touched.add(addr)
+
+    def settle(self, delta: Delta) -> None:
+        """The rows of what changed: once, for an address may be one's and the other's within one change."""
+        for addr in self._touched:
             self._row(addr, delta)
+        self._touched.clear()
 
     def _row(self, addr: bytes, delta: Delta) -> None:
         counts = None if addr in self._of_nodes else self._counts.get(addr)
