@@ -1,9 +1,10 @@
-"""Builds commands of the Go module k8s.io/kubernetes, once per version, into a cache folder.
+"""Builds the Go programs of the test beds, once per version, into a cache folder.
 
-The version is the one that go.mod next to this file requires. Binaries land in
-``${FIMBRIA_CACHE:-~/.cache/fimbria}/kube/<version>/bin``; a second caller waits for the first one's lock.
-``python tests/kube/build.py [TOOL...]`` builds (the API server and kubectl by default) and prints that folder: about
-ten minutes on two cores the first time. kube-proxy, which only the bench needs, takes two more.
+Versions are those that go.mod here (Kubernetes), in ``coredns/`` and in ``helm/`` require. Binaries land in
+``${FIMBRIA_CACHE:-~/.cache/fimbria}/kube/<version of Kubernetes>/bin``; a second caller waits for the first one's lock.
+``python tests/kube/build.py [TOOL...]`` builds (the API server and kubectl by default; ``cluster`` stands for what
+``make kube-up`` needs, ``e2e`` for what upstream's tests need besides) and prints that folder: about ten minutes on
+two cores the first time, and as much again for the end-to-end tests.
 """
 
 from __future__ import annotations
@@ -17,11 +18,35 @@ import sys
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 
 HERE = Path(__file__).resolve().parent
-TOOLS = {name: f"k8s.io/kubernetes/cmd/{name}" for name in ("kube-apiserver", "kubectl", "kube-proxy")}
 SERVER = ("kube-apiserver", "kubectl")
+CLUSTER = (*SERVER, "kube-controller-manager", "kube-scheduler", "kubelet", "coredns", "helm", "agnhost")
+E2E = ("e2e.test", "ginkgo")
+GROUPS = {"server": SERVER, "cluster": CLUSTER, "e2e": E2E}
+
+
+@dataclass(frozen=True)
+class Tool:
+    """A Go package and the module, a folder under this one, that requires it."""
+
+    package: str
+    module: str = "."
+    tests: bool = False
+
+
+TOOLS = {
+    name: Tool(f"k8s.io/kubernetes/cmd/{name}")
+    for name in ("kube-apiserver", "kubectl", "kube-controller-manager", "kube-scheduler", "kubelet", "kube-proxy")
+} | {
+    "agnhost": Tool("k8s.io/kubernetes/test/images/agnhost"),
+    "e2e.test": Tool("k8s.io/kubernetes/test/e2e", tests=True),
+    "ginkgo": Tool("github.com/onsi/ginkgo/v2/ginkgo"),
+    "coredns": Tool("fimbria.invalid/tests/kube/coredns", "coredns"),
+    "helm": Tool("helm.sh/helm/v4/cmd/helm", "helm"),
+}
 # Go 1.27's json v2 makes a 1.36 API server serve an OpenAPI document that kubectl can't apply against.
 GO_SERIES = (1, 26)
 
@@ -49,7 +74,7 @@ def bin_dir() -> Path:
 def missing(tools: Sequence[str]) -> list[str]:
     """Those that the cache doesn't hold. Raises BuildError for a name that isn't in TOOLS."""
     if unknown := [tool for tool in tools if tool not in TOOLS]:
-        raise BuildError(f"no tool {', '.join(unknown)}; there are {', '.join(TOOLS)}")
+        raise BuildError(f"no tool {', '.join(unknown)}; there are {', '.join([*GROUPS, *TOOLS])}")
     return [tool for tool in tools if not os.access(bin_dir() / tool, os.X_OK)]
 
 
@@ -90,14 +115,27 @@ def _build(tools: Sequence[str]) -> None:
 
 
 def _compile(go: str, tools: Sequence[str], out: Path) -> None:
-    packages = [TOOLS[tool] for tool in tools]
+    for module in sorted({TOOLS[tool].module for tool in tools}):
+        built = [tool for tool in tools if TOOLS[tool].module == module]
+        together = [tool for tool in built if not TOOLS[tool].tests]
+        if together:
+            _run_go(go, module, ["build", "-o", f"{out}/"], together)
+        for tool in built:
+            if TOOLS[tool].tests:
+                _run_go(go, module, ["test", "-c", "-o", str(out / tool)], [tool])
+
+
+def _run_go(go: str, module: str, verb: list[str], tools: Sequence[str]) -> None:
+    folder, packages = HERE / module, [TOOLS[tool].package for tool in tools]
     env = os.environ | {"CGO_ENABLED": "0", "GOWORK": "off", "GOFLAGS": "-mod=readonly -buildvcs=false"}
-    total = len(_capture([go, "list", "-deps", *packages], env).split())
-    _say(f"building {', '.join(tools)} {version()}: {total} packages, up to ten minutes on two cores")
-    command = [go, "build", "-v", "-trimpath", "-ldflags", _ldflags(), "-o", f"{out}/", *packages]
+    total = len(
+        _capture([go, "list", "-deps", *(["-test"] if verb[0] == "test" else []), *packages], env, folder).split()
+    )
+    _say(f"building {', '.join(tools)} for Kubernetes {version()}: {total} packages, up to ten minutes on two cores")
+    command = [go, *verb, "-v", "-trimpath", "-ldflags", _ldflags(), *packages]
     nice = [tool, "-n", "10"] if (tool := shutil.which("nice")) else []
     started, seen, tail = time.monotonic(), 0, [""]
-    with subprocess.Popen([*nice, *command], cwd=HERE, env=env, text=True, stderr=subprocess.PIPE) as process:
+    with subprocess.Popen([*nice, *command], cwd=folder, env=env, text=True, stderr=subprocess.PIPE) as process:
         assert process.stderr is not None
         for line in process.stderr:
             seen += 1
@@ -105,7 +143,7 @@ def _compile(go: str, tools: Sequence[str], out: Path) -> None:
             if seen % 100 == 0:
                 _say(f"{seen} of at most {total} packages, {time.monotonic() - started:.0f} s")
     if process.returncode != 0:
-        raise BuildError(f"go build of Kubernetes {version()} failed:\n" + "\n".join(tail))
+        raise BuildError(f"go {verb[0]} of {', '.join(tools)} failed:\n" + "\n".join(tail))
     _say(f"built in {time.monotonic() - started:.0f} s")
 
 
@@ -129,8 +167,8 @@ def _find_go() -> str:
     return go
 
 
-def _capture(command: list[str], env: dict[str, str]) -> str:
-    done = subprocess.run(command, cwd=HERE, env=env, text=True, capture_output=True, check=False)
+def _capture(command: list[str], env: dict[str, str], folder: Path = HERE) -> str:
+    done = subprocess.run(command, cwd=folder, env=env, text=True, capture_output=True, check=False)
     if done.returncode != 0:
         raise BuildError(f"{' '.join(command[:3])} failed:\n{done.stderr.strip()[-2000:]}")
     return done.stdout
@@ -142,7 +180,8 @@ def _say(message: str) -> None:
 
 def main() -> int:
     try:
-        print(ensure(sys.argv[1:] or SERVER))
+        asked = sys.argv[1:] or ["server"]
+        print(ensure([tool for name in asked for tool in GROUPS.get(name, (name,))]))
     except BuildError as error:
         _say(str(error))
         return 1
