@@ -49,6 +49,7 @@ def _build_module() -> ModuleType:
     spec = importlib.util.spec_from_file_location("fimbria_kube_build", Path(__file__).with_name("build.py"))
     assert spec and spec.loader
     module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module  # its dataclasses look themselves up there
     spec.loader.exec_module(module)
     return module
 
