@@ -1,6 +1,6 @@
 """Builds the Go programs of the test beds, once per version, into a cache folder.
 
-Versions are those that go.mod here (Kubernetes), in ``coredns/`` and in ``helm/`` require. Binaries land in
+Versions are those that go.mod here (Kubernetes), in ``coredns/``, ``helm/`` and ``etcd/`` require. Binaries land in
 ``${FIMBRIA_CACHE:-~/.cache/fimbria}/kube/<version of Kubernetes>/bin``; a second caller waits for the first one's lock.
 ``python tests/kube/build.py [TOOL...]`` builds (the API server and kubectl by default; ``cluster`` stands for what
 ``make kube-up`` needs, ``e2e`` for what upstream's tests need besides) and prints that folder: about ten minutes on
@@ -46,6 +46,7 @@ TOOLS = {
     "ginkgo": Tool("github.com/onsi/ginkgo/v2/ginkgo"),
     "coredns": Tool("fimbria.invalid/tests/kube/coredns", "coredns"),
     "helm": Tool("helm.sh/helm/v4/cmd/helm", "helm"),
+    "etcd": Tool("fimbria.invalid/tests/kube/etcd", "etcd"),
 }
 # Go 1.27's json v2 makes a 1.36 API server serve an OpenAPI document that kubectl can't apply against.
 GO_SERIES = (1, 26)

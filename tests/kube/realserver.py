@@ -54,15 +54,20 @@ def _build_module() -> ModuleType:
     return module
 
 
-def binaries() -> Path:
-    """The folder with kube-apiserver and kubectl, building them first if need be. Raises BuildError."""
-    found: Path = _build_module().ensure()
+def binaries(*more: str) -> Path:
+    """The folder with kube-apiserver and kubectl, and `more`, building them first if need be. Raises BuildError."""
+    build = _build_module()
+    found: Path = build.ensure((*build.SERVER, *more))
     return found
 
 
 @dataclass
 class RealServer:
-    """The two processes of one server in one folder. ``start`` and ``stop`` may be called once each."""
+    """The two processes of one server in one folder. ``start`` and ``stop`` may be called once each.
+
+    ``new_etcd``: instead of Debian's, the etcd that Kubernetes is released with. Only with that one does the API server
+    stream lists and serve consistent ones from memory, which is what counts in a large cluster.
+    """
 
     folder: Path
     bind: str = "127.0.0.1"
@@ -70,6 +75,8 @@ class RealServer:
     netns: str = ""
     extra: list[str] = field(default_factory=list)
     detached: bool = False
+    new_etcd: bool = False
+    etcd_url: str = ""
     _processes: dict[str, subprocess.Popen[bytes]] = field(default_factory=dict)
 
     @property
@@ -85,13 +92,14 @@ class RealServer:
             raise
 
     def _start(self) -> None:
-        tools = binaries()
-        etcd = shutil.which("etcd")
+        tools = binaries(*(["etcd"] if self.new_etcd else []))
+        etcd = str(tools / "etcd") if self.new_etcd else shutil.which("etcd")
         if not etcd:
             raise ServerError("etcd is missing; install Debian's etcd-server")
         self.folder.mkdir(parents=True, exist_ok=True, mode=0o700)
         client, peer = free_port(), free_port()
         self.port = self.port or free_port(self.bind if not self.netns else "127.0.0.1")
+        self.etcd_url = f"http://127.0.0.1:{client}"
         self._run("etcd", _etcd_command(etcd, self.folder, client, peer))
         self._run("apiserver", self._apiserver_command(tools, client))
         self._wait(tools)
