@@ -1,8 +1,8 @@
 #!/usr/bin/env python3
-"""Writes what deploy/Dockerfile is built from into a folder: our wheel, the lock file, and the wheels that it names.
+"""Writes what deploy/Dockerfile is built from into a folder: our wheel, the lock file, the wheels that it names.
 
-The wheel is made from a copy of the sources, so that nobody's edits change them meanwhile; ``--release`` gives that copy
-another version, as tests of upgrades need. Wheels of dependencies are fetched by pip, which checks their hashes.
+The wheel is made from a copy of the sources, so that nobody's edits change them meanwhile; ``--release`` gives that
+copy another version, as tests of upgrades need. Wheels of dependencies are fetched by pip, which checks their hashes.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ def with_release(text: str, release: str) -> str:
 
 
 def write_wheel(out: Path, release: str | None) -> None:
-    """Builds the wheel into a folder. Raises subprocess.CalledProcessError."""
+    """Builds the wheel into a folder. Raises ValueError with the builder's words."""
     with tempfile.TemporaryDirectory(prefix="fimbria-wheel-") as scratch:
         tree = Path(scratch)
         for name in SOURCES:
@@ -45,7 +45,9 @@ def write_wheel(out: Path, release: str | None) -> None:
             path = tree / RELEASE_FILE
             path.write_text(with_release(path.read_text(), release))
         command = [sys.executable, "-m", "hatchling", "build", "-t", "wheel", "-d", str(out)]
-        subprocess.run(command, cwd=tree, check=True, stdout=subprocess.DEVNULL)
+        done = subprocess.run(command, cwd=tree, check=False, capture_output=True, text=True)
+        if done.returncode != 0:
+            raise ValueError(f"the wheel can't be built:\n{done.stdout}{done.stderr}")
 
 
 def fetch_dependencies(wheelhouse: Path) -> None:
@@ -61,7 +63,8 @@ def fetch_dependencies(wheelhouse: Path) -> None:
 
 
 def write_context(out: Path, release: str | None = None) -> None:
-    """Fills a folder; one of a former run is brought up to date. Raises subprocess.CalledProcessError."""
+    """Fills a folder; one of a former run is brought up to date. Raises OSError, ValueError,
+    subprocess.CalledProcessError."""
     out.mkdir(parents=True, exist_ok=True)
     for wheel in out.glob("*.whl"):
         wheel.unlink()

@@ -1,4 +1,4 @@
-"""``python -m tests.cluster.images [NAME...]`` builds images, or all of them, and prints the paths of their archives."""
+"""``python -m tests.cluster.images [NAME...]`` builds images (all by default) and prints the archives' paths."""
 
 from __future__ import annotations
 
