@@ -25,8 +25,8 @@ from typing import TYPE_CHECKING, Any, Final
 from aiohttp import web
 
 from fimbria.agent import details, views
-from fimbria.agent.config import listen_address
 from fimbria.model.address import Prefix, unpack
+from fimbria.small_http import listen_address
 
 if TYPE_CHECKING:
     from fimbria.agent.main import Agent

@@ -11,6 +11,7 @@ from typing import Any, Final
 
 from fimbria.compute.maglev import DEFAULT_SIZE, TABLE_SIZES
 from fimbria.model.labels import LabelFilter
+from fimbria.small_http import listen_address
 
 
 class ConfigError(ValueError):
@@ -163,16 +164,6 @@ HELP: Mapping[str, str] = {
     "label_filter": "security-relevant labels: regular expressions separated by blanks, ! excludes",
     "log_level": "debug, info, warning or error",
 }
-
-
-def listen_address(text: str) -> tuple[str, int] | None:
-    """Host (without brackets) and port of HOST:PORT; None for an empty text. Raises ValueError."""
-    if not text:
-        return None
-    host, colon, port = text.rpartition(":")
-    if not colon or not port.isdecimal() or not 0 < int(port) < 65536:
-        raise ValueError(f"{text!r}: expected HOST:PORT")
-    return host.strip("[]"), int(port)
 
 
 def port_range(setting: str, text: str) -> tuple[int, int]:

@@ -19,10 +19,9 @@ from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from typing import Any, Final
 
-from fimbria.agent.config import listen_address
-from fimbria.agent.small_http import Reply, SmallServer
 from fimbria.compute.service_frontends import families
 from fimbria.model.service import Service, ServiceKey
+from fimbria.small_http import Reply, SmallServer, listen_address
 from fimbria.tables.table import Table
 
 log = logging.getLogger(__name__)

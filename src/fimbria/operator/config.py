@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from typing import Final
 
 from fimbria.decide.node_blocks import Pool, PoolError, check_pools
+from fimbria.small_http import listen_address
 
 LOG_LEVELS: Final = ("debug", "info", "warning", "error")
 
@@ -28,6 +29,8 @@ class OperatorConfig:
     identity_grace: float
     collect_interval: float
     cluster_name: str
+    metrics_listen: str
+    healthz_listen: str
     log_level: str
 
 
@@ -51,6 +54,8 @@ def parse(argv: Sequence[str], environ: Mapping[str, str] | None = None) -> Oper
     add("--identity-grace", "900", "seconds that an unused identity is kept")
     add("--collect-interval", "60", "seconds between two looks for what nobody uses any more")
     add("--cluster-name", "default", "name of the cluster in identity labels")
+    add("--metrics-listen", "", "HOST:PORT for Prometheus; empty: none")
+    add("--healthz-listen", "", "HOST:PORT of /livez, /readyz and /healthz; empty: none")
     add("--log-level", "info", "debug, info, warning or error")
     p.add_argument("--leader-elect", action=argparse.BooleanOptionalAction, default=False, help="run one of several")
     a = p.parse_args(list(argv))
@@ -61,12 +66,18 @@ def parse(argv: Sequence[str], environ: Mapping[str, str] | None = None) -> Oper
         interval = _seconds("--collect-interval", a.collect_interval)
     except (PoolError, ValueError) as error:
         raise ConfigError(str(error)) from None
+    for setting, text in (("--healthz-listen", a.healthz_listen), ("--metrics-listen", a.metrics_listen)):
+        try:
+            listen_address(text)
+        except ValueError as error:
+            raise ConfigError(f"{setting} {error}") from None
     if a.log_level not in LOG_LEVELS:
         raise ConfigError(f"--log-level {a.log_level!r}: {', '.join(LOG_LEVELS)}")
     if not pools:
         raise ConfigError("neither --ipv4-pool nor --ipv6-pool is set: pods would get no addresses")
     return OperatorConfig(
-        a.kubeconfig, pools, a.leader_elect, a.namespace, grace, interval, a.cluster_name, a.log_level
+        a.kubeconfig, pools, a.leader_elect, a.namespace, grace, interval, a.cluster_name,
+        a.metrics_listen, a.healthz_listen, a.log_level,
     )  # fmt: skip
 
 

@@ -16,6 +16,8 @@ from fimbria.model.labels import DEFAULT_FILTER
 from fimbria.operator.blocks import NodeBlockWriter
 from fimbria.operator.collect import Collector
 from fimbria.operator.config import ConfigError, OperatorConfig, parse
+from fimbria.operator.health import OperatorHealth
+from fimbria.operator.metrics import OperatorMetrics
 from fimbria.operator.policies import (
     Finding,
     NetworkPolicyEvents,
@@ -41,47 +43,93 @@ log = logging.getLogger("fimbria.operator")
 LEASE: Final = "fimbria-operator"
 
 
-async def lead(config: OperatorConfig, client: ApiClient) -> None:
-    """Everything the leader does, until cancelled."""
-    nodes: Table[str, CiliumNode] = Table("nodes")
-    words = Vocabulary(DEFAULT_FILTER, config.cluster_name)
-    collector = Collector(client, IdentityCollector(config.identity_grace), config.collect_interval)
-    async with asyncio.TaskGroup() as group:
-        follow_nodes = Informer(client, resources.CILIUM_NODES, nodes, lambda n: n, key=lambda m: m.name)
-        group.create_task(follow_nodes.run())
-        group.create_task(NodeBlockWriter(client, nodes, BlockAllocator(config.pools)).run())
-        group.create_task(collector.run())
-        policies: tuple[tuple[Resource[Any], Any], ...] = (
-            (resources.CILIUM_NETWORK_POLICIES, judge(words)),
-            (resources.CILIUM_CLUSTERWIDE_NETWORK_POLICIES, judge(words)),
-            (resources.CILIUM_LOCAL_REDIRECT_POLICIES, judge(words, local_redirect)),
+class Operator:
+    """One replica: what it follows, and what it does while it leads."""
+
+    def __init__(self, config: OperatorConfig, client: ApiClient) -> None:
+        self.config = config
+        self.client = client
+        self.election: LeaderElection | None = None
+        self.working = False
+        self.metrics = OperatorMetrics(lambda: self.working)
+
+    async def run(self) -> None:
+        """Until stopped. Raises LeadershipLost, OSError of a port."""
+        config = self.config
+        health = OperatorHealth(
+            self.alive, self.ready, self.metrics.exposition, config.healthz_listen, config.metrics_listen
         )
-        for resource, judgement in policies:
-            verdicts: Table[Any, Verdict] = Table(resource.plural)
-            follow: Informer[Any, Any, Verdict] = Informer(client, resource, verdicts, judgement, key=object_key)
-            group.create_task(follow.run())
-            group.create_task(PolicyStatusWriter(client, resource, verdicts).run())
-        events = EventRecorder(client, component="fimbria-operator", host=os.uname().nodename)
-        findings: Table[Any, Finding] = Table("networkpolicies")
-        follow_policies: Informer[Any, Any, Finding] = Informer(
-            client, resources.NETWORK_POLICIES, findings, inspect(words), key=object_key
-        )
-        group.create_task(follow_policies.run())
-        group.create_task(NetworkPolicyEvents(events, findings).run())
-        group.create_task(events.run())
+        async with asyncio.TaskGroup() as group:
+            serving = group.create_task(health.run())
+            if config.leader_elect:
+                me = f"{os.uname().nodename}_{os.getpid()}"
+                election = LeaderElection(self.client, namespace=config.namespace, name=LEASE, identity=me)
+                self.election = election
+                await election.run(self.lead)
+            else:
+                await self.lead()
+            serving.cancel()
+
+    def alive(self) -> str:
+        """What is wrong with this process, "" for nothing."""
+        overdue = self.election is not None and self.working and not self.election.holds()
+        return "the lease is overdue" if overdue else ""
+
+    def ready(self) -> str:
+        """What keeps this replica from working, "" for nothing."""
+        if self.election is not None and not self.election.holder:
+            return self.election.error or "nobody is known to hold the lease yet"
+        missing = [i.resource.plural for i in self.metrics.informers if not i.table.synced]
+        return f"not seen yet: {', '.join(missing)}" if missing else ""
+
+    async def lead(self) -> None:
+        """Everything the leader does, until cancelled."""
+        self.working = True
+        try:
+            await self._work()
+        finally:
+            self.working = False
+
+    async def _work(self) -> None:
+        config, client = self.config, self.client
+        nodes: Table[str, CiliumNode] = Table("nodes")
+        words = Vocabulary(DEFAULT_FILTER, config.cluster_name)
+        collector = Collector(client, IdentityCollector(config.identity_grace), config.collect_interval)
+        async with asyncio.TaskGroup() as group:
+            follow_nodes = self._follow(resources.CILIUM_NODES, nodes, lambda n: n, key=lambda m: m.name)
+            group.create_task(follow_nodes.run())
+            group.create_task(NodeBlockWriter(client, nodes, BlockAllocator(config.pools)).run())
+            group.create_task(collector.run())
+            policies: tuple[tuple[Resource[Any], Any], ...] = (
+                (resources.CILIUM_NETWORK_POLICIES, judge(words)),
+                (resources.CILIUM_CLUSTERWIDE_NETWORK_POLICIES, judge(words)),
+                (resources.CILIUM_LOCAL_REDIRECT_POLICIES, judge(words, local_redirect)),
+            )
+            for resource, judgement in policies:
+                verdicts: Table[Any, Verdict] = Table(resource.plural)
+                group.create_task(self._follow(resource, verdicts, judgement, key=object_key).run())
+                group.create_task(PolicyStatusWriter(client, resource, verdicts).run())
+            events = EventRecorder(client, component="fimbria-operator", host=os.uname().nodename)
+            findings: Table[Any, Finding] = Table("networkpolicies")
+            follow_policies = self._follow(resources.NETWORK_POLICIES, findings, inspect(words), key=object_key)
+            group.create_task(follow_policies.run())
+            group.create_task(NetworkPolicyEvents(events, findings).run())
+            group.create_task(events.run())
+
+    def _follow(
+        self, resource: Resource[Any], table: Table[Any, Any], transform: Any, *, key: Any
+    ) -> Informer[Any, Any, Any]:
+        informer: Informer[Any, Any, Any] = Informer(self.client, resource, table, transform, key=key)
+        self.metrics.informers.append(informer)
+        return informer
 
 
 async def run(config: OperatorConfig) -> None:
-    """Run until stopped. Raises ConfigError of the kubeconfig, LeadershipLost."""
+    """Run until stopped. Raises ConfigError of the kubeconfig, LeadershipLost, OSError of a port."""
     cluster = k8s_config.load(config.kubeconfig or None)
     async with ApiClient(cluster, component="operator", rate=200.0, burst=400) as client:
         log.info("pools: %s", ", ".join(map(str, config.pools)))
-        if not config.leader_elect:
-            await lead(config, client)
-            return
-        me = f"{os.uname().nodename}_{os.getpid()}"
-        election = LeaderElection(client, namespace=config.namespace, name=LEASE, identity=me)
-        await election.run(lambda: lead(config, client))
+        await Operator(config, client).run()
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -105,7 +153,22 @@ async def _until_stopped(config: OperatorConfig) -> int:
         await task
     except asyncio.CancelledError:
         log.info("stopped")
-    except (k8s_config.ConfigError, LeadershipLost) as error:
+    except k8s_config.ConfigError as error:
         log.error("%s", error)
         return 1
+    except BaseExceptionGroup as group:
+        expected, rest = group.split((LeadershipLost, OSError))
+        if rest is not None:
+            raise rest from None
+        for leaf in leaves(expected):
+            log.error("%s", leaf)
+        return 1
     return 0
+
+
+def leaves(group: BaseExceptionGroup[Any] | None) -> list[BaseException]:
+    """The exceptions within a group and its groups."""
+    found: list[BaseException] = []
+    for error in group.exceptions if group is not None else ():
+        found += leaves(error) if isinstance(error, BaseExceptionGroup) else [error]
+    return found

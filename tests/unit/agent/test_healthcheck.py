@@ -10,8 +10,9 @@ from typing import Any
 
 import pytest
 
-from fimbria.agent import healthcheck, small_http
-from fimbria.agent.config import ConfigError, listen_address, parse
+from fimbria import small_http
+from fimbria.agent import healthcheck
+from fimbria.agent.config import ConfigError, parse
 from fimbria.agent.healthcheck import Freshness, HealthChecks
 from fimbria.model.address import pack
 from fimbria.model.service import Service, ServiceKey
@@ -244,7 +245,7 @@ def test_where_it_listens() -> None:
     assert healthcheck._addresses("[::]:1") == healthcheck._addresses(":1") == (("0.0.0.0", 1), ("::", 1))
     assert healthcheck._addresses("[fd00::1]:80") == (("fd00::1", 80),)
     assert healthcheck._addresses("") == ()
-    assert listen_address("127.0.0.1:80") == ("127.0.0.1", 80)
+    assert small_http.listen_address("127.0.0.1:80") == ("127.0.0.1", 80)
     for text in ("80", "host:", "host:0", "host:65536", "host:x"):
         with pytest.raises(ConfigError, match="--healthz-listen"):
             parse(["--node-name", "n", "--healthz-listen", text], {})

@@ -72,6 +72,16 @@ class SmallServer:
             self.close(host, port)
 
 
+def listen_address(text: str) -> tuple[str, int] | None:
+    """Host (without brackets) and port of HOST:PORT; None for an empty text. Raises ValueError."""
+    if not text:
+        return None
+    host, colon, port = text.rpartition(":")
+    if not colon or not port.isdecimal() or not 0 < int(port) < 65536:
+        raise ValueError(f"{text!r}: expected HOST:PORT")
+    return host.strip("[]"), int(port)
+
+
 def _bound(host: str, port: int) -> socket.socket:
     v6 = ":" in host
     sock = socket.socket(socket.AF_INET6 if v6 else socket.AF_INET, socket.SOCK_STREAM | socket.SOCK_NONBLOCK)
@@ -132,7 +142,7 @@ class _Exchange(asyncio.Protocol):
             try:
                 reply = self._server.answer(self.host, self.port, path)
             except Exception:
-                log.exception("health check on port %d", self.port)
+                log.exception("a question on port %d", self.port)
                 reply = Reply(500, b"")
         self._transport.write(_encode(reply, with_body=method != "HEAD"))
         self._transport.close()

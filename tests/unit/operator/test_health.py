@@ -1,0 +1,67 @@
+"""The operator's ports, over real sockets."""
+
+import asyncio
+import socket
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+
+from fimbria.operator.health import OperatorHealth
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+class Replica:
+    def __init__(self) -> None:
+        self.alive, self.ready = "", "nobody is known to hold the lease yet"
+        self.probes, self.scrapes = free_port(), free_port()
+
+
+@asynccontextmanager
+async def serving(replica: Replica) -> AsyncIterator[None]:
+    health = OperatorHealth(
+        lambda: replica.alive, lambda: replica.ready, lambda: b"fimbria_operator_leading 1.0\n",
+        f"127.0.0.1:{replica.probes}", f"127.0.0.1:{replica.scrapes}",
+    )  # fmt: skip
+    task = asyncio.create_task(health.run())
+    try:
+        yield
+    finally:
+        task.cancel()
+        await asyncio.gather(task, return_exceptions=True)
+
+
+async def ask(port: int, path: str) -> tuple[int, str]:
+    for _ in range(50):
+        try:
+            reader, writer = await asyncio.open_connection("127.0.0.1", port)
+            break
+        except OSError:
+            await asyncio.sleep(0.01)
+    writer.write(f"GET {path} HTTP/1.1\r\nHost: x\r\n\r\n".encode())
+    head, _, body = (await reader.read()).partition(b"\r\n\r\n")
+    writer.close()
+    return int(head.split()[1]), body.decode()
+
+
+async def test_probes_and_metrics() -> None:
+    replica = Replica()
+    async with serving(replica):
+        assert await ask(replica.probes, "/livez") == (200, "ok\n")
+        assert await ask(replica.probes, "/readyz") == (503, "nobody is known to hold the lease yet\n")
+        replica.ready = ""
+        assert (await ask(replica.probes, "/readyz"))[0] == 200
+        replica.alive = "the lease is overdue"
+        assert [(await ask(replica.probes, p))[0] for p in ("/livez", "/healthz", "/readyz")] == [503, 503, 503]
+        assert await ask(replica.scrapes, "/metrics") == (200, "fimbria_operator_leading 1.0\n")
+        assert (await ask(replica.probes, "/metrics"))[0] == (await ask(replica.scrapes, "/livez"))[0] == 404
+
+
+async def test_one_port_for_both() -> None:
+    replica = Replica()
+    replica.scrapes = replica.probes
+    async with serving(replica):
+        assert (await ask(replica.probes, "/livez"))[0] == (await ask(replica.probes, "/metrics"))[0] == 200
