@@ -42,6 +42,7 @@ TOOLS = {
     for name in ("kube-apiserver", "kubectl", "kube-controller-manager", "kube-scheduler", "kubelet", "kube-proxy")
 } | {
     "agnhost": Tool("k8s.io/kubernetes/test/images/agnhost"),
+    "regression-issue-74839": Tool("k8s.io/kubernetes/test/images/regression-issue-74839"),
     "e2e.test": Tool("k8s.io/kubernetes/test/e2e", tests=True),
     "ginkgo": Tool("github.com/onsi/ginkgo/v2/ginkgo"),
     "coredns": Tool("fimbria.invalid/tests/kube/coredns", "coredns"),

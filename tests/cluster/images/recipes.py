@@ -49,6 +49,10 @@ def load(path: Path) -> ModuleType:
 kube = load(ROOT / "tests/kube/build.py")
 
 
+def _nothing(_: Path) -> None:
+    """For images that are made of packages alone."""
+
+
 def _pause(folder: Path) -> None:
     source = HERE / "pause/pause.c"
     flags = ["-std=gnu11", "-Wall", "-Wextra", "-Werror", "-Os", "-static", "-s"]
@@ -122,6 +126,29 @@ def recipes() -> dict[str, Recipe]:
                 module_files=[f"test/images/agnhost/porter/localhost.{part}" for part in ("crt", "key")],
             ),
             based=True,
+        ),
+        Recipe(
+            "busybox",
+            (f"{e2e}/busybox:1.37.0-1",),
+            HERE / "busybox/Dockerfile",
+            (HERE / "busybox",),
+            _nothing,
+            based=True,
+        ),
+        Recipe(
+            "nginx",
+            (f"{e2e}/nginx:1.15-4", f"{e2e}/nginx:1.27-0"),
+            HERE / "nginx/Dockerfile",
+            (HERE / "nginx",),
+            _nothing,
+            based=True,
+        ),
+        Recipe(
+            "reset",
+            (f"{e2e}/regression-issue-74839:1.4",),
+            HERE / "reset/Dockerfile",
+            (HERE / "reset", binaries / "regression-issue-74839"),
+            _copier("regression-issue-74839"),
         ),
         Recipe("fimbria", (f"{REPOSITORY}:{RELEASE}",), dockerfile, (dockerfile, *ours), _fimbria(None), based=True),
         Recipe(
