@@ -1,0 +1,124 @@
+"""The command line of the bed."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from collections.abc import Sequence
+
+from tests.cluster.bed import processes
+from tests.cluster.bed.cluster import Cluster, clusters
+from tests.cluster.bed.errors import BedError
+from tests.cluster.bed.layout import DEFAULT_NAME, STARTUP_TAINT
+from tests.cluster.bed.progress import say, step
+
+EXAMPLES = """examples:
+  python -m tests.cluster.bed up --nodes 2
+  python -m tests.cluster.bed exec control -- kubectl get nodes
+  python -m tests.cluster.bed exec node1 -- crictl ps
+  python -m tests.cluster.bed exec world -- curl http://10.99.0.11:30080
+  python -m tests.cluster.bed node reboot node2
+  python -m tests.cluster.bed logs node1 kubelet
+"""
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    options = _parser().parse_args(arguments)
+    try:
+        return int(options.run(options) or 0)
+    except BedError as error:
+        say(str(error))
+        return 1
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser("python -m tests.cluster.bed", description="A real Kubernetes on this machine.", epilog=EXAMPLES, formatter_class=argparse.RawDescriptionHelpFormatter)  # fmt: skip
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+
+    def command(name: str, run: object, help: str) -> argparse.ArgumentParser:
+        made = commands.add_parser(name, help=help)
+        made.set_defaults(run=run)
+        made.add_argument("--name", default=DEFAULT_NAME, help=f"the cluster's name ({DEFAULT_NAME})")
+        return made
+
+    up = command("up", _up, "bring up what isn't up yet")
+    up.add_argument("--nodes", type=int, default=2)
+    up.add_argument("--no-taint", action="store_true", help=f"nodes register without the taint {STARTUP_TAINT}")
+    command("down", _down, "end and remove everything")
+    inside = command("exec", _exec, "run a command in control (kubectl, helm), world or a node")
+    inside.add_argument("member")
+    inside.add_argument("command", nargs="+")
+    node = command("node", _node, "stop, start or reboot a node; add one; remove one")
+    node.add_argument("action", choices=["stop", "start", "reboot", "add", "remove"])
+    node.add_argument("node", nargs="?", default="")
+    api = command("api", _api, "stop or start the API server; etcd goes on")
+    api.add_argument("action", choices=["stop", "start"])
+    logs = command("logs", _logs, "the end of a log")
+    logs.add_argument("member")
+    logs.add_argument("process")
+    commands.add_parser("list", help="clusters of this machine").set_defaults(run=_list)
+    return parser
+
+
+def _up(options: argparse.Namespace) -> None:
+    cluster = Cluster(options.name)
+    with step(f"cluster {options.name}"):
+        cluster.up(options.nodes, () if options.no_taint else (STARTUP_TAINT,))
+
+
+def _down(options: argparse.Namespace) -> None:
+    with step(f"cluster {options.name} removed"):
+        Cluster(options.name).down()
+
+
+def _exec(options: argparse.Namespace) -> None:
+    cluster = Cluster(options.name)
+    command = [*cluster.enter(options.member), "--", *options.command]
+    env = cluster.control_env if options.member == "control" else processes.environment()
+    if options.member.startswith("node"):
+        env = cluster.node(options.member).env
+    os.execve(command[0], command, env | {"TERM": os.environ.get("TERM", "dumb")})
+
+
+def _node(options: argparse.Namespace) -> None:
+    cluster = Cluster(options.name)
+    if options.action == "add":
+        with step("one more node"):
+            say(cluster.add_node().name)
+        return
+    if options.action == "remove":
+        cluster.remove_node(options.node)
+        return
+    node = cluster.node(options.node)
+    with step(f"{options.action} {options.node}"):
+        if options.action in ("stop", "reboot"):
+            node.stop()
+        if options.action in ("start", "reboot"):
+            node.start()
+
+
+def _api(options: argparse.Namespace) -> None:
+    cluster = Cluster(options.name)
+    with step(f"API server {options.action}"):
+        cluster.stop_api() if options.action == "stop" else cluster.start_api()
+
+
+def _logs(options: argparse.Namespace) -> None:
+    file = Cluster(options.name).layout.log(options.process, options.member)
+    try:
+        print(file.read_text(errors="replace")[-20000:], end="")
+    except OSError as error:
+        raise BedError(f"no log {file}: {error.strerror}") from None
+
+
+def _list(options: argparse.Namespace) -> None:
+    for name in clusters():
+        cluster = Cluster(name)
+        up = [n for n in cluster.nodes() if cluster.node(n).host.booted]
+        api = "API up" if processes.running(cluster.layout, "control", "apiserver") else "API down"
+        print(f"{name}: {api}, running: {', '.join(up) or 'no node'}")
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,282 @@
+"""The handle on one cluster: brought up, asked, broken, taken down."""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import importlib.util
+import json
+import os
+import shutil
+import subprocess
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from tests.cluster.bed import cgroups, control, network, pki, processes
+from tests.cluster.bed.errors import BedError
+from tests.cluster.bed.images import load
+from tests.cluster.bed.layout import DEFAULT_NAME, DISKS, NETNS, STARTUP_TAINT, STATE, Layout, node_name, node_number
+from tests.cluster.bed.node import NodeHost
+from tests.cluster.bed.progress import say, step
+
+TOOLS = ("kube-apiserver", "kube-controller-manager", "kube-scheduler", "kubelet", "kubectl", "helm")
+COMMAND_SECONDS = 120.0
+
+
+@dataclass(frozen=True)
+class Node:
+    """A node as tests see it."""
+
+    host: NodeHost
+
+    @property
+    def name(self) -> str:
+        return self.host.name
+
+    def exec(self, command: Sequence[str], *, stdin: str = "", seconds: float = COMMAND_SECONDS) -> str:
+        """Runs in all namespaces of the node; its output. Raises BedError with what it said if it failed."""
+        return processes.run([*self.host.enter(), "--", *command], stdin=stdin, env=self.env, seconds=seconds)
+
+    def popen(self, command: Sequence[str], **options: Any) -> subprocess.Popen[str]:
+        return subprocess.Popen([*self.host.enter(), "--", *command], env=self.env, text=True, **options)
+
+    @property
+    def env(self) -> dict[str, str]:
+        return processes.environment() | {"PATH": f"/opt/kube/bin:{processes.PATH}"}
+
+    def stop(self) -> None:
+        """Pulls the plug; the disk stays."""
+        self.host.stop()
+
+    def start(self) -> None:
+        """Starts it again, with another boot id and an empty /run."""
+        self.host.boot()
+        self.host.start_containerd()
+        self.host.start_kubelet()
+
+    def stop_kubelet(self) -> None:
+        processes.stop(self.host.layout, self.name, "kubelet")
+
+    def start_kubelet(self) -> None:
+        self.host.start_kubelet()
+
+
+class Cluster:
+    """One cluster of this machine, running or not."""
+
+    def __init__(self, name: str = DEFAULT_NAME):
+        self.layout = Layout(name)
+        self.name = name
+
+    # --- up and down ---
+
+    def up(self, nodes: int = 2, taints: tuple[str, ...] = (STARTUP_TAINT,)) -> None:
+        """Brings up what isn't up yet: the control plane, `nodes` nodes with all images, the world outside. Nodes are
+        registered when this returns, and not Ready before a network is installed. Raises BedError."""
+        wanted = [self._host(node_name(number)) for number in range(1, nodes + 1)]
+        self._prepare()
+        with self.locked():
+            with step("certificates and networks"):
+                pki.ensure(self.layout)
+                for member in ("control", "world"):
+                    cgroups.ensure(self.layout, member)
+                network.ensure_control(self.layout)
+                network.ensure_member(self.layout, "world")
+            with ThreadPoolExecutor(len(wanted) + 1) as pool:
+                work = [pool.submit(self._start_control), *(pool.submit(self._start_host, h, taints) for h in wanted)]
+                for one in work:
+                    one.result()
+            for host in wanted:
+                host.start_kubelet()
+            with step(f"{len(wanted)} nodes registered"):
+                self._wait_registered(wanted)
+
+    def down(self) -> None:
+        """Ends every process and removes every trace, also of a cluster that was never complete."""
+        with self.locked(create=False):
+            cgroups.kill(self.layout)
+            network.remove_all(self.layout)
+            shutil.rmtree(self.layout.disks, ignore_errors=True)
+            shutil.rmtree(self.layout.state, ignore_errors=True)
+        for parent in (DISKS, STATE):
+            with contextlib.suppress(OSError):
+                parent.rmdir()
+
+    def add_node(self, taints: tuple[str, ...] = (STARTUP_TAINT,)) -> Node:
+        """One more, with the lowest number that is free; registered when this returns."""
+        number = next(n for n in range(1, 100) if node_name(n) not in self.nodes())
+        host = self._host(node_name(number))
+        with self.locked():
+            self._start_host(host, taints)
+            host.start_kubelet()
+            self._wait_registered([host])
+        return Node(host)
+
+    def remove_node(self, name: str) -> None:
+        """Stops it and removes its disk. The Node object is the caller's to delete."""
+        host = self._host(name)
+        with self.locked():
+            host.stop()
+            shutil.rmtree(self.layout.disk(name), ignore_errors=True)
+
+    @contextlib.contextmanager
+    def locked(self, create: bool = True) -> Iterator[None]:
+        """One change at a time. The lock is on the state folder itself, so that none is left behind."""
+        if create:
+            self.layout.state.mkdir(mode=0o700, parents=True, exist_ok=True)
+        try:
+            handle = os.open(self.layout.state, os.O_RDONLY | os.O_DIRECTORY)
+        except FileNotFoundError:
+            yield
+            return
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX)
+            yield
+        finally:
+            os.close(handle)
+
+    # --- what is there ---
+
+    @property
+    def exists(self) -> bool:
+        return self.layout.state.exists() or cgroups.present(self.layout) or bool(network.present(self.layout))
+
+    def nodes(self) -> list[str]:
+        """Names of those that have a disk, running or not."""
+        found = [p.name for p in self.layout.disks.glob("node*")] if self.layout.disks.exists() else []
+        return sorted(found, key=node_number)
+
+    def node(self, name: str) -> Node:
+        """Raises BedError if the cluster has no such node."""
+        if name not in self.nodes():
+            raise BedError(f"cluster {self.name} has no {name}; it has {', '.join(self.nodes()) or 'none'}")
+        return Node(self._host(name))
+
+    # --- asking ---
+
+    def kubectl(self, *arguments: str, stdin: str = "", seconds: float = COMMAND_SECONDS) -> str:
+        """Its output. Raises BedError with what it said if it failed."""
+        return self.control(["kubectl", *arguments], stdin=stdin, seconds=seconds)
+
+    def get(self, *arguments: str) -> Any:
+        """`kubectl get` as parsed JSON."""
+        return json.loads(self.kubectl("get", *arguments, "-o", "json"))
+
+    def helm(self, *arguments: str, seconds: float = 300) -> str:
+        return self.control(["helm", *arguments], seconds=seconds)
+
+    def control(self, command: Sequence[str], *, stdin: str = "", seconds: float = COMMAND_SECONDS) -> str:
+        """Runs in the control plane's network with the administrator's kubeconfig."""
+        return processes.run([*self.enter("control"), "--", *command], stdin=stdin, env=self.control_env, seconds=seconds)
+
+    def world(self, command: Sequence[str], *, stdin: str = "", seconds: float = COMMAND_SECONDS) -> str:
+        """Runs outside the cluster, at 10.99.0.100 and fd00:10:99::100."""
+        return processes.run([*self.enter("world"), "--", *command], stdin=stdin, env=processes.environment(), seconds=seconds)  # fmt: skip
+
+    def enter(self, member: str) -> list[str]:
+        """The beginning of a command that runs in `control`, `world` or a node."""
+        if not self.layout.netns_path("control").exists():
+            raise BedError(f"there is no cluster {self.name}: `python -m tests.cluster.bed up --name {self.name}`")
+        return processes.enter(self.layout, member) if member in ("control", "world") else self.node(member).host.enter()
+
+    @property
+    def control_env(self) -> dict[str, str]:
+        home = self.layout.state / "home"
+        home.mkdir(mode=0o700, exist_ok=True)
+        path = f"{self.binaries}:{processes.PATH}"
+        return processes.environment(KUBECONFIG=str(self.layout.kubeconfig)) | {"PATH": path, "HOME": str(home)}
+
+    # --- the API server, alone ---
+
+    def stop_api(self) -> None:
+        """etcd goes on."""
+        processes.stop(self.layout, "control", control.API)
+
+    def start_api(self) -> None:
+        control.start_api(self.layout, self.binaries)
+        control.wait_ready(self.layout, self.binaries)
+
+    # --- parts ---
+
+    @cached_property
+    def binaries(self) -> Path:
+        """Folder of the Go programs, built if need be."""
+        file = Path(__file__).resolve().parents[2] / "kube" / "build.py"
+        spec = importlib.util.spec_from_file_location("fimbria_kube_build", file)
+        assert spec and spec.loader
+        module = importlib.util.module_from_spec(spec)
+        import sys
+
+        sys.modules[spec.name] = module
+        spec.loader.exec_module(module)
+        try:
+            found: Path = module.ensure(TOOLS)
+        except module.BuildError as error:
+            raise BedError(str(error)) from None
+        return found
+
+    @cached_property
+    def archives(self) -> list[Path]:
+        """Of all images, built if need be."""
+        from tests.cluster.images.build import ImageError, ensure
+
+        try:
+            return list(ensure().values())
+        except ImageError as error:
+            raise BedError(str(error)) from None
+
+    def _host(self, name: str) -> NodeHost:
+        node_number(name)
+        return NodeHost(self.layout, name, self.binaries)
+
+    def _prepare(self) -> None:
+        if os.geteuid() != 0:
+            raise BedError("a cluster needs root: namespaces, mounts and cgroups")
+        for tool in ("containerd", "runc", "ctr", "openssl", "ip"):
+            if not shutil.which(tool, path=processes.PATH):
+                raise BedError(f"{tool} is missing: scripts/setup --test installs what is needed")
+        cgroups.check()
+        with step("programs and images"):
+            say(f"{len(self.archives)} images, programs in {self.binaries}")
+        for folder in (STATE, self.layout.state, DISKS, self.layout.disks, self.layout.logs):
+            folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+
+    def _start_control(self) -> None:
+        with step("control plane"):
+            control.start_etcd(self.layout)
+            control.start_api(self.layout, self.binaries)
+            control.wait_ready(self.layout, self.binaries)
+            control.start_controllers(self.layout, self.binaries)
+
+    def _start_host(self, host: NodeHost, taints: tuple[str, ...]) -> None:
+        with step(f"{host.name}: started"):
+            host.boot(taints)
+            host.start_containerd()
+        with step(f"{host.name}: images"):
+            load(host, self.archives)
+
+    def _wait_registered(self, hosts: Sequence[NodeHost]) -> None:
+        def registered() -> bool:
+            for host in hosts:
+                host.check()
+            names = self.kubectl("get", "nodes", "-o", "jsonpath={.items[*].metadata.name}").split()
+            return all(host.name in names for host in hosts)
+
+        def explain() -> str:
+            return "".join(processes.tail(self.layout, host.name, "kubelet") for host in hosts)
+
+        processes.wait("nodes in the API", registered, 90, explain, pause=0.3)
+
+
+def clusters() -> list[str]:
+    """Names of all that have left a trace on this machine."""
+    found = set(cgroups.names())
+    for folder in (STATE, DISKS):
+        found |= {p.name for p in folder.iterdir()} if folder.exists() else set()
+    for path in NETNS.glob("fimk-*-control") if NETNS.exists() else ():
+        found.add(path.name.removeprefix("fimk-").removesuffix("-control"))
+    return sorted(found)
