@@ -32,8 +32,10 @@ class AgentConfig:
     devices: str = ""
     run_dir: str = "/run/fimbria"
     bpffs: str = "/sys/fs/bpf"
+    procfs: str = "/proc"
     cni_conf_dir: str = "/etc/cni/net.d"
     cni_bin_dir: str = "/opt/cni/bin"
+    cni_exclusive: bool = False
     cluster_name: str = "default"
     overlay_port: int = 8472
     mtu: int = 0
@@ -61,6 +63,7 @@ class AgentConfig:
     audit_interval: float = 30.0
     metrics_listen: str = ""
     healthz_listen: str = "0.0.0.0:10256"
+    probe_listen: str = ""
     trace_interval: float = 5.0
     label_filter: str = ""
     log_level: str = "info"
@@ -92,7 +95,11 @@ class AgentConfig:
             value = getattr(self, name)
             if not least <= value <= most:
                 raise ConfigError(f"--{name.replace('_', '-')} {value}: expected {least} to {most}")
-        for setting, text in (("--healthz-listen", self.healthz_listen), ("--metrics-listen", self.metrics_listen)):
+        for setting, text in (
+            ("--healthz-listen", self.healthz_listen),
+            ("--metrics-listen", self.metrics_listen),
+            ("--probe-listen", self.probe_listen),
+        ):
             try:
                 listen_address(text)
             except ValueError as error:
@@ -130,8 +137,10 @@ HELP: Mapping[str, str] = {
     "devices": "devices that lead out of the node, comma separated; empty: those that have a node address",
     "run_dir": "folder of sockets and of the journal",
     "bpffs": "where a BPF file system is mounted",
+    "procfs": "proc file system through which kernel settings are written; in a container /proc/sys is read-only",
     "cni_conf_dir": "where the container runtime looks for CNI configuration; empty: don't install",
     "cni_bin_dir": "where the container runtime looks for CNI plugins; empty: don't install",
+    "cni_exclusive": "set configurations of other network plugins aside (suffix .fimbria_bak)",
     "cluster_name": "name of the cluster in identity labels",
     "overlay_port": "UDP port of VXLAN",
     "mtu": "MTU of the network between nodes in bytes; 0: that of the device",
@@ -160,6 +169,7 @@ HELP: Mapping[str, str] = {
     "audit_interval": "seconds between two comparisons with the kernel",
     "metrics_listen": "HOST:PORT for Prometheus; empty: only on the local socket",
     "healthz_listen": "HOST:PORT of /healthz and /livez, as kube-proxy has them; empty: none",
+    "probe_listen": "HOST:PORT of /livez and /readyz for kubelet's probes; empty: none",
     "trace_interval": "seconds between two events of one busy connection",
     "label_filter": "security-relevant labels: regular expressions separated by blanks, ! excludes",
     "log_level": "debug, info, warning or error",

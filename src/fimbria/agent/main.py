@@ -31,12 +31,13 @@ from fimbria.agent.engine import DesiredRows, Engine, NumberBook
 from fimbria.agent.epoch import Epoch
 from fimbria.agent.healthcheck import Freshness, HealthChecks
 from fimbria.agent.identities import Identities
-from fimbria.agent.install import install_cni
+from fimbria.agent.install import install_config, install_plugin, keep_config
 from fimbria.agent.journal import Journal
 from fimbria.agent.keeper import Keeper
 from fimbria.agent.learned import Learned
 from fimbria.agent.next_hops import NextHops
 from fimbria.agent.node import NodeRegistration
+from fimbria.agent.probes import Probes
 from fimbria.agent.publisher import Publisher
 from fimbria.agent.sockets import SocketCutter
 from fimbria.agent.sources import Sources, vocabulary
@@ -194,7 +195,7 @@ def build(config: AgentConfig, client: ApiClient) -> Agent:
         layouts=layouts, datapath=datapath, engine=engine,
         loop=ApplyLoop([], audit_interval=config.audit_interval),
         sources=Sources(client, tables, config.node_name, words), identities=identities,
-        pool=AddressPool(), wiring=Wiring(netlink, 1500),
+        pool=AddressPool(), wiring=Wiring(netlink, 1500, sysctls=Path(config.procfs) / "sys"),
         registration=NodeRegistration(client, tables, journal, config.node_name, _boot_id()),
         attach=choose_attach(config.attach),
     )  # fmt: skip
@@ -256,8 +257,9 @@ def stages(agent: Agent) -> list[Stage]:
     filters = ClsactTarget(datapath, agent.netlink, known_devices)
     links = TcxTarget(datapath, filters) if agent.attach == "tcx" else filters
     cgroup = agent.config.cgroup or probe.cgroup2_mount()
+    sysctls = Path(agent.config.procfs) / "sys"
     found = [
-        Stage(SysctlTarget(lambda: list(rows.sysctls.desired)), rows.sysctls, quick=True),
+        Stage(SysctlTarget(lambda: list(rows.sysctls.desired), sysctls), rows.sysctls, quick=True),
         plain("backends"), plain("service_members"), plain("source_ranges"), plain("service_exempt"),
         Stage(dp.tables_target(datapath, agent.config, rows.backends.desired.get), rows.service_tables, thread_from=4),
         plain("service_slots"), frontends,
@@ -367,13 +369,19 @@ async def compute(agent: Agent) -> None:
     if failures:
         log.error("started with rows that could not be written: %s", {k: len(v) for k, v in failures.items()})
     agent.sweep()
-    if agent.config.cni_bin_dir and agent.config.cni_conf_dir:
-        install_cni(Path(agent.config.cni_bin_dir), Path(agent.config.cni_conf_dir))
+    _install_cni(agent.config)
     nodes, endpoints = len(agent.tables.nodes), len(agent.tables.endpoints)
     log.info("ready after %.2f s: %d nodes, %d endpoints", agent.ready_after, nodes, endpoints)
     while True:
         await agent.engine.changes.wait()
         agent.engine.step()
+
+
+def _install_cni(config: AgentConfig) -> None:
+    if config.cni_bin_dir:
+        install_plugin(Path(config.cni_bin_dir))
+    if config.cni_conf_dir:
+        install_config(Path(config.cni_conf_dir), exclusive=config.cni_exclusive)
 
 
 async def promote(agent: Agent) -> None:
@@ -426,6 +434,7 @@ async def run(config: AgentConfig) -> None:
         async with asyncio.TaskGroup() as group:
             group.create_task(postpone_collection(agent.ready.wait(), START_PATIENCE), name="collection")
             group.create_task(api.run(), name="api")
+            group.create_task(Probes(agent).run(), name="probes")
             agent.cni = CniServer(config.run / "cni.sock", partial(_serve_cni, agent))
             group.create_task(agent.cni.run(), name="cni")
             await agent.registration.addresses()
@@ -443,6 +452,9 @@ async def run(config: AgentConfig) -> None:
             group.create_task(agent.keeper.run(), name="keeper")
             agent.health = health_checks(agent)
             group.create_task(_after_ready(agent, agent.health.run), name="health checks")
+            if config.cni_conf_dir:
+                kept = partial(keep_config, Path(config.cni_conf_dir), exclusive=config.cni_exclusive)
+                group.create_task(_after_ready(agent, kept), name="cni configuration")
             if config.xdp != "disabled":
                 group.create_task(NextHops(agent).run(), name="next hops")
             group.create_task(agent.learned.run(), name="learned")

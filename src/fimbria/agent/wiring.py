@@ -28,11 +28,13 @@ class WiringError(OSError):
 
 @dataclass(slots=True)
 class Wiring:
-    """Makes and removes pod interfaces. Blocking; called in threads. `routers` are (IPv4, IPv6), NO_ADDR if absent."""
+    """Makes and removes pod interfaces. Blocking; called in threads. `routers` are (IPv4, IPv6), NO_ADDR if absent;
+    kernel settings are written below `sysctls`."""
 
     netlink: NetlinkSocket
     pod_mtu: int
     routers: tuple[bytes, bytes] = (NO_ADDR, NO_ADDR)
+    sysctls: Path = Path("/proc/sys")
     _removals: set[asyncio.Task[None]] = field(default_factory=set)
 
     def gateway(self, *, v4: bool) -> bytes:
@@ -172,11 +174,10 @@ class Wiring:
             log.warning("interface %s of %s was left over and is removed", endpoint.host_ifname, endpoint.label)
             self.remove(endpoint.host_ifname)
 
-    @staticmethod
-    def _quiet(name: str) -> None:
+    def _quiet(self, name: str) -> None:
         """The host's side needs no IPv6 address of its own, and would only chatter."""
         for setting, value in (("addr_gen_mode", "1"), ("accept_ra", "0")):
             try:
-                Path(f"/proc/sys/net/ipv6/conf/{name}/{setting}").write_text(value)
+                (self.sysctls / f"net/ipv6/conf/{name}/{setting}").write_text(value)
             except OSError:
                 continue
