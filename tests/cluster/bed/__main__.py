@@ -24,7 +24,12 @@ EXAMPLES = """examples:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    options = _parser().parse_args(arguments)
+    words = list(sys.argv[1:] if arguments is None else arguments)
+    # what follows the first "--" is a command with options of its own; --name may stand anywhere before
+    end = words.index("--") if "--" in words else len(words)
+    named, rest = _name_parser().parse_known_args(words[:end])
+    options = _parser().parse_args(rest, named)
+    options.command = words[end + 1 :]
     try:
         return int(options.run(options) or 0)
     except BedError as error:
@@ -32,14 +37,19 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 1
 
 
+def _name_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    parser.add_argument("--name", default=DEFAULT_NAME, help=f"the cluster's name ({DEFAULT_NAME})")
+    return parser
+
+
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser("python -m tests.cluster.bed", description="A real Kubernetes on this machine.", epilog=EXAMPLES, formatter_class=argparse.RawDescriptionHelpFormatter)  # fmt: skip
+    parser = argparse.ArgumentParser("python -m tests.cluster.bed", description="A real Kubernetes on this machine.", parents=[_name_parser()], epilog=EXAMPLES, formatter_class=argparse.RawDescriptionHelpFormatter)  # fmt: skip
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
 
     def command(name: str, run: object, help: str) -> argparse.ArgumentParser:
         made = commands.add_parser(name, help=help)
         made.set_defaults(run=run)
-        made.add_argument("--name", default=DEFAULT_NAME, help=f"the cluster's name ({DEFAULT_NAME})")
         return made
 
     up = command("up", _up, "bring up what isn't up yet")
@@ -48,7 +58,6 @@ def _parser() -> argparse.ArgumentParser:
     command("down", _down, "end and remove everything")
     inside = command("exec", _exec, "run a command in control (kubectl, helm), world or a node")
     inside.add_argument("member")
-    inside.add_argument("command", nargs="+")
     node = command("node", _node, "stop, start or reboot a node; add one; remove one")
     node.add_argument("action", choices=["stop", "start", "reboot", "add", "remove"])
     node.add_argument("node", nargs="?", default="")
@@ -73,6 +82,8 @@ def _down(options: argparse.Namespace) -> None:
 
 
 def _exec(options: argparse.Namespace) -> None:
+    if not options.command:
+        raise BedError("exec: what is to run follows `--`")
     cluster = Cluster(options.name)
     command = [*cluster.enter(options.member), "--", *options.command]
     env = cluster.control_env if options.member == "control" else processes.environment()
