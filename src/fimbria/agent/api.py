@@ -5,7 +5,8 @@ GET  /v1/nodes endpoints identities ipcache services policies      lists of obje
 GET  /v1/endpoints/ID, /v1/ipcache/ADDRESS, /v1/policies/KIND/NAMESPACE/NAME, /v1/services/NAMESPACE/NAME
                                        one object with what is behind it
                                          (NAMESPACE "-" for cluster-wide policies)
-GET  /v1/maps, /v1/maps/NAME            what the kernel's maps are and hold (read back, not remembered)
+GET  /v1/maps, /v1/maps/NAME            what the kernel's maps are and hold (read back, not remembered);
+                                         ?most=N: as many rows as that
 GET  /v1/plan                           what the agent would change in the kernel now
 GET  /v1/metrics                        Prometheus text format
 POST /v1/resolve                        {"addrs": [..], "identities": [..], "rules": [..], "services": [..],
@@ -140,9 +141,11 @@ class AgentApi:
         return _json(await asyncio.to_thread(views.maps, self._agent))
 
     async def _map(self, request: web.Request) -> web.Response:
-        name = request.match_info["name"]
+        name, most = request.match_info["name"], request.query.get("most", "0")
+        if not (most.isdecimal() and len(most) < 10):
+            return _json({"error": f"most={most}: expected a number"}, status=400)
         try:
-            return _json(await asyncio.to_thread(views.map_rows, self._agent, name))
+            return _json(await asyncio.to_thread(views.map_rows, self._agent, name, int(most)))
         except KeyError:
             known = ", ".join(sorted(self._agent.datapath.maps))
             return _json({"error": f"there is no map {name!r}; there are {known}"}, status=404)

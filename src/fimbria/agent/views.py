@@ -8,6 +8,7 @@ import time
 from collections import Counter
 from collections.abc import Iterable
 from dataclasses import asdict
+from itertools import islice
 from typing import TYPE_CHECKING, Any, Final
 
 from fimbria.agent.datapath import map_codecs
@@ -15,7 +16,7 @@ from fimbria.apply.attach import DeviceHook
 from fimbria.compute import service_frontends as front
 from fimbria.compute.service import SERVICE, Description, ServiceCompute
 from fimbria.kernel.maps import Map, MapType
-from fimbria.kernel.sweep import count
+from fimbria.kernel.sweep import Sweep, count
 from fimbria.model.address import Prefix, is_v4, pack, unpack
 from fimbria.model.identity import RESERVED_LABELS
 from fimbria.model.policy import Direction
@@ -280,26 +281,40 @@ def _entries(bpf_map: Map) -> int | None:
     return count(bpf_map) if bpf_map.type in (MapType.HASH, MapType.LRU_HASH) else None
 
 
-def map_rows(agent: Agent, name: str) -> list[Row]:
-    """Every row of a map, read from the kernel. Raises KeyError for an unknown map."""
+def map_rows(agent: Agent, name: str, most: int = 0) -> list[Row]:
+    """Every row of a map, or as many as `most`, read from the kernel. Raises KeyError for an unknown map."""
     bpf_map = agent.datapath.maps[name]
     if name == "policy_sets":
         target = next(s.target for s in agent.loop.stages if s.rows.name == name)
-        return [
+        rows = (
             {"set": number, "key": asdict(k), "entry": asdict(v)}
             for number, content in sorted(target.read().items())
             for k, v in content.items()
-        ]
+        )
+        return list(islice(rows, most or None))
     if name == "metrics":
         return metrics_rows(agent)
     if name == "service_tables":
         return _table_rows(agent)
     codecs = map_codecs(agent.layouts).get(name)
     if codecs is None:
-        return [{"key": k.hex(), "value": v.hex()} for k, v in bpf_map.items()] if bpf_map.key_size else []
-    keys, values = bpf_map.dump()
+        items = islice(bpf_map.items(), most or None) if bpf_map.key_size else ()
+        return [{"key": k.hex(), "value": v.hex()} for k, v in items]
+    keys, values = _entries_of(bpf_map, most)
     pairs = zip(codecs[0].decode_many(keys), codecs[1].decode_many(values), strict=True)
     return [{"key": _shown(k), "value": _with_names(name, _shown(v))} for k, v in pairs]
+
+
+def _entries_of(bpf_map: Map, most: int) -> tuple[bytes, bytes]:
+    """Keys and values, packed; with `most` only so many, and of tables that traffic fills no more are even read."""
+    if most and bpf_map.type in (MapType.HASH, MapType.LRU_HASH):
+        sweep = Sweep(bpf_map, most)
+        sweep.step()
+        rows = [sweep.row(i) for i in range(min(most, sweep.count))]
+        return b"".join(k for k, _ in rows), b"".join(v for _, v in rows)
+    keys, values = bpf_map.dump()
+    ends = (most * bpf_map.key_size, most * bpf_map.value_size) if most else (None, None)
+    return keys[: ends[0]], values[: ends[1]]
 
 
 _FLAGS: Final = {  # map -> enumeration of its rows' flags, and what its names begin with

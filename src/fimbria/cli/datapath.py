@@ -66,11 +66,12 @@ def map_list(agent: Local, output: str) -> None:
 @map_.command("dump")
 @click.argument("name", shell_complete=completer("maps", lambda r: [r["name"]]))
 @click.option("-g", "--grep", "text", default="", metavar="TEXT", help="Only rows that contain this text.")
+@click.option("--most", type=click.IntRange(1), metavar="N", help="Read as many rows as that.  [default: all]")
 @socket_option("agent")
 @click.option("-o", "--output", type=click.Choice(["table", "json"]), default="table")
-def map_dump(agent: Local, name: str, text: str, output: str) -> None:
+def map_dump(agent: Local, name: str, text: str, most: int | None, output: str) -> None:
     """Show every row of a map, read from the kernel and decoded."""
-    rows = agent.get("maps", name)
+    rows = agent.get("maps", name, **({"most": str(most)} if most else {}))
     if text:
         rows = [r for r in rows if text in " ".join(f"{k}={v}" for k, v in _flat(r).items())]
     if output == "json":
