@@ -36,6 +36,7 @@ SECTIONS: Final = {
         "agent": ("components", "agent", "Run the agent (one on every node)."),
         "observer": ("components", "observer", "Run the observer (beside each agent)."),
         "operator": ("components", "operator", "Run the operator (once per cluster)."),
+        "prepare": ("host", "prepare", "Prepare this node for its agent: file systems, CNI plugin."),
         "lab": ("lab", "lab", "A cluster of several nodes on this machine."),
         "demo": ("demo", "demo", "The main job on such a cluster, measured: start here."),
     },
