@@ -68,6 +68,9 @@ CILIUM_IDENTITIES = Resource(
     "cilium.io", "v2", "ciliumidentities", "CiliumIdentity", cilium.CiliumIdentity, namespaced=False
 )
 CILIUM_ENDPOINTS = Resource("cilium.io", "v2", "ciliumendpoints", "CiliumEndpoint", cilium.CiliumEndpoint)
+CILIUM_ENDPOINT_SLICES = Resource(
+    "cilium.io", "v2alpha1", "ciliumendpointslices", "CiliumEndpointSlice", cilium.CiliumEndpointSlice, namespaced=False
+)
 CILIUM_NETWORK_POLICIES = Resource(
     "cilium.io", "v2", "ciliumnetworkpolicies", "CiliumNetworkPolicy", cilium_policy.CiliumNetworkPolicy
 )

@@ -1,4 +1,4 @@
-"""cilium.io/v2: CiliumNode, CiliumIdentity, CiliumEndpoint. Their policies are in `cilium_policy`.
+"""cilium.io: CiliumNode, CiliumIdentity, CiliumEndpoint (v2), CiliumEndpointSlice (v2alpha1). Their policies are in `cilium_policy`.
 
 The wire names mix camelCase and hyphens; where they are hyphenated the field says so.
 """
@@ -143,3 +143,26 @@ class CiliumEndpoint(ApiObject, frozen=True):
     """Named like its pod, in its namespace. There is no spec: the agent reports what it made."""
 
     status: CiliumEndpointStatus = CiliumEndpointStatus()
+
+
+# --- CiliumEndpointSlice -----------------------------------------------------------------------------------------
+
+
+class CoreCiliumEndpoint(Obj, frozen=True):
+    """What other nodes need of a CiliumEndpoint. `id` is its identity's number; `created`, which only we write, is when
+    the CiliumEndpoint was created."""
+
+    name: str = ""
+    id: int = 0
+    networking: EndpointNetworking = EndpointNetworking()
+    encryption: EncryptionSpec = EncryptionSpec()
+    named_ports: tuple[NamedPort, ...] | None = msgspec.field(default=None, name="named-ports")
+    service_account: str = msgspec.field(default="", name="service-account")
+    created: str = ""
+
+
+class CiliumEndpointSlice(ApiObject, frozen=True):
+    """Cluster-scoped; all its endpoints are of `namespace`."""
+
+    namespace: str = ""
+    endpoints: tuple[CoreCiliumEndpoint, ...] | None = None
