@@ -116,7 +116,7 @@ name: fimbria-operator
   "ipv4-mask" $pools.clusterPoolIPv4MaskSize
   "ipv6-pool" ($v.ipv6.enabled | ternary (join "," $pools.clusterPoolIPv6PodCIDRList) "")
   "ipv6-mask" $pools.clusterPoolIPv6MaskSize
-  "probe-listen" (printf "127.0.0.1:%d" (int $v.operator.healthPort))
+  "healthz-listen" (printf "127.0.0.1:%d" (int $v.operator.healthPort))
   "agent-taint" $v.agentNotReadyTaintKey
   "remove-taints" $v.operator.removeNodeTaints
   "set-taints" $v.operator.setNodeTaints

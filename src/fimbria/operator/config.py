@@ -31,6 +31,10 @@ class OperatorConfig:
     cluster_name: str
     metrics_listen: str
     healthz_listen: str
+    agent_taint: str
+    remove_taints: bool
+    set_taints: bool
+    set_network_status: bool
     log_level: str
 
 
@@ -50,14 +54,21 @@ def parse(argv: Sequence[str], environ: Mapping[str, str] | None = None) -> Oper
     add("--ipv4-mask", "24", "prefix length of one node's IPv4 block")
     add("--ipv6-pool", "", "IPv6 networks for pods, comma separated; empty: none")
     add("--ipv6-mask", "64", "prefix length of one node's IPv6 block")
-    add("--namespace", "kube-system", "namespace of the leader's Lease")
+    add("--namespace", "kube-system", "namespace of the leader's Lease and of the agents' pods")
     add("--identity-grace", "900", "seconds that an unused identity is kept")
     add("--collect-interval", "60", "seconds between two looks for what nobody uses any more")
     add("--cluster-name", "default", "name of the cluster in identity labels")
     add("--metrics-listen", "", "HOST:PORT for Prometheus; empty: none")
     add("--healthz-listen", "", "HOST:PORT of /livez, /readyz and /healthz; empty: none")
+    add("--agent-taint", "node.cilium.io/agent-not-ready", "taint of nodes whose agent isn't ready")
     add("--log-level", "info", "debug, info, warning or error")
-    p.add_argument("--leader-elect", action=argparse.BooleanOptionalAction, default=False, help="run one of several")
+    for switch, text in (
+        ("--leader-elect", "run one of several"),
+        ("--remove-taints", "take --agent-taint from nodes whose agent is ready"),
+        ("--set-taints", "give --agent-taint to nodes whose agent hasn't been ready for a minute"),
+        ("--set-network-status", "set the condition NetworkUnavailable to False on nodes whose agent is ready"),
+    ):
+        p.add_argument(switch, action=argparse.BooleanOptionalAction, default=False, help=text)
     a = p.parse_args(list(argv))
     try:
         pools = (*_pools(a.ipv4_pool, a.ipv4_mask, v4=True), *_pools(a.ipv6_pool, a.ipv6_mask, v4=False))
@@ -77,7 +88,8 @@ def parse(argv: Sequence[str], environ: Mapping[str, str] | None = None) -> Oper
         raise ConfigError("neither --ipv4-pool nor --ipv6-pool is set: pods would get no addresses")
     return OperatorConfig(
         a.kubeconfig, pools, a.leader_elect, a.namespace, grace, interval, a.cluster_name,
-        a.metrics_listen, a.healthz_listen, a.log_level,
+        a.metrics_listen, a.healthz_listen, a.agent_taint, a.remove_taints, a.set_taints, a.set_network_status,
+        a.log_level,
     )  # fmt: skip
 
 

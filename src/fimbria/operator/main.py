@@ -26,6 +26,7 @@ from fimbria.operator.policies import (
     inspect,
     judge,
 )
+from fimbria.operator.taints import AGENT_PODS, AgentPod, NodeState, TaintKeeper, Wishes, agent_pod, node_state
 from fimbria.sources.k8s import config as k8s_config
 from fimbria.sources.k8s import resources
 from fimbria.sources.k8s.client import ApiClient
@@ -109,6 +110,9 @@ class Operator:
                 verdicts: Table[Any, Verdict] = Table(resource.plural)
                 group.create_task(self._follow(resource, verdicts, judgement, key=object_key).run())
                 group.create_task(PolicyStatusWriter(client, resource, verdicts).run())
+            wishes = Wishes(config.agent_taint, config.remove_taints, config.set_taints, config.set_network_status)
+            if wishes:
+                self._keep_taints(group, wishes)
             events = EventRecorder(client, component="fimbria-operator", host=os.uname().nodename)
             findings: Table[Any, Finding] = Table("networkpolicies")
             follow_policies = self._follow(resources.NETWORK_POLICIES, findings, inspect(words), key=object_key)
@@ -116,10 +120,25 @@ class Operator:
             group.create_task(NetworkPolicyEvents(events, findings).run())
             group.create_task(events.run())
 
+    def _keep_taints(self, group: asyncio.TaskGroup, wishes: Wishes) -> None:
+        nodes: Table[str, NodeState] = Table("cluster nodes")
+        agents: Table[tuple[str, str], AgentPod] = Table("agents")
+        agents.add_index("node", lambda pod: (pod.node,))
+        follow_nodes = self._follow(resources.NODES, nodes, node_state, key=lambda m: m.name)
+        follow_agents = self._follow(
+            resources.PODS, agents, agent_pod, key=object_key, namespace=self.config.namespace, labels=AGENT_PODS
+        )
+        group.create_task(follow_nodes.run())
+        group.create_task(follow_agents.run())
+        group.create_task(TaintKeeper(self.client, wishes, nodes, agents).run())
+
     def _follow(
-        self, resource: Resource[Any], table: Table[Any, Any], transform: Any, *, key: Any
-    ) -> Informer[Any, Any, Any]:
-        informer: Informer[Any, Any, Any] = Informer(self.client, resource, table, transform, key=key)
+        self, resource: Resource[Any], table: Table[Any, Any], transform: Any, *, key: Any,
+        namespace: str = "", labels: str = "",
+    ) -> Informer[Any, Any, Any]:  # fmt: skip
+        informer: Informer[Any, Any, Any] = Informer(
+            self.client, resource, table, transform, key=key, namespace=namespace, labels=labels
+        )
         self.metrics.informers.append(informer)
         return informer
 
