@@ -1,0 +1,112 @@
+"""Runs upstream's unmodified test binary against a cluster of the bed."""
+
+from __future__ import annotations
+
+import datetime
+import json
+import platform
+import shutil
+import subprocess
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from tests.cluster.bed import Cluster
+from tests.cluster.images.recipes import kube
+from tests.cluster.upstream.results import Result, Run, parse_junit
+from tests.cluster.upstream.specs import Selection, focus_of
+
+from fimbria.release import RELEASE
+
+REPORT = "ginkgo.xml"
+HOUR = 3600.0
+
+
+class UpstreamError(RuntimeError):
+    """The suite couldn't be run; failures of specs are results and no error."""
+
+
+@dataclass(frozen=True)
+class Bench:
+    """Where a run happens: the cluster, a folder for logs and reports, how many specs at a time."""
+
+    cluster: Cluster
+    folder: Path
+    processes: int
+
+
+def binaries() -> Path:
+    """Folder of e2e.test and ginkgo, built if need be. Raises UpstreamError."""
+    try:
+        found: Path = kube.ensure(["e2e.test", "ginkgo", "kubectl"])
+    except kube.BuildError as error:
+        raise UpstreamError(str(error)) from None
+    return found
+
+
+def run(bench: Bench, selection: Selection, seconds: float = 3 * HOUR) -> Run:
+    """All of a selection: first what may run together, then the rest by itself. Raises UpstreamError."""
+    route_pods(bench.cluster)
+    results: list[Result] = []
+    for label, names, processes in (("together", selection.together, bench.processes), ("alone", selection.alone, 1)):
+        if names:
+            results += _run(bench, bench.folder / label, names, min(processes, len(names)), seconds)
+    absent = {*selection.together, *selection.alone} - {one.name for one in results}
+    if absent and not any(one.state == "failed" for one in results):
+        raise UpstreamError(f"no result of {len(absent)} specs, such as {min(absent)}; see {bench.folder}")
+    return Run(
+        tuple(results),
+        selection.skipped,
+        datetime.date.today().isoformat(),
+        kube.version(),
+        platform.release().split("-")[0],
+        RELEASE,
+        len(bench.cluster.nodes()),
+    )
+
+
+def _run(bench: Bench, folder: Path, names: Sequence[str], processes: int, seconds: float) -> list[Result]:
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir(parents=True)
+    command = [*bench.cluster.enter("control"), "--", *_command(bench, folder, names, processes, seconds)]
+    started = time.monotonic()
+    with (folder / "log").open("w") as log:
+        child = subprocess.Popen(command, env=bench.cluster.control_env, stdout=log, stderr=subprocess.STDOUT)
+        try:
+            child.wait(timeout=seconds + 300)
+        except BaseException:
+            child.terminate()  # ginkgo cleans up after its processes, and they after their specs
+            child.wait(timeout=120)
+            raise
+    report = folder / REPORT
+    if not report.exists():
+        tail = (folder / "log").read_text(errors="replace")[-2000:]
+        raise UpstreamError(
+            f"no report after {time.monotonic() - started:.0f} s, exit status {child.returncode}:\n{tail}"
+        )
+    return parse_junit(report.read_text())
+
+
+def _command(bench: Bench, folder: Path, names: Sequence[str], processes: int, seconds: float) -> list[str]:
+    built, kubeconfig = binaries(), bench.cluster.layout.kubeconfig
+    ginkgo = [f"--procs={processes}", f"--timeout={seconds:.0f}s", "--no-color", "--silence-skips"]
+    ginkgo += [f"--output-dir={folder}", f"--junit-report={REPORT}", f"--focus={focus_of(names)}"]
+    specs = ["--provider=local", f"--kubeconfig={kubeconfig}", f"--kubectl-path={built / 'kubectl'}"]
+    specs += [f"--num-nodes={len(bench.cluster.nodes())}", f"--report-dir={folder}"]
+    return [str(built / "ginkgo"), *ginkgo, str(built / "e2e.test"), "--", *specs]
+
+
+def route_pods(cluster: Cluster) -> None:
+    """The API server reaches pods, for its proxy, as in a cluster whose network knows the nodes' blocks: it is on no
+    node. Raises UpstreamError if no node has a block yet."""
+    routes = []
+    for node in json.loads(cluster.kubectl("get", "ciliumnodes.cilium.io", "-o", "json"))["items"]:
+        gateways = {":" in one["ip"]: one["ip"] for one in node["spec"]["addresses"] if one["type"] == "InternalIP"}
+        for block in node["spec"]["ipam"].get("podCIDRs", ()):
+            if gateway := gateways.get(":" in block):
+                routes.append(["ip", "route", "replace", block, "via", gateway])
+    if not routes:
+        raise UpstreamError("no node has pod addresses: is Fimbria installed?")
+    for route in routes:
+        cluster.control(route)
