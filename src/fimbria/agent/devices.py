@@ -51,6 +51,7 @@ async def refresh(agent: Agent) -> int:
     if constants != agent.constants:
         log.info("the node's devices or addresses changed: programs are loaded again")
         await asyncio.to_thread(agent.datapath.load, constants)
+    known = agent.engine.ipcache.host_addrs
     if constants != agent.constants or devices != agent.devices:
         agent.constants = constants
         _remember(agent, devices)
@@ -61,8 +62,13 @@ async def refresh(agent: Agent) -> int:
         agent.loop.audit_soon(quick=True)
         await agent.loop.flush()
         agent.sweep()
-    elif agent.maker.repairs:
-        agent.loop.audit_soon(quick=True)
+    else:
+        _remember(agent, devices)
+        if agent.engine.ipcache.host_addrs != known:
+            agent.engine.host_addresses_changed()
+            await agent.loop.flush()
+        if agent.maker.repairs:
+            agent.loop.audit_soon(quick=True)
     return len(agent.maker.repairs)
 
 

@@ -155,8 +155,9 @@ class Engine:
         self._identities(dirty.get("identities", ()))
         for name in POLICY_TABLES:
             self._policies(name, dirty.get(name, ()))
-        self._remotes(dirty.get("remote_endpoints", ()))
+        # Nodes first: where a pod is follows from whose block its address is in.
         self._nodes(dirty.get("nodes", ()))
+        self._remotes(dirty.get("remote_endpoints", ()))
         self._topology(dirty)
         self._services(dirty.get("services", ()), dirty.get("endpoint_slices", ()))
         touched = self._touched_endpoints(dirty)
@@ -191,7 +192,7 @@ class Engine:
         """All labels of a local endpoint's pod; None while its pod or namespace is unknown."""
         pod = self.tables.pods.get((endpoint.namespace, endpoint.pod))
         namespace = self.tables.namespaces.get(endpoint.namespace)
-        if pod is None or namespace is None or (endpoint.uid and pod.uid != endpoint.uid):
+        if pod is None or namespace is None or not pod.is_of(endpoint.uid):
             return None
         return pod_labels(endpoint.namespace, pod.labels, namespace, pod.service_account, self.cluster)
 
@@ -287,21 +288,38 @@ class Engine:
             self._identity_ports(key, remote.identity if remote else 0, remote.named_ports if remote else ())
 
     def _nodes(self, keys: Iterable[str]) -> None:
+        keys = set(keys)
+        moved: set[PrefixKey] = set()
         if self.node in keys:
             # Which addresses are our own decides about every report of a pod, and every route's source.
             own = self.own_node()
             known = self.ipcache.own_addrs
             self._put_ipcache(self.ipcache.set_node(self.node, own))
             if known != self.ipcache.own_addrs:
-                for key, remote in self.tables.remote_endpoints.items():
-                    self._put_ipcache(self.ipcache.set_remote(key, remote))
-            keys = set(self.tables.nodes) | set(keys)
+                self._reports(None)
+            keys |= set(self.tables.nodes)
             self._locals(set(self.tables.endpoints))
             self._api_servers()
         for name in keys:
             node = self.own_node() if name == self.node else self.tables.nodes.get(name)
-            self._put_ipcache(self.ipcache.set_node(name, node))
+            way = self.ipcache.tunnel(name)
+            changed = self.ipcache.set_node(name, node)
+            self._put_ipcache(changed)
+            if way != self.ipcache.tunnel(name):
+                moved |= changed
             self._networks_of(("node", name), tuple(self._node_routes(node)))
+        if moved:
+            self._reports(moved)
+
+    def _reports(self, blocks: set[PrefixKey] | None) -> None:
+        """What is known of pods in these blocks, or of all, is taken anew: their nodes are elsewhere now."""
+        known = self.ipcache.known_pods(blocks, self.tables.remote_endpoints.items())
+        for key, remote in known:
+            self._put_ipcache(self.ipcache.set_remote(key, remote))
+
+    def host_addresses_changed(self) -> None:
+        """`ipcache.host_addrs` are others than before."""
+        self._nodes([self.node])
 
     def _node_routes(self, node: Node | None) -> Iterable[tuple[Prefix, Route]]:
         own = self.own_node()

@@ -51,6 +51,7 @@ class Concern(Enum):
     DEVICES = 2
     ENDPOINT_GONE = 3
     ENDPOINT_DOWN = 4
+    ADDRESS_LOST = 5
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,8 +82,10 @@ def concerns(change: Change, wanted: Wanted) -> Concern:
     if isinstance(thing, link.Device):
         return _device(thing, gone, wanted)
     if isinstance(thing, link.Address):
-        ours = wanted.devices is not None and thing.index == wanted.devices.host and thing.scope == 0
-        return Concern.DEVICES if ours or mapped(thing.address) in wanted.node_addrs else Concern.NOTHING
+        if mapped(thing.address) in wanted.node_addrs:
+            return Concern.ADDRESS_LOST if gone else Concern.DEVICES
+        # What comes from any address of this host is the host's, whether its Node lists it or not.
+        return Concern.DEVICES if thing.scope == 0 else Concern.NOTHING
     if isinstance(thing, tc.Filter) and wanted.filters:
         hooked = DeviceHook(thing.index, EGRESS if thing.egress else INGRESS) in wanted.hooks
         return Concern.ROWS if hooked and (gone or thing.prog_id not in wanted.programs) else Concern.NOTHING
@@ -167,7 +170,7 @@ class Keeper:
             return
         for concern, thing in found:
             index = getattr(thing, "index", 0)
-            if concern is Concern.DEVICES:
+            if concern in (Concern.DEVICES, Concern.ADDRESS_LOST):
                 self._devices_due = True
             elif concern is Concern.ENDPOINT_GONE and self.agent.endpoints is not None:
                 await self.agent.endpoints.vanished(index)
@@ -175,6 +178,9 @@ class Keeper:
                 log.warning("drift: interface %s of a pod was set down behind our back; repaired", index)
                 self.repaired["devices"] += 1
         kinds = {concern for concern, _ in found}
+        if Concern.ADDRESS_LOST in kinds:
+            log.warning("this host has lost an address of its Node; connections to the API server are made anew")
+            self.agent.client.reconnect()
         if self.agent.loop.opened and kinds & {Concern.ROWS, Concern.ENDPOINT_DOWN}:
             self.agent.loop.audit_soon(quick=True)
 

@@ -79,7 +79,7 @@ class LocalFrontends:
         if endpoint is not None:
             self._namespaces[endpoint_id] = endpoint.namespace
             pod = self._tables.pods.get((endpoint.namespace, endpoint.pod))
-            if pod is not None and pod.own_addresses and pod.uid in (endpoint.uid, "") and endpoint.netns_cookie:
+            if pod is not None and pod.own_addresses and pod.is_of(endpoint.uid) and endpoint.netns_cookie:
                 wanted = frozenset((ExemptKey(endpoint.netns_cookie, 0, 0),))
         self._set_exempt(endpoint_id, wanted)
 

@@ -55,7 +55,7 @@ from fimbria.kernel import probe
 from fimbria.kernel.grace import GracePeriod
 from fimbria.kernel.netlink import NetlinkSocket
 from fimbria.learned import sizing
-from fimbria.model.address import pack
+from fimbria.model.address import Prefix, pack
 from fimbria.model.network import DeviceSet
 from fimbria.model.node import Node
 from fimbria.model.rows import FrontendKey, Runtime
@@ -190,13 +190,14 @@ def build(config: AgentConfig, client: ApiClient) -> Agent:
     engine.api_servers = api_server_ends(client.config.server)
     identities = Identities(client, tables, words.labels)
     engine.on_labels = identities.labels_changed
+    wiring = Wiring(netlink, 1500, sysctls=Path(config.procfs) / "sys")
     agent = Agent(
         config=config, tables=tables, rows=rows, numbers=numbers, journal=journal, client=client, netlink=netlink,
         layouts=layouts, datapath=datapath, engine=engine,
         loop=ApplyLoop([], audit_interval=config.audit_interval),
         sources=Sources(client, tables, config.node_name, words), identities=identities,
-        pool=AddressPool(), wiring=Wiring(netlink, 1500, sysctls=Path(config.procfs) / "sys"),
-        registration=NodeRegistration(client, tables, journal, config.node_name, _boot_id()),
+        pool=AddressPool(), wiring=wiring,
+        registration=NodeRegistration(client, tables, journal, config.node_name, _boot_id(), wiring.host_has),
         attach=choose_attach(config.attach),
     )  # fmt: skip
     agent.loop.on_applied = agent.bump_epoch
@@ -441,7 +442,8 @@ async def run(config: AgentConfig) -> None:
             group.create_task(agent.sources.run(), name="sources")
             group.create_task(agent.registration.run(), name="registration")
             await prepare(agent)
-            publisher = Publisher(client, agent.tables, agent.registration.addrs)
+            publisher = Publisher(client, agent.tables, agent.registration.addrs, partial(_own_blocks, agent))
+            agent.registration.on_moved = lambda: publisher.moved(agent.registration.addrs)
             group.create_task(agent.loop.run(), name="apply")
             group.create_task(agent.epoch.run(), name="epoch")
             group.create_task(agent.identities.run(), name="identities")
@@ -495,6 +497,11 @@ async def _serve_cni(agent: Agent, request: Request) -> bytes:
 async def _after_ready(agent: Agent, work: Callable[[], Coroutine[Any, Any, None]]) -> None:
     await agent.ready.wait()
     await work()
+
+
+def _own_blocks(agent: Agent) -> tuple[Prefix, ...]:
+    node = agent.engine.own_node()
+    return node.pod_cidrs if node is not None else ()
 
 
 def _boot_id() -> str:

@@ -2,8 +2,10 @@
 
 Rules
 1. The object is written as a whole from what the tables say now; a change that arrives while writing is written next.
-2. An object is removed only if it still describes our endpoint: the pod's name may already be another node's
-   (StatefulSets).
+2. An object is written over or removed only if it describes an endpoint of this node, or our pod is the one that the
+   API server knows by that name: it may be another node's by now (StatefulSets), and a node that was away must not
+   take the name back. An object is of this node if it names its address, or has a pod address of its blocks: a node
+   may have come back with another address.
 3. On start, objects of this node that describe no endpoint of ours are removed: a crash loses no cleaning up.
 """
 
@@ -11,16 +13,17 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from typing import Any, Final
 
-from fimbria.model.address import is_v4, pack, unpack
-from fimbria.model.endpoint import EndpointIdentity, LocalEndpoint
+from fimbria.model.address import Prefix, is_v4, pack, unpack
+from fimbria.model.endpoint import EndpointIdentity, LocalEndpoint, is_static
 from fimbria.model.protocol import protocol_name
 from fimbria.sources.k8s.client import ApiClient
 from fimbria.sources.k8s.errors import AlreadyExists, ApiError, Conflict, NotFound
 from fimbria.sources.k8s.resources import CILIUM_ENDPOINTS
+from fimbria.sources.k8s.types.cilium import CiliumEndpoint
 from fimbria.tables import ObjectKey, Tables
 
 log = logging.getLogger(__name__)
@@ -30,11 +33,12 @@ RETRY: Final = 1.0
 
 @dataclass(slots=True)
 class Publisher:
-    """Writes CiliumEndpoints. `node_addrs` are this node's own addresses."""
+    """Writes CiliumEndpoints. `node_addrs` are this node's own addresses, `blocks()` its pod blocks."""
 
     client: ApiClient
     tables: Tables
     node_addrs: tuple[bytes, ...]
+    blocks: Callable[[], tuple[Prefix, ...]] = tuple
     pending: set[ObjectKey] = field(default_factory=set)
     _known: dict[int, LocalEndpoint] = field(default_factory=dict)
     _wake: asyncio.Event = field(default_factory=asyncio.Event)
@@ -45,6 +49,14 @@ class Publisher:
             for _ in range(WORKERS):
                 group.create_task(self._work())
             group.create_task(self._watch())
+
+    def moved(self, node_addrs: tuple[bytes, ...]) -> None:
+        """The node has other addresses: every report says where its pod is."""
+        self.node_addrs = node_addrs
+        self._note((e.namespace, e.pod) for e in self.tables.endpoints.values() if e.pod)
+
+    def _ours(self, node: bytes, addrs: Iterable[bytes]) -> bool:
+        return node in self.node_addrs or any(a in block for a in addrs for block in self.blocks())
 
     async def _watch(self) -> None:
         endpoints = self.tables.endpoints.subscribe()
@@ -67,7 +79,7 @@ class Publisher:
     def _stale(self) -> Iterable[ObjectKey]:
         """Objects of this node without an endpoint here."""
         for key, remote in self.tables.remote_endpoints.items():
-            if remote.node in self.node_addrs and not self.tables.endpoints.by("pod", key):
+            if self._ours(remote.node, remote.addrs) and not self.tables.endpoints.by("pod", key):
                 yield key
 
     def _note(self, keys: Iterable[ObjectKey]) -> None:
@@ -100,16 +112,35 @@ class Publisher:
         try:
             await self.client.create(CILIUM_ENDPOINTS, body, key[0])
         except AlreadyExists:
-            await self.client.patch(CILIUM_ENDPOINTS, key[1], body, key[0])
+            if self._is_the_pod(endpoint) or await self._describes_ours(key):
+                await self.client.patch(CILIUM_ENDPOINTS, key[1], body, key[0])
+            else:
+                log.info("pod %s/%s is another node's by now; its report is left alone", *key)
         except NotFound:
             log.debug("namespace %s is gone, and with it the report of pod %s", *key)
+
+    def _is_the_pod(self, endpoint: LocalEndpoint) -> bool:
+        """Whether the API server has this very pod on this node."""
+        pod = self.tables.pods.get((endpoint.namespace, endpoint.pod))
+        return pod is not None and pod.is_of(endpoint.uid)
+
+    async def _describes_ours(self, key: ObjectKey) -> bool:
+        try:
+            return self._reported_here(await self.client.get(CILIUM_ENDPOINTS, key[1], key[0]))
+        except NotFound:
+            return True
+
+    def _reported_here(self, found: CiliumEndpoint) -> bool:
+        """Whether a report is of this node, or of none."""
+        networking = found.status.networking
+        addrs = [pack(ip) for pair in networking.addressing or () for ip in (pair.ipv4, pair.ipv6) if ip]
+        return not networking.node or self._ours(pack(networking.node), addrs)
 
     async def _remove(self, key: ObjectKey) -> None:
         namespace, name = key
         try:
             found = await self.client.get(CILIUM_ENDPOINTS, name, namespace)
-            node = found.status.networking.node
-            if node and pack(node) not in self.node_addrs:
+            if not self._reported_here(found):
                 return
             uid, version = found.metadata.uid, found.metadata.resource_version
             await self.client.delete(CILIUM_ENDPOINTS, name, namespace, uid=uid, resource_version=version)
@@ -120,7 +151,8 @@ class Publisher:
 
     def _metadata(self, endpoint: LocalEndpoint) -> dict[str, Any]:
         pod = self.tables.pods.get((endpoint.namespace, endpoint.pod))
-        uid = pod.uid if pod else endpoint.uid
+        # Of a static pod the runtime knows another uid than the API server, whose collector goes by its own.
+        uid = pod.uid if pod else "" if is_static(endpoint.uid) else endpoint.uid
         meta: dict[str, Any] = {"name": endpoint.pod, "namespace": endpoint.namespace}
         if uid:
             meta["ownerReferences"] = [{"apiVersion": "v1", "kind": "Pod", "name": endpoint.pod, "uid": uid}]

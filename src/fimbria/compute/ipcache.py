@@ -4,7 +4,9 @@ Rules
 1. An address can be claimed by several sources at once (a pod that moved and whose old report lingers). The source of
    the highest rank wins: an endpoint of this node, this node itself, other nodes, then the youngest report of a pod.
    So no object of the cluster takes a node's address away from it. When a claim goes the next one takes its place.
-2. In overlay mode addresses of other nodes' pods carry the node to encapsulate to.
+2. In overlay mode addresses of other nodes' pods carry the node to encapsulate to: the one whose block they are in, by
+   the address it has now; the one that the report names for an address that is in no block. So a node that changes its
+   address is followed at once, not when its last pod's report has been written anew.
 3. An address of a pod block that nobody reports is UNMANAGED: policies don't allow it by accident.
 """
 
@@ -60,6 +62,27 @@ class IpcacheCompute:
     overlay: bool
     _claims: dict[Source, tuple[Any, ...]] = field(default_factory=dict)
     _by_key: dict[PrefixKey, Source | Rivals] = field(default_factory=dict)
+    _blocks: dict[tuple[int, int], PrefixKey] = field(default_factory=dict)
+    _lengths: set[int] = field(default_factory=set)
+
+    def tunnel(self, name: str) -> bytes:
+        """The address that packets for a node's pods go to; NO_ADDR if there is none."""
+        claims = self._claims.get(("node", name), ())
+        return next((row.tunnel for row in claims[3::2] if row.flags & REMOTE_TUNNEL), NO_ADDR)
+
+    def known_pods(
+        self, blocks: Iterable[PrefixKey] | None, reports: Iterable[tuple[tuple[str, str], RemoteEndpoint]]
+    ) -> list[tuple[tuple[str, str], RemoteEndpoint]]:
+        """Of all reports those that count by now and have an address in one of the blocks (None: wherever)."""
+        if blocks is None:
+            return [(key, report) for key, report in reports if ("pod", key) in self._claims]
+        numbers = {(b.prefixlen, int.from_bytes(b.addr) >> (128 - b.prefixlen)) for b in blocks}
+        lengths = {128 - length for length, _ in numbers}
+        return [
+            (key, report) for key, report in reports
+            if any((128 - n, int.from_bytes(a) >> n) in numbers for a in report.addrs for n in lengths)
+            and ("pod", key) in self._claims
+        ]  # fmt: skip
 
     def set_node(self, name: str, node: Node | None) -> set[PrefixKey]:
         """A node appeared, changed or went."""
@@ -71,10 +94,20 @@ class IpcacheCompute:
         """A pod was reported, or its report went."""
         if endpoint is None:
             return self._set(("pod", key), (POD_RANK, ""), ())
-        tunnel = endpoint.node if self.overlay and endpoint.node not in self.own_addrs else NO_ADDR
-        remote = self._remote(endpoint.identity, REMOTE_POD, tunnel)
+        # One row for all addresses of a pod, which are all of one node.
+        remote = self._remote(endpoint.identity, REMOTE_POD, self._way(endpoint) if self.overlay else NO_ADDR)
         claims = tuple((PrefixKey(128, a), remote) for a in endpoint.addrs)
         return self._set(("pod", key), (POD_RANK, endpoint.created), claims)
+
+    def _way(self, endpoint: RemoteEndpoint) -> bytes:
+        for addr in endpoint.addrs:
+            number = int.from_bytes(addr)
+            for length in self._lengths:
+                block = self._blocks.get((length, number >> (128 - length)))
+                row = self.get(block) if block is not None else None
+                if row is not None:
+                    return row.tunnel
+        return endpoint.node if endpoint.node not in self.own_addrs else NO_ADDR
 
     def set_apiserver(self, addrs: Iterable[bytes]) -> set[PrefixKey]:
         """The API servers' addresses, wherever they run, but for this node's own: those stay HOST.
@@ -135,7 +168,11 @@ class IpcacheCompute:
         for addr in node.routers:
             yield PrefixKey(128, addr), self._remote(identity, REMOTE_NODE | REMOTE_POD, tunnel)
         for block in node.pod_cidrs:
-            yield prefix_key(block), self._remote(IDENTITY_UNMANAGED, REMOTE_POD, tunnel)
+            key = prefix_key(block)
+            if block.length < 128:  # of one address a pod's own claim would be taken for the block's
+                self._blocks[block.length, int.from_bytes(block.addr) >> (128 - block.length)] = key
+                self._lengths.add(block.length)
+            yield key, self._remote(IDENTITY_UNMANAGED, REMOTE_POD, tunnel)
 
     @staticmethod
     def _remote(identity: int, flags: int, tunnel: bytes) -> Remote:

@@ -55,6 +55,19 @@ class Pod:
     host_network: bool
     ready: bool = False
     own_addresses: bool = False
+    static_uid: str = ""
+    """Of the mirror of a static pod: the uid that kubelet and runtime know the pod by, the hash of its manifest."""
+    addrs: tuple[bytes, ...] = ()
+    """What the pod's status says it has, while its containers run."""
+
+    def is_of(self, uid: str) -> bool:
+        """Whether this is the pod that a runtime knows by that uid (empty: unknown, any will do)."""
+        return uid in ("", self.uid, self.static_uid)
+
+
+def is_static(uid: str) -> bool:
+    """Whether kubelet read the pod from a file: its uid is a hash, 32 digits, and not the API server's (RFC 9562)."""
+    return len(uid) == 32 and "-" not in uid
 
 
 @dataclass(frozen=True, slots=True)
@@ -120,3 +133,13 @@ class RemoteEndpoint:
     node: bytes
     named_ports: tuple[NamedPort, ...]
     created: str
+
+
+@dataclass(frozen=True, slots=True)
+class PodSlice:
+    """A batch of the pods of one namespace, by name, as the operator wrote it; `version` orders what it wrote."""
+
+    namespace: str
+    endpoints: Mapping[str, RemoteEndpoint]
+    version: int
+    problems: tuple[str, ...] = ()

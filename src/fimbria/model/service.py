@@ -112,11 +112,13 @@ class EndpointSlice:
 
 @dataclass(frozen=True, slots=True)
 class NodeTopology:
-    """What this node says about itself: its labels, all of its addresses (16 bytes), and whether it is going away."""
+    """What this node says about itself: its labels, all of its addresses (16 bytes), those of the cluster's own network
+    among them (InternalIP), and whether it is going away."""
 
     labels: tuple[tuple[str, str], ...] = ()
     addrs: tuple[bytes, ...] = ()
     leaving: bool = False
+    internal: tuple[bytes, ...] = ()
 
     @property
     def zone(self) -> str:

@@ -88,11 +88,15 @@ def test_devices(gone: bool, thing: link.Device, expected: Concern) -> None:
     assert concerns(Change(gone, thing), wanted()) is expected
 
 
-@pytest.mark.parametrize(("index", "address", "expected"), [
-    (2, bytes([10, 244, 0, 1]), DEVICES), (3, bytes([192, 0, 2, 1]), DEVICES), (3, bytes([192, 0, 2, 9]), NOTHING),
+@pytest.mark.parametrize(("gone", "index", "address", "scope", "expected"), [
+    (True, 2, bytes([10, 244, 0, 1]), 0, DEVICES),
+    (True, 3, bytes([192, 0, 2, 1]), 0, Concern.ADDRESS_LOST),
+    (False, 3, bytes([192, 0, 2, 1]), 0, DEVICES),
+    (False, 3, bytes([192, 0, 2, 9]), 0, DEVICES),
+    (False, 3, bytes([169, 254, 0, 9]), 253, NOTHING),
 ])  # fmt: skip
-def test_addresses(index: int, address: bytes, expected: Concern) -> None:
-    assert concerns(Change(True, link.Address(index, address, 32)), wanted()) is expected
+def test_addresses(gone: bool, index: int, address: bytes, scope: int, expected: Concern) -> None:
+    assert concerns(Change(gone, link.Address(index, address, 32, scope=scope)), wanted()) is expected
 
 
 @pytest.mark.parametrize(("gone", "prog_id", "filters", "expected"), [

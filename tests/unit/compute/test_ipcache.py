@@ -117,3 +117,30 @@ def test_an_api_server_vouches_for_nobody_unless_it_is_a_node() -> None:
     assert PrefixKey(128, OTHER) in cache.set_node("far", Node("far", (OTHER,), (), ()))
     assert cache.get(PrefixKey(128, OTHER)) == Remote(7, REMOTE_NODE, NO_ADDR)
     assert cache.get(PrefixKey(128, outside)) == Remote(7, 0, NO_ADDR)
+
+
+def test_a_pod_is_where_its_block_is() -> None:
+    """Whatever its report says: a node that has another address is followed before its pods' reports are."""
+    cache = ipcache()
+    pod, block = pack("10.0.7.3"), Prefix.parse("10.0.7.0/24")
+    cache.set_remote(("a", "b"), remote(300, (pod,), "", OTHER))
+
+    def tunnel() -> bytes:
+        row = cache.get(PrefixKey(128, pod))
+        assert row is not None
+        return row.tunnel
+
+    def node(addr: bytes | None) -> None:
+        changed = cache.set_node("other", Node("other", (addr,), (), (block,)) if addr else None)
+        found = cache.known_pods(changed, [(("a", "b"), remote(300, (pod,), "", OTHER))])
+        assert [key for key, _ in found] == [("a", "b")]
+        for key, report in found:
+            cache.set_remote(key, report)
+
+    assert tunnel() == OTHER
+    moved = pack("172.31.2.77")
+    for addr in (moved, OTHER, moved):
+        node(addr)
+        assert tunnel() == addr == cache.tunnel("other")
+    node(None)
+    assert tunnel() == OTHER and cache.tunnel("other") == NO_ADDR

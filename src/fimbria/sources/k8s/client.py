@@ -10,11 +10,12 @@ import random as _random
 import socket
 import time
 from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Mapping, Sequence
-from contextlib import aclosing, asynccontextmanager
+from contextlib import aclosing, asynccontextmanager, suppress
 from functools import cache
 from types import TracebackType
 from typing import Any, Generic, Literal, Self, TypeVar
 from urllib.parse import urlencode
+from weakref import WeakSet
 
 import aiohttp
 import msgspec
@@ -91,6 +92,7 @@ class ApiClient:
         self._random = random
         self._agent = user_agent(component)
         self._session: aiohttp.ClientSession | None = None
+        self._sockets: WeakSet[socket.socket] = WeakSet()
 
     async def __aenter__(self) -> Self:
         self._open()
@@ -106,10 +108,24 @@ class ApiClient:
             await self._session.close()
             self._session = None
 
+    def reconnect(self) -> None:
+        """Break all connections, for example because the address that they were made from is gone: TCP would take a
+        minute to notice that nobody answers. What is under way raises Unavailable, what follows connects anew.
+        """
+        for made in tuple(self._sockets):
+            with suppress(OSError):  # it has ended by itself
+                made.shutdown(socket.SHUT_RDWR)
+
+    def _socket(self, info: Any) -> socket.socket:
+        made = _socket(info)
+        self._sockets.add(made)
+        return made
+
     def _open(self) -> aiohttp.ClientSession:
         if self._session is None:
             connector = aiohttp.TCPConnector(
-                limit=self._connections, ssl=self.config.tls or True, keepalive_timeout=60.0, socket_factory=_socket
+                limit=self._connections, ssl=self.config.tls or True, keepalive_timeout=60.0,
+                socket_factory=self._socket,
             )
             self._session = aiohttp.ClientSession(
                 connector=connector,

@@ -7,12 +7,12 @@ can't be used; the informer keeps the previous row then.
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from functools import lru_cache
 from typing import Final, TypeVar
 
 from fimbria.model.address import Prefix, pack
-from fimbria.model.endpoint import ClusterIdentity, NamedPort, Pod, RemoteEndpoint
+from fimbria.model.endpoint import ClusterIdentity, NamedPort, Pod, PodSlice, RemoteEndpoint
 from fimbria.model.identity import MIN_ALLOCATED, SCOPE_CIDR, Reserved
 from fimbria.model.node import Node
 from fimbria.model.protocol import WITH_PORTS
@@ -21,7 +21,11 @@ from fimbria.sources.k8s.types.meta import ObjectMeta
 
 T = TypeVar("T")
 SOCKET_SERVICES: Final = "fimbria.io/socket-services"
+MIRROR: Final = "kubernetes.io/config.mirror"  # of a static pod's mirror: the uid that kubelet gave the pod
 UNUSED_ANNOTATION: Final = "fimbria.io/unused-since"
+COVER: Final = "fimbria-covers-all-endpoints"
+"""A CiliumEndpointSlice without endpoints: while it is there the others hold everybody. Written after them, so that who
+sees it in a list or a watch has seen them."""
 MAX_ADDRESSES: Final = 64
 MAX_BLOCKS: Final = 512
 _NUMBER: Final = re.compile(r"[1-9][0-9]{0,7}")
@@ -88,7 +92,16 @@ def pod(obj: core.Pod) -> Pod:
         host_network=spec.host_network,
         ready=_ready(obj),
         own_addresses=(meta.annotations or {}).get(SOCKET_SERVICES, "") == "off",
+        static_uid=(meta.annotations or {}).get(MIRROR, ""),
+        addrs=_addresses(obj.status),
     )
+
+
+def _addresses(status: core.PodStatus) -> tuple[bytes, ...]:
+    """Of a pod that runs; one that has ended keeps its addresses in its status, but they are free again."""
+    if status.phase not in ("Pending", "Running"):
+        return ()
+    return tuple(pack(p.ip) for p in (status.pod_ips or ())[:MAX_ADDRESSES] if p.ip)
 
 
 def _ready(obj: core.Pod) -> bool:
@@ -125,20 +138,42 @@ def remote_endpoint(obj: cilium.CiliumEndpoint) -> RemoteEndpoint | None:
 
     Raises ValueError for an identity that no pod has: HOST, for one, is allowed everywhere.
     """
-    status = obj.status
-    pairs = status.networking.addressing or ()
+    status, created = obj.status, obj.metadata.creation_timestamp or ""
+    return _remote("status.identity.id", status.identity.id, status.networking, status.named_ports, created)
+
+
+def pod_slice(obj: cilium.CiliumEndpointSlice) -> PodSlice:
+    """A slice of reported endpoints. One that can't be used is left out, so that its neighbours don't suffer."""
+    found: dict[str, RemoteEndpoint] = {}
+    problems = []
+    for n, e in enumerate(obj.endpoints or ()):
+        try:
+            row = _remote("id", e.id, e.networking, e.named_ports, e.created)
+        except ValueError as error:
+            problems.append(f"endpoints[{n}] {e.name!r}: {error}")
+            continue
+        if row is not None and e.name:
+            found[e.name] = row
+    version = obj.metadata.resource_version
+    return PodSlice(_shared(obj.namespace), found, int(version) if version.isdecimal() else 0, tuple(problems))
+
+
+def _remote(
+    path: str, identity: int, networking: cilium.EndpointNetworking, named: Sequence[cilium.NamedPort] | None, created: str
+) -> RemoteEndpoint | None:
+    pairs = networking.addressing or ()
     if len(pairs) > MAX_ADDRESSES:
-        raise ValueError(f"status.networking.addressing: {len(pairs)} addresses are more than a pod has")
+        raise ValueError(f"networking.addressing: {len(pairs)} addresses are more than a pod has")
     addrs = tuple(pack(ip) for pair in pairs for ip in (pair.ipv4, pair.ipv6) if ip)
-    if not status.identity.id or not addrs or not status.networking.node:
+    if not identity or not addrs or not networking.node:
         return None
-    if not _allocated(status.identity.id) and status.identity.id not in (Reserved.HEALTH, Reserved.INIT):
-        raise ValueError(f"status.identity.id: {status.identity.id} is no pod's identity")
-    ports = tuple(NamedPort(p.name, WITH_PORTS.get(p.protocol, 0), p.port) for p in status.named_ports or ())
+    if not _allocated(identity) and identity not in (Reserved.HEALTH, Reserved.INIT):
+        raise ValueError(f"{path}: {identity} is no pod's identity")
+    ports = tuple(NamedPort(p.name, WITH_PORTS.get(p.protocol, 0), p.port) for p in named or ())
     return RemoteEndpoint(
-        identity=_shared(status.identity.id),
+        identity=_shared(identity),
         addrs=addrs,
-        node=_shared(pack(status.networking.node)),
+        node=_shared(pack(networking.node)),
         named_ports=_shared(ports),
-        created=obj.metadata.creation_timestamp or "",
+        created=created,
     )

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Iterable, Iterator, Mapping
+from contextlib import suppress
 from functools import lru_cache
 from typing import Final
 
@@ -101,15 +102,15 @@ def to_slice(obj: core.EndpointSlice) -> EndpointSlice | None:
 
 def to_topology(obj: core.Node) -> NodeTopology:
     """What counts for Services of this node's Node object. Addresses that can't be read are left out."""
-    found = []
+    found: list[tuple[str, bytes]] = []
     for address in obj.status.addresses or ():
         if address.type in ("InternalIP", "ExternalIP"):
-            try:
-                found.append(pack(address.address))
-            except ValueError:
-                continue
+            with suppress(ValueError):
+                found.append((address.type, pack(address.address)))
     leaving = bool(obj.metadata.deletion_timestamp) or any(t.key == TO_BE_DELETED for t in obj.spec.taints or ())
-    return NodeTopology(tuple(sorted((obj.metadata.labels or {}).items())), tuple(found), leaving)
+    labels = tuple(sorted((obj.metadata.labels or {}).items()))
+    internal = tuple(a for kind, a in found if kind == "InternalIP")
+    return NodeTopology(labels, tuple(a for _, a in found), leaving, internal)
 
 
 # --- parts of a Service ------------------------------------------------------------------------------------------
