@@ -55,6 +55,7 @@ def _parser() -> argparse.ArgumentParser:
     up = command("up", _up, "bring up what isn't up yet")
     up.add_argument("--nodes", type=int, default=2)
     up.add_argument("--no-taint", action="store_true", help=f"nodes register without the taint {STARTUP_TAINT}")
+    command("install", _install, "install or upgrade Fimbria by its chart, and the cluster's DNS")
     command("down", _down, "end and remove everything")
     inside = command("exec", _exec, "run a command in control (kubectl, helm), world or a node")
     inside.add_argument("member")
@@ -74,6 +75,13 @@ def _up(options: argparse.Namespace) -> None:
     cluster = Cluster(options.name)
     with step(f"cluster {options.name}"):
         cluster.up(options.nodes, () if options.no_taint else (STARTUP_TAINT,))
+
+
+def _install(options: argparse.Namespace) -> None:
+    cluster = Cluster(options.name)
+    with step(f"Fimbria on cluster {options.name}"):
+        cluster.install_fimbria()
+        cluster.install_dns()
 
 
 def _down(options: argparse.Namespace) -> None:

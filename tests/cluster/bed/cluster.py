@@ -9,19 +9,21 @@ import json
 import os
 import shutil
 import subprocess
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from tests.cluster.bed import cgroups, control, network, pki, processes
+from tests.cluster.bed import cgroups, control, install, network, pki, processes
 from tests.cluster.bed.errors import BedError
 from tests.cluster.bed.images import load
 from tests.cluster.bed.layout import DEFAULT_NAME, DISKS, NETNS, STARTUP_TAINT, STATE, Layout, node_name, node_number
 from tests.cluster.bed.node import NodeHost
 from tests.cluster.bed.progress import say, step
+from tests.cluster.images.build import ImageError
+from tests.cluster.images.build import ensure as build_images
 
 TOOLS = ("kube-apiserver", "kube-controller-manager", "kube-scheduler", "kubelet", "kubectl", "helm")
 COMMAND_SECONDS = 120.0
@@ -94,6 +96,22 @@ class Cluster:
                 host.start_kubelet()
             with step(f"{len(wanted)} nodes registered"):
                 self._wait_registered(wanted)
+
+    def load_images(self) -> None:
+        """Builds what is outdated and gives it to the nodes that run."""
+        hosts = [self._host(name) for name in self.nodes() if self._host(name).booted]
+        with step("images"), ThreadPoolExecutor(max(1, len(hosts))) as pool:
+            list(pool.map(lambda host: load(host, self.images.values()), hosts))
+
+    def install_fimbria(self, values: Mapping[str, Any] | None = None, chart: Path = install.CHART) -> None:
+        """Installs or upgrades Fimbria from this tree by its chart; `values` are merged over the bed's own. Returns
+        when nodes are Ready without the startup taint. Raises BedError."""
+        self.load_images()
+        install.fimbria(self, values or {}, chart)
+
+    def install_dns(self) -> None:
+        """The cluster's DNS; returns when pods on every node get answers."""
+        install.dns(self)
 
     def down(self) -> None:
         """Ends every process and removes every trace, also of a cluster that was never complete."""
@@ -220,12 +238,10 @@ class Cluster:
         return found
 
     @cached_property
-    def archives(self) -> list[Path]:
-        """Of all images, built if need be."""
-        from tests.cluster.images.build import ImageError, ensure
-
+    def images(self) -> dict[str, Path]:
+        """Archives by the image's name, built if need be."""
         try:
-            return list(ensure().values())
+            return build_images()
         except ImageError as error:
             raise BedError(str(error)) from None
 
@@ -241,7 +257,7 @@ class Cluster:
                 raise BedError(f"{tool} is missing: scripts/setup --test installs what is needed")
         cgroups.check()
         with step("programs and images"):
-            say(f"{len(self.archives)} images, programs in {self.binaries}")
+            say(f"{len(self.images)} images, programs in {self.binaries}")
         for folder in (STATE, self.layout.state, DISKS, self.layout.disks, self.layout.logs):
             folder.mkdir(mode=0o700, parents=True, exist_ok=True)
 
@@ -251,13 +267,14 @@ class Cluster:
             control.start_api(self.layout, self.binaries)
             control.wait_ready(self.layout, self.binaries)
             control.start_controllers(self.layout, self.binaries)
+            control.start_routes(self.layout)
 
     def _start_host(self, host: NodeHost, taints: tuple[str, ...]) -> None:
         with step(f"{host.name}: started"):
             host.boot(taints)
             host.start_containerd()
         with step(f"{host.name}: images"):
-            load(host, self.archives)
+            load(host, self.images.values())
 
     def _wait_registered(self, hosts: Sequence[NodeHost]) -> None:
         def registered() -> bool:

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
+import sys
 from pathlib import Path
 
 from tests.cluster.bed import pki, processes
 from tests.cluster.bed.errors import BedError
-from tests.cluster.bed.layout import API_ADDRESS, API_PORT, POD_RANGES, SERVICE_RANGES, Layout
+from tests.cluster.bed.layout import API_ADDRESS, API_PORT, POD_RANGES, REPOSITORY, SERVICE_RANGES, Layout
 
 ETCD, API, MANAGER, SCHEDULER = "etcd", "apiserver", "controller-manager", "scheduler"
+ROUTES = "routes"
 READY_SECONDS = 120.0
 _AUDIT = {
     "apiVersion": "audit.k8s.io/v1",
@@ -52,6 +55,13 @@ def start_controllers(layout: Layout, binaries: Path) -> None:
     processes.start(layout, "control", SCHEDULER, [
         str(binaries / "kube-scheduler"), scheduler, "--bind-address=127.0.0.1", "--leader-elect=false",
     ])  # fmt: skip
+
+
+def start_routes(layout: Layout) -> None:
+    """What tells the control plane's network where pods are."""
+    command = [sys.executable, "-m", "tests.cluster.bed.routes", str(layout.pki)]
+    env = processes.environment(PYTHONPATH=os.pathsep.join([str(REPOSITORY / "src"), str(REPOSITORY)]))
+    processes.start(layout, "control", ROUTES, command, env=env)
 
 
 def wait_ready(layout: Layout, binaries: Path) -> None:

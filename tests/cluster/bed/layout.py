@@ -13,6 +13,7 @@ from pathlib import Path
 from tests.cluster.bed.errors import BedError
 
 DEFAULT_NAME = "kube"
+REPOSITORY = Path(__file__).resolve().parents[3]
 STATE, DISKS, NETNS = Path("/run/fimbria-kube"), Path("/var/lib/fimbria-kube"), Path("/run/netns")
 SUBNET4, SUBNET6 = "10.99.0.{}", "fd00:10:99::{}"
 API_PORT = 6443

@@ -12,9 +12,8 @@ from pathlib import Path
 from tests.cluster.bed import cgroups, config, network, pki, processes
 from tests.cluster.bed.boot import BINARIES
 from tests.cluster.bed.errors import BedError
-from tests.cluster.bed.layout import STARTUP_TAINT, Layout, addresses, node_number
+from tests.cluster.bed.layout import REPOSITORY, STARTUP_TAINT, Layout, addresses, node_number
 
-REPOSITORY = Path(__file__).resolve().parents[3]
 INIT, CONTAINERD, KUBELET = "init", "containerd", "kubelet"
 PLUGINS = Path("/usr/lib/cni")  # Debian's containernetworking-plugins
 
@@ -79,7 +78,7 @@ class NodeHost:
 
     def start_containerd(self) -> None:
         """Returns when it answers."""
-        command = ["containerd", "--config", f"{config.KUBERNETES}/containerd.toml", "--log-level", "info"]
+        command = ["containerd", "--config", f"{config.KUBERNETES}/containerd.toml"]
         self._start(CONTAINERD, command)
 
         def answers() -> bool:
