@@ -147,8 +147,8 @@ def parse_prev_result(raw: Any) -> PrevResult:
 def parse_port_mappings(raw: Any) -> tuple[HostPort, ...]:
     """`runtimeConfig.portMappings`: a list of {hostPort, containerPort, protocol, hostIP}; the same twice is once.
 
-    A missing protocol is TCP. Raises CniError for a mapping that can't be read: better no pod than one that can't be
-    reached.
+    A missing protocol is TCP. Keys may be written in any case: containerd writes them as HostPort, which plugins in Go
+    never notice. Raises CniError for a mapping that can't be read: better no pod than one that can't be reached.
     """
     rows = [] if raw is None else raw
     if not isinstance(rows, list) or not all(isinstance(r, dict) for r in rows):
@@ -159,14 +159,15 @@ def parse_port_mappings(raw: Any) -> tuple[HostPort, ...]:
 
 
 def _port_mapping(row: Mapping[str, Any]) -> HostPort:
-    ports = [row.get(key) for key in ("hostPort", "containerPort")]
+    folded = {key.lower(): value for key, value in row.items()}
+    ports = [folded.get(key) for key in ("hostport", "containerport")]
     if not all(isinstance(p, int) and not isinstance(p, bool) and 0 < p < 65536 for p in ports):
         raise CniError(Code.INVALID_CONFIG, f"portMappings: hostPort and containerPort must be ports: {_short(row)}")
-    name = row.get("protocol") or "tcp"
+    name = folded.get("protocol") or "tcp"
     proto = WITH_PORTS.get(name.upper()) if isinstance(name, str) else None
     if proto is None:
         raise CniError(Code.INVALID_CONFIG, f"portMappings: protocol must be tcp, udp or sctp: {_short(row)}")
-    text = row.get("hostIP") or ""
+    text = folded.get("hostip") or ""
     try:
         host_ip = pack(text) if text else b""
     except (ValueError, TypeError, UnicodeError):

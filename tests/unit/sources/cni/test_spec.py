@@ -276,6 +276,8 @@ def test_port_mappings_are_read() -> None:
     for text, ip in ips.items():
         assert mapped(MAPPING | {"hostIP": text}) == (HostPort(8080, 80, 6, ip),)
     assert request().host_ports == ()
+    written_by_containerd = {"HostPort": 8080, "ContainerPort": 80, "Protocol": "udp", "HostIP": "192.0.2.1"}
+    assert mapped(written_by_containerd) == (HostPort(8080, 80, 17, ips["192.0.2.1"]),)
 
 
 @pytest.mark.parametrize(
