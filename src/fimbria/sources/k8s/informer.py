@@ -4,10 +4,14 @@ Rules
 1. List in pages, then watch from the list's resourceVersion. Every event and bookmark moves the version on.
 2. A stream that ends or breaks is opened again at the version reached; nothing is listed for that.
 3. 410 Gone, in an answer or in the stream: list again. The table keeps serving the old rows until the new list is
-   complete and then changes only where it differs, in one step.
+   complete and then changes only where it differs, in one step. Whatever makes one version too old (a server that was
+   started again, its history cut) does so for every node at once, so the list is put off by a random time that grows
+   with what it costs: `RELIST_ROW` seconds a row, `RELIST_MOST` at most.
 4. The same when the server refuses our version `REFUSALS` times in another way, or answers from before our version:
    its history isn't the one that we know (restored from a backup, or made anew).
-5. Every error waits, longer each time with jitter; a stream that lived `STABLE` seconds starts the count anew.
+5. Every error waits, longer each time with jitter; a stream that lived `STABLE` seconds starts the count anew. One
+   that broke sooner but had brought something waits `HICCUP` seconds at most: else a bad line, or a proxy that cuts
+   connections, would leave a node half a minute behind a server that answers.
 6. An object that doesn't decode or that `transform` refuses is reported and stays out of everybody else's way. Its row
    of before stays unless `on_bad` says otherwise; the stream goes on.
 7. An absent API server changes nothing in the table. `connected` and `error` say so.
@@ -36,6 +40,9 @@ K = TypeVar("K", bound=Hashable)
 V = TypeVar("V")
 
 STABLE = 5.0  # seconds a watch must live for the back-off to start anew
+HICCUP = 1.0
+RELIST_ROW = 1e-4
+RELIST_MOST = 10.0
 REFUSALS = 3
 REFUSED = (400, 422, 504)  # how servers say that a version is no version, or one that they haven't reached
 _log = logging.getLogger("fimbria.k8s")
@@ -96,6 +103,8 @@ class Informer(Generic[T, K, V]):
         self._sleep = sleep
         self._random = random
         self._backoff = Backoff(0.2, 30.0, random)
+        self._hiccups = Backoff(0.2, HICCUP, random)
+        self._progress = False
         self._pages = PageDecoder(resource.type)
         self._version = ""
         self._refusals = 0
@@ -140,25 +149,28 @@ class Informer(Generic[T, K, V]):
                 await self._watch()
             except Gone as error:
                 self._version = ""
-                await self._pause(error)
+                spread = self._random() * min(len(self._table) * RELIST_ROW, RELIST_MOST)
+                await self._pause(error, self._backoff.next() + spread)
             except (ApiError, StreamError) as error:
                 self._refusals += isinstance(error, ApiError) and error.status in REFUSED
                 if self._refusals >= REFUSALS:
                     self._refusals, self._version = 0, ""
-                await self._pause(error)
+                if self._progress:
+                    self._backoff.reset()
+                await self._pause(error, (self._hiccups if self._progress else self._backoff).next())
 
-    async def _pause(self, error: Exception) -> None:
-        delay = self._backoff.next()
+    async def _pause(self, error: Exception, delay: float) -> None:
         self.connected = False
         self.error = str(error)
         self.errors += 1
-        level = logging.WARNING if self._backoff.attempts == 1 else logging.DEBUG
+        level = logging.WARNING if max(self._backoff.attempts, self._hiccups.attempts) == 1 else logging.DEBUG
         _log.log(level, "%s; trying again in %.1f s", error, delay)
         await self._sleep(delay)
 
     # --- list --------------------------------------------------------------------------------------------------
 
     async def _list(self) -> None:
+        self._progress = False
         try:
             rows, version = await self._collect(self._page_size)
         except Gone:
@@ -208,6 +220,7 @@ class Informer(Generic[T, K, V]):
         # Spread over half of the time again, so that a thousand agents don't come back at the same moment.
         seconds = int(self._watch_seconds * (1.0 + 0.5 * self._random()))
         opened = self._clock()
+        self._progress = False
         try:
             async with self._client.watch(
                 self._resource,
@@ -229,10 +242,12 @@ class Informer(Generic[T, K, V]):
                             self._check_history(event)
                             first = False
                         self._apply(event)
+                        self._progress = True
         finally:
             lived = self._clock() - opened
             if lived >= STABLE:
                 self._backoff.reset()
+                self._hiccups.reset()
                 self._refusals = 0
         if lived < STABLE:
             raise StreamError(f"watch {self._resource.describe(self._scope)}: the server ended it after {lived:.1f} s")

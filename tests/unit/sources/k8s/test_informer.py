@@ -382,3 +382,23 @@ async def test_watch_times_are_spread(fix: Fixture) -> None:
     async with fix.running(random=lambda: 0.5, watch_seconds=200):
         await until(check)
     assert fix.api.requests("watch")[0].query["timeoutSeconds"] == "250"
+
+
+async def test_stream_that_brings_something_and_breaks_is_soon_opened_again(fix: Fixture) -> None:
+    fix.api.on("list", listing([], 10))
+    for version in range(11, 23):
+        fix.api.on("watch", Stream().send(event("ADDED", pod(f"p{version}", version))).cut())
+    async with fix.running(random=lambda: 1.0) as informer:
+        await until(lambda: len(fix.table) == 12)
+        assert max(fix.pauses.asked) <= 1.0
+        assert informer.lists == 1
+    assert sum(fix.pauses.asked) > 8.0, "nor is the server hammered"
+
+
+async def test_a_large_list_is_not_asked_for_by_everybody_at_once(fix: Fixture) -> None:
+    rows = [pod(f"p{n}", 1) for n in range(5000)]
+    fix.api.on("list", listing(rows, 10), listing(rows, 20))
+    fix.api.on("watch", fails(410, "Expired"))
+    async with fix.running(random=lambda: 0.5) as informer:
+        await until(lambda: informer.lists == 2)
+    assert fix.pauses.asked == [pytest.approx(0.15 + 0.25)]
