@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import datetime
-import json
 import platform
 import shutil
 import subprocess
@@ -47,7 +46,6 @@ def binaries() -> Path:
 
 def run(bench: Bench, selection: Selection, seconds: float = 3 * HOUR) -> Run:
     """All of a selection: first what may run together, then the rest by itself. Raises UpstreamError."""
-    route_pods(bench.cluster)
     results: list[Result] = []
     for label, names, processes in (("together", selection.together, bench.processes), ("alone", selection.alone, 1)):
         if names:
@@ -95,18 +93,3 @@ def _command(bench: Bench, folder: Path, names: Sequence[str], processes: int, s
     specs = ["--provider=local", f"--kubeconfig={kubeconfig}", f"--kubectl-path={built / 'kubectl'}"]
     specs += [f"--num-nodes={len(bench.cluster.nodes())}", f"--report-dir={folder}"]
     return [str(built / "ginkgo"), *ginkgo, str(built / "e2e.test"), "--", *specs]
-
-
-def route_pods(cluster: Cluster) -> None:
-    """The API server reaches pods, for its proxy, as in a cluster whose network knows the nodes' blocks: it is on no
-    node. Raises UpstreamError if no node has a block yet."""
-    routes = []
-    for node in json.loads(cluster.kubectl("get", "ciliumnodes.cilium.io", "-o", "json"))["items"]:
-        gateways = {":" in one["ip"]: one["ip"] for one in node["spec"]["addresses"] if one["type"] == "InternalIP"}
-        for block in node["spec"]["ipam"].get("podCIDRs", ()):
-            if gateway := gateways.get(":" in block):
-                routes.append(["ip", "route", "replace", block, "via", gateway])
-    if not routes:
-        raise UpstreamError("no node has pod addresses: is Fimbria installed?")
-    for route in routes:
-        cluster.control(route)
