@@ -66,6 +66,7 @@ class AgentConfig:
     probe_listen: str = ""
     trace_interval: float = 5.0
     label_filter: str = ""
+    endpoint_slices: bool = True
     log_level: str = "info"
 
     def check(self) -> None:
@@ -171,6 +172,7 @@ HELP: Mapping[str, str] = {
     "healthz_listen": "HOST:PORT of /healthz and /livez, as kube-proxy has them; empty: none",
     "probe_listen": "HOST:PORT of /livez and /readyz for kubelet's probes; empty: none",
     "trace_interval": "seconds between two events of one busy connection",
+    "endpoint_slices": "learn of other nodes' pods by CiliumEndpointSlices where the operator fills them",
     "label_filter": "security-relevant labels: regular expressions separated by blanks, ! excludes",
     "log_level": "debug, info, warning or error",
 }

@@ -195,7 +195,7 @@ def build(config: AgentConfig, client: ApiClient) -> Agent:
         config=config, tables=tables, rows=rows, numbers=numbers, journal=journal, client=client, netlink=netlink,
         layouts=layouts, datapath=datapath, engine=engine,
         loop=ApplyLoop([], audit_interval=config.audit_interval),
-        sources=Sources(client, tables, config.node_name, words), identities=identities,
+        sources=Sources(client, tables, config.node_name, words, config.endpoint_slices), identities=identities,
         pool=AddressPool(), wiring=wiring,
         registration=NodeRegistration(client, tables, journal, config.node_name, _boot_id(), wiring.host_has),
         attach=choose_attach(config.attach),

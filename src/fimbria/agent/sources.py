@@ -1,7 +1,8 @@
 """The agent's informers: which kinds it follows, and into which tables.
 
-An agent sees pods of its own node only; of others it sees what their agents report (CiliumEndpoint). Everything else is
-what every node needs: nodes, namespaces, identities, Services and policies.
+An agent sees pods of its own node only; of others it sees what their agents report (CiliumEndpoint), by slices or one
+by one (`agent/remotes.py`). Everything else is what every node needs: nodes, namespaces, identities, Services and
+policies.
 """
 
 from __future__ import annotations
@@ -12,6 +13,8 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any, Final
 
+from fimbria.agent.remotes import RemoteEndpoints
+from fimbria.model.endpoint import PodSlice
 from fimbria.model.labels import LabelFilter
 from fimbria.model.policy import Policy, PolicyId, Problem
 from fimbria.model.redirect import Redirect
@@ -23,6 +26,7 @@ from fimbria.sources.k8s.informer import KEEP, Informer
 from fimbria.sources.k8s.policies import Conversion, Vocabulary
 from fimbria.sources.k8s.redirects import RedirectConversion
 from fimbria.sources.k8s.types import core
+from fimbria.sources.k8s.types.cilium import CiliumEndpointSlice
 from fimbria.tables import Tables
 from fimbria.tables.table import Table
 
@@ -43,6 +47,8 @@ class Sources:
     tables: Tables
     node: str
     words: Vocabulary
+    slices: bool = True
+    remotes: RemoteEndpoints | None = None
     informers: list[Informer[Any, Any, Any]] = field(default_factory=list)
     problems: dict[PolicyId, tuple[Problem, ...]] = field(default_factory=dict)
 
@@ -53,7 +59,11 @@ class Sources:
         self._add(r.NAMESPACES, t.namespaces, rows.namespace, key=lambda m: m.name)
         self._add(r.PODS, t.pods, rows.pod, fields=f"spec.nodeName={self.node}")
         self._add(r.CILIUM_IDENTITIES, t.identities, rows.identity, key=rows.identity_key)
-        self._add(r.CILIUM_ENDPOINTS, t.remote_endpoints, rows.remote_endpoint)
+        if self.slices:
+            made = self._informer(r.CILIUM_ENDPOINT_SLICES, t.pod_slices, self._pod_slice, key=lambda m: m.name)
+            self.remotes = RemoteEndpoints(t, made, self._reports, self.informers)
+        else:
+            self.informers.append(self._reports())
         named = f"metadata.name={self.node}"
         self._add(r.NODES, t.own_node, services.to_topology, key=lambda m: m.name, fields=named)
         self._add(r.SERVICES, t.services, self._service)
@@ -66,13 +76,16 @@ class Sources:
 
     def tables_followed(self) -> list[Table[Any, Any]]:
         """The tables that informers fill: all must be synced before absence means anything."""
-        return [i.table for i in self.informers]
+        found = {i.table.name: i.table for i in self.informers if i.table is not self.tables.pod_slices}
+        return [*found.values(), *([] if "remote_endpoints" in found else [self.tables.remote_endpoints])]
 
     async def run(self) -> None:
         """Follow all kinds until cancelled."""
         async with asyncio.TaskGroup() as group:
             for informer in self.informers:
                 group.create_task(informer.run())
+            if self.remotes is not None:
+                group.create_task(self.remotes.run())
 
     async def fetch_pod(self, namespace: str, name: str) -> None:
         """Bring one pod and its namespace into the tables without waiting for the watch."""
@@ -100,10 +113,23 @@ class Sources:
         return len(t.network_policies) + len(t.cilium_policies) + len(t.clusterwide_policies) + len(t.redirects)
 
     def _add(self, resource: Any, table: Any, transform: Any, *, key: Any = rows.object_key, fields: str = "") -> None:
-        informer = Informer(
-            self.client, resource, table, transform, key=key, fields=fields, on_bad=self._on_bad(resource.kind)
-        )
-        self.informers.append(informer)
+        self.informers.append(self._informer(resource, table, transform, key=key, fields=fields))
+
+    def _informer(
+        self, resource: Any, table: Any, transform: Any, *, key: Any = rows.object_key, fields: str = ""
+    ) -> Informer[Any, Any, Any]:
+        on_bad = self._on_bad(resource.kind)
+        return Informer(self.client, resource, table, transform, key=key, fields=fields, on_bad=on_bad)
+
+    def _reports(self) -> Informer[Any, Any, Any]:
+        return self._informer(resources.CILIUM_ENDPOINTS, self.tables.remote_endpoints, rows.remote_endpoint)
+
+    def _pod_slice(self, obj: CiliumEndpointSlice) -> PodSlice:
+        known = self.tables.pod_slices.get(obj.metadata.name)
+        row = rows.pod_slice(obj, known.endpoints if known is not None else {})
+        for problem in row.problems[:MAX_TOLD] if known is None or known.problems != row.problems else ():
+            log.error("CiliumEndpointSlice %s: %s", obj.metadata.name, problem)
+        return row
 
     @staticmethod
     def _on_bad(kind: str) -> Callable[[Any, str, bytes], Any]:

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from fimbria.model.endpoint import ClusterIdentity, EndpointIdentity, LocalEndpoint, Pod, RemoteEndpoint
+from fimbria.model.endpoint import ClusterIdentity, EndpointIdentity, LocalEndpoint, Pod, PodSlice, RemoteEndpoint
 from fimbria.model.node import Node
 from fimbria.model.service import EndpointSlice, NodeTopology, Service
 from fimbria.tables.table import Table
@@ -27,6 +27,7 @@ class Tables:
     pods: Table[ObjectKey, Pod] = field(default_factory=lambda: Table("pods"))
     identities: Table[int, ClusterIdentity] = field(default_factory=lambda: Table("identities"))
     remote_endpoints: Table[ObjectKey, RemoteEndpoint] = field(default_factory=lambda: Table("remote_endpoints"))
+    pod_slices: Table[str, PodSlice] = field(default_factory=lambda: Table("pod_slices"))
     own_node: Table[str, NodeTopology] = field(default_factory=lambda: Table("own_node"))  # this node's Node object
     services: Table[ObjectKey, Service] = field(default_factory=lambda: Table("services"))
     endpoint_slices: Table[ObjectKey, EndpointSlice] = field(default_factory=lambda: Table("endpoint_slices"))

@@ -142,8 +142,11 @@ def remote_endpoint(obj: cilium.CiliumEndpoint) -> RemoteEndpoint | None:
     return _remote("status.identity.id", status.identity.id, status.networking, status.named_ports, created)
 
 
-def pod_slice(obj: cilium.CiliumEndpointSlice) -> PodSlice:
-    """A slice of reported endpoints. One that can't be used is left out, so that its neighbours don't suffer."""
+def pod_slice(obj: cilium.CiliumEndpointSlice, known: Mapping[str, RemoteEndpoint]) -> PodSlice:
+    """A slice of reported endpoints. One that can't be used is left out, so that its neighbours don't suffer.
+
+    `known` are those of the version before: whoever didn't change stays the same object.
+    """
     found: dict[str, RemoteEndpoint] = {}
     problems = []
     for n, e in enumerate(obj.endpoints or ()):
@@ -153,13 +156,18 @@ def pod_slice(obj: cilium.CiliumEndpointSlice) -> PodSlice:
             problems.append(f"endpoints[{n}] {e.name!r}: {error}")
             continue
         if row is not None and e.name:
-            found[e.name] = row
+            old = known.get(e.name)
+            found[e.name] = old if old is not None and old == row else row
     version = obj.metadata.resource_version
     return PodSlice(_shared(obj.namespace), found, int(version) if version.isdecimal() else 0, tuple(problems))
 
 
 def _remote(
-    path: str, identity: int, networking: cilium.EndpointNetworking, named: Sequence[cilium.NamedPort] | None, created: str
+    path: str,
+    identity: int,
+    networking: cilium.EndpointNetworking,
+    named: Sequence[cilium.NamedPort] | None,
+    created: str,
 ) -> RemoteEndpoint | None:
     pairs = networking.addressing or ()
     if len(pairs) > MAX_ADDRESSES:
