@@ -1,4 +1,4 @@
-"""A real Kubernetes on one machine: control plane and nodes, each in namespaces of its own. `python -m tests.cluster.bed`."""
+"""A real Kubernetes on one machine: `python -m tests.cluster.bed --help`."""
 
 from tests.cluster.bed.cluster import Cluster
 from tests.cluster.bed.errors import BedError

@@ -12,8 +12,9 @@ import sys
 import uuid
 from pathlib import Path
 
-from fimbria.lab import kernel
 from tests.cluster.bed.layout import NODE_CGROUP2, Layout
+
+from fimbria.lab import kernel
 
 OVERLAYS = ("etc", "opt", "var")
 # overlayfs takes no overlay as its upper layer: what mounts some itself gets a plain folder
@@ -58,7 +59,7 @@ def _folders(disk: Path, binaries: str) -> None:
         source.mkdir(parents=True, exist_ok=True)
         target.mkdir(parents=True, exist_ok=True)
         kernel.mount(str(source), target, flags=kernel.MS_BIND)
-    Path("/tmp").chmod(0o1777)  # noqa: S108
+    Path("/tmp").chmod(0o1777)
 
 
 def _sys(cgroup2: Path) -> None:
@@ -137,7 +138,7 @@ def main(name: str, node: str, binaries: str) -> None:
         os.write(tell, b"1")
         os.closerange(3, 64)
         _detach(Path("/var/log/init.log"))
-        os.execv(init, [init, "init"])  # noqa: S606
+        os.execv(init, [init, "init"])
     os.close(tell)
     if os.read(ready, 1) != b"1":
         raise SystemExit(f"{node} didn't start")

@@ -9,10 +9,11 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from fimbria.lab import kernel
-from fimbria.lab.errors import LabError
 from tests.cluster.bed.errors import BedError
 from tests.cluster.bed.layout import Layout
+
+from fimbria.lab import kernel
+from fimbria.lab.errors import LabError
 
 _NEEDED = {"cpu", "cpuacct", "cpuset", "memory", "pids"}  # what kubelet insists on
 

@@ -163,6 +163,15 @@ class Cluster:
     def exists(self) -> bool:
         return self.layout.state.exists() or cgroups.present(self.layout) or bool(network.present(self.layout))
 
+    def installed(self) -> bool:
+        """Nodes are there, Ready and take pods, and the cluster's DNS is up: what `up` and `install_...` lead to."""
+        if not processes.running(self.layout, "control", control.API):
+            return False
+        try:
+            return bool(self.nodes()) and not install.unready(self) and install.dns_ready(self)
+        except BedError:
+            return False
+
     def nodes(self) -> list[str]:
         """Names of those that have a disk, running or not."""
         found = [p.name for p in self.layout.disks.glob("node*")] if self.layout.disks.exists() else []
@@ -189,17 +198,23 @@ class Cluster:
 
     def control(self, command: Sequence[str], *, stdin: str = "", seconds: float = COMMAND_SECONDS) -> str:
         """Runs in the control plane's network with the administrator's kubeconfig."""
-        return processes.run([*self.enter("control"), "--", *command], stdin=stdin, env=self.control_env, seconds=seconds)
+        return processes.run(
+            [*self.enter("control"), "--", *command], stdin=stdin, env=self.control_env, seconds=seconds
+        )
 
     def world(self, command: Sequence[str], *, stdin: str = "", seconds: float = COMMAND_SECONDS) -> str:
         """Runs outside the cluster, at 10.99.0.100 and fd00:10:99::100."""
-        return processes.run([*self.enter("world"), "--", *command], stdin=stdin, env=processes.environment(), seconds=seconds)  # fmt: skip
+        return processes.run(
+            [*self.enter("world"), "--", *command], stdin=stdin, env=processes.environment(), seconds=seconds
+        )
 
     def enter(self, member: str) -> list[str]:
         """The beginning of a command that runs in `control`, `world` or a node."""
         if not self.layout.netns_path("control").exists():
             raise BedError(f"there is no cluster {self.name}: `python -m tests.cluster.bed up --name {self.name}`")
-        return processes.enter(self.layout, member) if member in ("control", "world") else self.node(member).host.enter()
+        return (
+            processes.enter(self.layout, member) if member in ("control", "world") else self.node(member).host.enter()
+        )
 
     @property
     def control_env(self) -> dict[str, str]:

@@ -10,7 +10,13 @@ from tests.cluster.bed.layout import DNS_ADDRESS, PAUSE_IMAGE, STARTUP_TAINT
 SOCKET = "/run/containerd/containerd.sock"
 KUBERNETES = "/etc/kubernetes"
 MAX_PODS = 250
-_UNUSED = ("snapshotter.v1.devmapper", "snapshotter.v1.btrfs", "snapshotter.v1.zfs", "snapshotter.v1.aufs", "tracing.processor.v1.otlp")  # fmt: skip
+_UNUSED = (
+    "snapshotter.v1.devmapper",
+    "snapshotter.v1.btrfs",
+    "snapshotter.v1.zfs",
+    "snapshotter.v1.aufs",
+    "tracing.processor.v1.otlp",
+)
 
 
 def containerd() -> str:

@@ -28,13 +28,23 @@ def start_etcd(layout: Layout) -> None:
     if not etcd:
         raise BedError("etcd is missing: scripts/setup --test installs Debian's etcd-server")
     client, peer = "http://127.0.0.1:2379", "http://127.0.0.1:2380"
-    processes.start(layout, "control", ETCD, [
-        etcd, f"--data-dir={layout.disks / 'etcd'}", f"--listen-client-urls={client}",
-        f"--advertise-client-urls={client}", f"--listen-peer-urls={peer}", f"--initial-advertise-peer-urls={peer}",
-        f"--initial-cluster=default={peer}", "--log-level=warn",
-        # the data needn't survive a power cut, and syncing would slow everybody on the machine down
-        "--unsafe-no-fsync",
-    ])  # fmt: skip
+    processes.start(
+        layout,
+        "control",
+        ETCD,
+        [
+            etcd,
+            f"--data-dir={layout.disks / 'etcd'}",
+            f"--listen-client-urls={client}",
+            f"--advertise-client-urls={client}",
+            f"--listen-peer-urls={peer}",
+            f"--initial-advertise-peer-urls={peer}",
+            f"--initial-cluster=default={peer}",
+            "--log-level=warn",
+            # the data needn't survive a power cut, and syncing would slow everybody on the machine down
+            "--unsafe-no-fsync",
+        ],
+    )
 
 
 def start_api(layout: Layout, binaries: Path) -> None:
@@ -44,17 +54,38 @@ def start_api(layout: Layout, binaries: Path) -> None:
 
 
 def start_controllers(layout: Layout, binaries: Path) -> None:
-    manager, scheduler = (f"--kubeconfig={layout.state / f'{name}.kubeconfig'}" for name in (pki.MANAGER, pki.SCHEDULER))
-    processes.start(layout, "control", MANAGER, [
-        str(binaries / "kube-controller-manager"), manager, "--bind-address=127.0.0.1", "--leader-elect=false",
-        f"--service-account-private-key-file={layout.pki / 'sa.key'}", f"--root-ca-file={layout.pki / 'ca.crt'}",
-        "--use-service-account-credentials=true", f"--cluster-signing-cert-file={layout.pki / 'ca.crt'}",
-        f"--cluster-signing-key-file={layout.pki / 'ca.key'}", "--allocate-node-cidrs=false",
-        f"--cluster-cidr={','.join(POD_RANGES)}",
-    ])  # fmt: skip
-    processes.start(layout, "control", SCHEDULER, [
-        str(binaries / "kube-scheduler"), scheduler, "--bind-address=127.0.0.1", "--leader-elect=false",
-    ])  # fmt: skip
+    manager, scheduler = (
+        f"--kubeconfig={layout.state / f'{name}.kubeconfig'}" for name in (pki.MANAGER, pki.SCHEDULER)
+    )
+    processes.start(
+        layout,
+        "control",
+        MANAGER,
+        [
+            str(binaries / "kube-controller-manager"),
+            manager,
+            "--bind-address=127.0.0.1",
+            "--leader-elect=false",
+            f"--service-account-private-key-file={layout.pki / 'sa.key'}",
+            f"--root-ca-file={layout.pki / 'ca.crt'}",
+            "--use-service-account-credentials=true",
+            f"--cluster-signing-cert-file={layout.pki / 'ca.crt'}",
+            f"--cluster-signing-key-file={layout.pki / 'ca.key'}",
+            "--allocate-node-cidrs=false",
+            f"--cluster-cidr={','.join(POD_RANGES)}",
+        ],
+    )
+    processes.start(
+        layout,
+        "control",
+        SCHEDULER,
+        [
+            str(binaries / "kube-scheduler"),
+            scheduler,
+            "--bind-address=127.0.0.1",
+            "--leader-elect=false",
+        ],
+    )
 
 
 def start_routes(layout: Layout) -> None:
@@ -66,8 +97,15 @@ def start_routes(layout: Layout) -> None:
 
 def wait_ready(layout: Layout, binaries: Path) -> None:
     """Until /readyz says ok. Raises BedError with the log's end, at once if a process has ended."""
-    ask = [*processes.enter(layout, "control"), "--", str(binaries / "kubectl"), f"--kubeconfig={layout.kubeconfig}",
-           "--request-timeout=2s", "get", "--raw=/readyz"]  # fmt: skip
+    ask = [
+        *processes.enter(layout, "control"),
+        "--",
+        str(binaries / "kubectl"),
+        f"--kubeconfig={layout.kubeconfig}",
+        "--request-timeout=2s",
+        "get",
+        "--raw=/readyz",
+    ]
 
     def ready() -> bool:
         for process in (ETCD, API):

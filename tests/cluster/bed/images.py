@@ -28,6 +28,8 @@ def load(host: NodeHost, archives: Iterable[Path]) -> None:
 def _import(host: NodeHost, archive: Path) -> None:
     command = [*host.enter(), "--", "ctr", "--namespace", NAMESPACE, "image", "import", "-"]
     with archive.open("rb") as stdin:  # the node may not see the folder it is in
-        done = subprocess.run(command, stdin=stdin, capture_output=True, text=True, check=False, env=processes.environment(), timeout=300)  # fmt: skip
+        done = subprocess.run(
+            command, stdin=stdin, capture_output=True, text=True, check=False, env=processes.environment(), timeout=300
+        )
     if done.returncode != 0:
         raise BedError(f"{host.name}: import of {archive}: {done.stderr.strip()[-2000:]}")

@@ -90,6 +90,11 @@ def unready(cluster: Cluster) -> list[str]:
     return found
 
 
+def dns_ready(cluster: Cluster) -> bool:
+    """Raises BedError if it was never installed."""
+    return cluster.get("-n", NAMESPACE, "deployment", "coredns")["status"].get("readyReplicas", 0) > 0
+
+
 def _ask_from_pods(cluster: Cluster) -> None:
     names = {f"bed-dns-{node}": node for node in _node_names(cluster)}
     pods = [_asking_pod(name, node) for name, node in names.items()]
@@ -109,13 +114,19 @@ def _ask_from_pods(cluster: Cluster) -> None:
 
 def _asking_pod(name: str, node: str) -> dict[str, Any]:
     (image, *_) = recipes()["agnhost"].references
-    ask = "until dig +short +timeout=1 +tries=1 kubernetes.default.svc.cluster.local | grep -qx 10.96.0.1; do sleep 0.2; done"
+    question = "dig +short +timeout=1 +tries=1 kubernetes.default.svc.cluster.local"
+    ask = f"until {question} | grep -qx 10.96.0.1; do sleep 0.2; done"
     container = {"name": "ask", "image": image, "command": ["bash", "-c", ask], "imagePullPolicy": "IfNotPresent"}
     return {
         "apiVersion": "v1",
         "kind": "Pod",
         "metadata": {"name": name, "namespace": NAMESPACE, "labels": {"app": "bed-dns"}},
-        "spec": {"nodeName": node, "restartPolicy": "Never", "containers": [container], "terminationGracePeriodSeconds": 0},  # fmt: skip
+        "spec": {
+            "nodeName": node,
+            "restartPolicy": "Never",
+            "containers": [container],
+            "terminationGracePeriodSeconds": 0,
+        },
     }
 
 
@@ -125,4 +136,3 @@ def _node_names(cluster: Cluster) -> Sequence[str]:
 
 def _pods(cluster: Cluster) -> str:
     return cluster.kubectl("-n", NAMESPACE, "get", "pods", "-o", "wide")
-

@@ -5,10 +5,11 @@ from __future__ import annotations
 import subprocess
 from pathlib import Path
 
-from fimbria.lab import kernel
 from tests.cluster.bed.errors import BedError
 from tests.cluster.bed.layout import NETNS, Layout, addresses
 from tests.cluster.bed.processes import run
+
+from fimbria.lab import kernel
 
 BRIDGE = "br0"
 _QUIET6 = {f"net/ipv6/conf/{scope}/{key}": "0" for scope in ("all", "default") for key in ("accept_dad", "accept_ra")}
@@ -77,7 +78,9 @@ def remove(layout: Layout, member: str) -> None:
         run(["ip", "netns", "delete", layout.netns(member)])
     # A namespace goes a while after its last process; its cable mustn't be in the way of the next one's.
     if layout.netns_path("control").exists():
-        subprocess.run(["ip", "-n", layout.netns("control"), "link", "delete", member], capture_output=True, check=False)
+        subprocess.run(
+            ["ip", "-n", layout.netns("control"), "link", "delete", member], capture_output=True, check=False
+        )
 
 
 def remove_all(layout: Layout) -> None:

@@ -55,10 +55,20 @@ class NodeHost:
         """What an installer puts on a node's disk. Its CNI folders are empty but for the reference plugins."""
         upper = self.layout.disk(self.name) / "upper"
         kubernetes = upper / config.KUBERNETES.lstrip("/")
-        for folder in (kubernetes / "manifests", kubernetes / "pki", upper / "etc/cni/net.d", upper / "opt/cni/bin", upper / "var/log/pods"):  # fmt: skip
+        for folder in (
+            kubernetes / "manifests",
+            kubernetes / "pki",
+            upper / "etc/cni/net.d",
+            upper / "opt/cni/bin",
+            upper / "var/log/pods",
+        ):
             folder.mkdir(parents=True, exist_ok=True)
         keys = self.layout.pki
-        for source, target in (("ca.crt", "ca.crt"), (f"{self.name}.crt", "kubelet.crt"), (f"{self.name}.key", "kubelet.key")):  # fmt: skip
+        for source, target in (
+            ("ca.crt", "ca.crt"),
+            (f"{self.name}.crt", "kubelet.crt"),
+            (f"{self.name}.key", "kubelet.key"),
+        ):
             shutil.copy2(keys / source, kubernetes / "pki" / target)
         pki.write_private(kubernetes / "kubelet.conf", pki.kubeconfig(keys, self.name))
         settings = config.kubelet(self.layout.cgroup_of(self.name), taints)
@@ -89,15 +99,22 @@ class NodeHost:
                 return False
             return True
 
-        processes.wait(f"{self.name}: containerd", answers, 60, lambda: processes.tail(self.layout, self.name, CONTAINERD))  # fmt: skip
+        processes.wait(
+            f"{self.name}: containerd", answers, 60, lambda: processes.tail(self.layout, self.name, CONTAINERD)
+        )
 
     def start_kubelet(self) -> None:
         at = addresses(self.name)
-        self._start(KUBELET, [
-            f"{BINARIES}/kubelet", f"--config={config.KUBERNETES}/kubelet.json",
-            f"--kubeconfig={config.KUBERNETES}/kubelet.conf", f"--hostname-override={self.name}",
-            f"--node-ip={at.ipv4},{at.ipv6}",
-        ])  # fmt: skip
+        self._start(
+            KUBELET,
+            [
+                f"{BINARIES}/kubelet",
+                f"--config={config.KUBERNETES}/kubelet.json",
+                f"--kubeconfig={config.KUBERNETES}/kubelet.conf",
+                f"--hostname-override={self.name}",
+                f"--node-ip={at.ipv4},{at.ipv6}",
+            ],
+        )
 
     def check(self) -> None:
         """Raises BedError if containerd or kubelet has ended."""
@@ -105,7 +122,7 @@ class NodeHost:
             self._alive(process)
 
     def stop(self) -> None:
-        """As by pulling its plug: every process ends at once; its memory, network and mounts are gone, its disk stays."""
+        """As by pulling its plug: processes, memory, network and mounts are gone at once; its disk stays."""
         cgroups.kill(self.layout, self.name)
         network.remove(self.layout, self.name)
         for process in (INIT, CONTAINERD, KUBELET):

@@ -82,8 +82,24 @@ def _api_names() -> list[str]:
 def _authority(pki: Path, name: str) -> None:
     crt, key = pki / f"{name}.crt", pki / f"{name}.key"
     if not crt.exists():
-        run(["openssl", "req", "-x509", *_CURVE, "-days", DAYS, "-subj", f"/CN={name}",
-             "-addext", "keyUsage=critical,keyCertSign,cRLSign,digitalSignature", "-keyout", str(key), "-out", str(crt)])  # fmt: skip
+        run(
+            [
+                "openssl",
+                "req",
+                "-x509",
+                *_CURVE,
+                "-days",
+                DAYS,
+                "-subj",
+                f"/CN={name}",
+                "-addext",
+                "keyUsage=critical,keyCertSign,cRLSign,digitalSignature",
+                "-keyout",
+                str(key),
+                "-out",
+                str(crt),
+            ]
+        )
 
 
 def _service_account_key(pki: Path) -> None:
@@ -100,8 +116,25 @@ def _certificate(pki: Path, name: str, subject: str, names: Sequence[str] = (), 
     extensions.write_text(f"extendedKeyUsage=serverAuth,clientAuth\n{alternative}")
     run(["openssl", "req", *_CURVE, "-subj", subject, "-keyout", str(key), "-out", str(request)])
     made = crt.with_suffix(".new")
-    run(["openssl", "x509", "-req", "-in", str(request), "-CA", str(pki / f"{authority}.crt"),
-         "-CAkey", str(pki / f"{authority}.key"), "-days", DAYS, "-extfile", str(extensions), "-out", str(made)])  # fmt: skip
+    run(
+        [
+            "openssl",
+            "x509",
+            "-req",
+            "-in",
+            str(request),
+            "-CA",
+            str(pki / f"{authority}.crt"),
+            "-CAkey",
+            str(pki / f"{authority}.key"),
+            "-days",
+            DAYS,
+            "-extfile",
+            str(extensions),
+            "-out",
+            str(made),
+        ]
+    )
     made.rename(crt)
     request.unlink()
     extensions.unlink()

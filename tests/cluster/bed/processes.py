@@ -9,9 +9,10 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
-from fimbria.lab import kernel
 from tests.cluster.bed.errors import BedError
 from tests.cluster.bed.layout import Layout
+
+from fimbria.lab import kernel
 
 PATH = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
 TAIL_BYTES = 3000
@@ -20,7 +21,9 @@ TAIL_BYTES = 3000
 def run(command: Sequence[str], *, stdin: str = "", env: Mapping[str, str] | None = None, seconds: float = 120) -> str:
     """Its output. Raises BedError with what it said on its error output."""
     try:
-        done = subprocess.run(command, input=stdin, capture_output=True, text=True, check=False, env=env, timeout=seconds)
+        done = subprocess.run(
+            command, input=stdin, capture_output=True, text=True, check=False, env=env, timeout=seconds
+        )
     except FileNotFoundError:
         raise BedError(f"the command {command[0]} is missing: scripts/setup --test installs what is needed") from None
     except subprocess.TimeoutExpired:
@@ -48,7 +51,13 @@ def environment(**more: str) -> dict[str, str]:
 
 
 def start(
-    layout: Layout, member: str, process: str, command: Sequence[str], *, pid: int | None = None, log: Path | None = None,
+    layout: Layout,
+    member: str,
+    process: str,
+    command: Sequence[str],
+    *,
+    pid: int | None = None,
+    log: Path | None = None,
     env: Mapping[str, str] | None = None,
 ) -> None:
     """Starts a daemon unless it runs already. `log` is its path as the member sees it."""

@@ -1,4 +1,4 @@
-"""Tells the control plane's network where pods are, as a cloud's route controller does: `python -m tests.cluster.bed.routes`.
+"""Tells the control plane's network where pods are, as a cloud's route controller does; a daemon of its own.
 
 The API server reaches pods itself (proxies of pods and Services, webhooks, aggregated servers) and isn't on a node
 here. The pod ranges of each CiliumNode become routes over that node's address in the namespace this runs in.
@@ -26,7 +26,7 @@ Routes = dict[str, str]
 
 
 def routes_of(node: dict[str, Any]) -> Routes:
-    """Pod range -> the node's address of the same family. What can't be read is left out: the operator is under test."""
+    """Pod range -> the node's address of the same family. What can't be read is left out."""
     spec = node.get("spec") or {}
     found: Routes = {}
     hosts = [a.get("ip", "") for a in spec.get("addresses") or [] if a.get("type") == "InternalIP"]
@@ -92,7 +92,9 @@ def put(wanted: Routes, present: Routes) -> None:
 
 def _ip(verb: str, network: str, via: str) -> None:
     family = f"-{ip_network(network).version}"
-    done = subprocess.run(["ip", family, "route", verb, network, "via", via, "proto", PROTO], capture_output=True, text=True, check=False)  # fmt: skip
+    done = subprocess.run(
+        ["ip", family, "route", verb, network, "via", via, "proto", PROTO], capture_output=True, text=True, check=False
+    )
     print(f"{verb} {network} via {via} {done.stderr.strip()}", flush=True)
 
 
