@@ -59,11 +59,12 @@ def parse_junit(text: str) -> list[Result]:
 
 
 def merge(former: Run, later: Run) -> Run:
-    """The later run where it has results, the former one for the specs that it didn't ask."""
+    """The later run where it has results or a reason for none, the former one for the specs that it didn't touch."""
     names = {one.name for one in later.results}
-    kept = [one for one in former.results if one.name not in names]
+    kept = [one for one in former.results if one.name not in names | later.listed.keys()]
     results = tuple(sorted([*kept, *later.results], key=lambda one: one.name))
-    return Run(results, {**former.listed, **later.listed}, *_place(later))
+    listed = {name: reason for name, reason in former.listed.items() if name not in names}
+    return Run(results, {**listed, **later.listed}, *_place(later))
 
 
 def _place(run: Run) -> tuple[str, str, str, str, int]:
