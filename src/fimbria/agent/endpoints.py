@@ -32,7 +32,8 @@ from fimbria.decide.identity import IdentitiesExhausted
 from fimbria.decide.ipam import AddressPool, AddressTaken, PoolExhausted
 from fimbria.kernel import netns
 from fimbria.model.address import Prefix, is_v4, unpack
-from fimbria.model.endpoint import EndpointIdentity, LocalEndpoint
+from fimbria.model.endpoint import EndpointIdentity, LocalEndpoint, is_static
+from fimbria.model.identity import Reserved
 from fimbria.model.network import NeighbourKey
 from fimbria.model.rows import NO_ADDR, PrefixKey
 from fimbria.sources.cni.spec import (
@@ -53,6 +54,8 @@ log = logging.getLogger(__name__)
 T = TypeVar("T")
 ADD_TIMEOUT: Final = 60.0
 POD_TIMEOUT: Final = 15.0
+STATIC_TIMEOUT: Final = 3.0
+INIT: Final = EndpointIdentity(Reserved.INIT, {"reserved:init": ""})
 CHECK_PAUSE: Final = 0.3
 HOST_PREFIX: Final = "fim"
 
@@ -115,18 +118,29 @@ class EndpointManager:
                 self.wiring.remove(endpoint.host_ifname)
                 self.journal.remove_endpoint(endpoint.id)
                 continue
-            try:
-                for addr in endpoint.addrs:
-                    self.pool.claim(addr, endpoint.owner)
-                self.host_ports.claim(endpoint.owner, endpoint.host_ports)
-            except (AddressTaken, HostPortTaken) as error:
-                log.error("endpoint %s of %s is not served: %s", endpoint.id, endpoint.label, error)
-                continue
-            if identity is not None:
-                self.tables.endpoint_identities.upsert(endpoint.id, identity)
-            self.tables.endpoints.upsert(endpoint.id, self._with_cookie(endpoint))
-            restored += 1
+            restored += self._take_over(endpoint, identity)
         return restored
+
+    def adopt(self, endpoint: LocalEndpoint, identity: EndpointIdentity) -> bool:
+        """Serve an endpoint that the journal had lost, if it is still there."""
+        if self._gone(endpoint) or not self._take_over(endpoint, identity):
+            return False
+        self.journal.save_endpoint(self.tables.endpoints[endpoint.id], identity)
+        log.info("endpoint %s of %s was recovered", endpoint.id, endpoint.label)
+        return True
+
+    def _take_over(self, endpoint: LocalEndpoint, identity: EndpointIdentity | None) -> bool:
+        try:
+            for addr in endpoint.addrs:
+                self.pool.claim(addr, endpoint.owner)
+            self.host_ports.claim(endpoint.owner, endpoint.host_ports)
+        except (AddressTaken, HostPortTaken) as error:
+            log.error("endpoint %s of %s is not served: %s", endpoint.id, endpoint.label, error)
+            return False
+        if identity is not None:
+            self.tables.endpoint_identities.upsert(endpoint.id, identity)
+        self.tables.endpoints.upsert(endpoint.id, self._with_cookie(endpoint))
+        return True
 
     @staticmethod
     def _with_cookie(endpoint: LocalEndpoint) -> LocalEndpoint:
@@ -271,33 +285,41 @@ class EndpointManager:
 
     async def _identity(self, request: Request) -> EndpointIdentity:
         if request.pod is None:
-            return EndpointIdentity(5, {"reserved:init": ""})
-        namespace, name = request.pod
-        probe = LocalEndpoint(
-            0, request.container_id, request.ifname, "", "", namespace, name, request.args.get("K8S_POD_UID", ""),
-            "", 0, b"", b"",
-        )  # fmt: skip
-        labels = self.engine.labels(probe)
-        deadline = asyncio.get_running_loop().time() + POD_TIMEOUT
-        pause = 0.02
-        refused = "it may just be deleted"
-        while labels is None:
-            try:
-                await self.fetch_pod(namespace, name)
-            except ApiError as error:
-                refused = str(error)
-            labels = self.engine.labels(probe)
-            if labels is not None:
-                break
-            if asyncio.get_running_loop().time() > deadline:
-                raise CniError(Code.TRY_AGAIN_LATER, f"pod {namespace}/{name} is not known to the API server", refused)
-            await asyncio.sleep(pause)
-            pause = min(pause * 2, 1.0)
+            return INIT
         try:
-            return await self.identify(labels)
+            return await self.identify(await self._labels(request))
         except (ApiError, IdentitiesExhausted) as error:
+            refused = CniError(Code.TRY_AGAIN_LATER, f"pod {_who(request)} gets no security identity", str(error))
+        except CniError as error:
+            refused = error
+        if not is_static(request.args.get("K8S_POD_UID", "")):
+            raise refused from None
+        # Kubelet runs it whether there is an API server or not, which may be what it is needed for.
+        text = "static pod %s starts closed to all but its node, until its labels are known: %s"
+        log.warning(text, _who(request), refused)
+        return INIT
+
+    async def _labels(self, request: Request) -> Mapping[str, str]:
+        """All labels of a pod. Raises CniError if the API server doesn't tell in time."""
+        namespace, name = request.pod or ("", "")
+        uid = request.args.get("K8S_POD_UID", "")
+        probe = LocalEndpoint(0, request.container_id, request.ifname, "", "", namespace, name, uid, "", 0, b"", b"")
+        patience = STATIC_TIMEOUT if is_static(uid) else POD_TIMEOUT
+        refused, pause = "it may just be deleted", 0.02
+        try:
+            async with asyncio.timeout(patience):
+                while (labels := self.engine.labels(probe)) is None:
+                    try:
+                        await self.fetch_pod(namespace, name)
+                    except ApiError as error:
+                        refused = str(error)
+                    if self.engine.labels(probe) is None:
+                        await asyncio.sleep(pause)
+                        pause = min(pause * 2, 1.0)
+                return labels
+        except TimeoutError:
             raise CniError(
-                Code.TRY_AGAIN_LATER, f"pod {namespace}/{name} gets no security identity", str(error)
+                Code.TRY_AGAIN_LATER, f"pod {namespace}/{name} is not known to the API server", refused
             ) from None
 
     async def _connect(self, request: Request, planned: LocalEndpoint, identity: EndpointIdentity) -> bytes:

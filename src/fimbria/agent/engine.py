@@ -18,7 +18,7 @@ from fimbria.apply.xdp import XdpHook
 from fimbria.compute import network
 from fimbria.compute.ipcache import IpcacheCompute
 from fimbria.compute.policy import PolicyEngine, SetChange
-from fimbria.compute.policy_set import SetKey
+from fimbria.compute.policy_set import ENFORCE, SetKey
 from fimbria.compute.policy_shapes import Ports
 from fimbria.compute.service import Delta as ServiceDelta
 from fimbria.compute.service import ServiceCompute
@@ -38,6 +38,7 @@ from fimbria.tables import ObjectKey, Tables
 from fimbria.tables.table import Changes
 
 ENDPOINT_READY: Final = 1
+ENFORCE_BOTH: Final = sum(ENFORCE.values())
 SPARE_NUMBERS: Final = 1024
 API_SERVICE: Final = ServiceKey("default", "kubernetes")
 POLICY_TABLES: Final = ("network_policies", "cilium_policies", "clusterwide_policies")
@@ -502,11 +503,13 @@ class Engine:
         if endpoint is None or decided is None:
             return
         policy = self.policy.endpoint(str(endpoint_id))
+        # A pod whose labels aren't known may be one that policies select: only its node reaches it.
+        closed = ENFORCE_BOTH if endpoint.pod and decided.number == Reserved.INIT else 0
         row = Endpoint(
             id=endpoint.id,
             identity=decided.number,
             policy_set=self.set_number(policy.set),
-            flags=ENDPOINT_READY | policy.flags,
+            flags=ENDPOINT_READY | policy.flags | closed,
             addr4=endpoint.addr4,
             addr6=endpoint.addr6,
             pod_mac=endpoint.pod_mac,

@@ -1,7 +1,11 @@
 """What the agent must remember over a restart: one JSON file per endpoint, and one for the numbers it gave out.
 
 A file is written under a temporary name, synced and renamed, so that a reader finds the old or the new one, whole. A
-file that can't be read is set aside under `.bad` with a log line.
+file that can't be read is set aside under `.bad` with a log line; its endpoint is recovered from the kernel and the
+cluster (`recovery`).
+
+Agents of several versions read it, newer and older ones: fields are only ever added, each with a default, at the end of
+a list or under a new name. What a version doesn't know it leaves out.
 """
 
 from __future__ import annotations
@@ -120,7 +124,7 @@ def _decode(raw: Mapping[str, Any]) -> tuple[LocalEndpoint, EndpointIdentity | N
     row: dict[str, Any] = {k: bytes.fromhex(v) if k in _BYTES else v for k, v in raw["endpoint"].items() if k in names}
     row["host_ports"] = tuple(
         HostPort(int(port), int(target), int(proto), bytes.fromhex(ip))
-        for port, target, proto, ip in row.get("host_ports", ())
+        for port, target, proto, ip, *_ in row.get("host_ports", ())
     )
     decided = raw.get("identity")
     identity = EndpointIdentity(int(decided["number"]), dict(decided["labels"])) if decided else None

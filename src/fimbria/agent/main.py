@@ -23,7 +23,7 @@ from typing import Any, Final
 from urllib.parse import urlsplit
 
 from fimbria.agent import datapath as dp
-from fimbria.agent import devices, requires
+from fimbria.agent import devices, recovery, requires
 from fimbria.agent.api import AgentApi
 from fimbria.agent.config import AgentConfig, ConfigError, parse, port_range
 from fimbria.agent.endpoints import EndpointManager
@@ -136,6 +136,11 @@ class Agent:
             self._reserved_ids = number + ENDPOINT_ID_BLOCK
             self.save_numbers()
         return number
+
+    def skip_endpoint_ids(self, highest: int) -> None:
+        """Numbers up to this one are in use, whatever the journal says."""
+        if highest >= self._next_id:
+            self._next_id = self._reserved_ids = highest + 1
 
     def restore_numbers(self) -> None:
         """From the journal, before anything is allocated."""
@@ -359,6 +364,7 @@ async def compute(agent: Agent) -> None:
     """Follow the tables; open the apply loop once every source has been seen."""
     for table in agent.sources.tables_followed():
         await table.wait_synced()
+    await recovery.recover(agent)
     agent.engine.step()
     agent.engine.services.settle()
     agent.loop.open()

@@ -107,6 +107,8 @@ class Publisher:
         if endpoint is None or identity is None:
             await self._remove(key)
             return
+        if is_static(endpoint.uid) and key not in self.tables.pods:
+            return  # the API server doesn't know it yet, and would have nothing to collect the report by
         status = self._status(endpoint, identity)
         body: dict[str, Any] = {"metadata": self._metadata(endpoint), "status": status}
         try:
@@ -152,7 +154,7 @@ class Publisher:
     def _metadata(self, endpoint: LocalEndpoint) -> dict[str, Any]:
         pod = self.tables.pods.get((endpoint.namespace, endpoint.pod))
         # Of a static pod the runtime knows another uid than the API server, whose collector goes by its own.
-        uid = pod.uid if pod else "" if is_static(endpoint.uid) else endpoint.uid
+        uid = pod.uid if pod else endpoint.uid
         meta: dict[str, Any] = {"name": endpoint.pod, "namespace": endpoint.namespace}
         if uid:
             meta["ownerReferences"] = [{"apiVersion": "v1", "kind": "Pod", "name": endpoint.pod, "uid": uid}]

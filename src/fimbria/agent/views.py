@@ -64,6 +64,7 @@ def status(agent: Agent) -> Row:
         },
         "node_problem": node.problem if node else "",
         "endpoints": len(agent.tables.endpoints),
+        "unmanaged": unmanaged(agent),
         "identities": len(agent.tables.identities),
         "policies": sum(len(t) for t in policy_tables(agent)),
         "nodes": len(agent.tables.nodes),
@@ -77,6 +78,18 @@ def status(agent: Agent) -> Row:
         | {who: [text] for who, text in (agent.health.problems if agent.health else {}).items()},
         "foreign_programs": foreign(agent),
     }
+
+
+def unmanaged(agent: Agent) -> list[str]:
+    """Pods of this node that have an address, but none of ours: another plugin started them, or their attachment was
+    lost. Policies don't apply to them, and to the others they are nobody."""
+    of = agent.tables.endpoints.by
+    pods = agent.tables.pods.values()
+    return sorted(
+        f"{p.namespace}/{p.name}"
+        for p in pods
+        if p.addrs and not p.host_network and not of("pod", (p.namespace, p.name))
+    )
 
 
 def _pressure(agent: Agent) -> dict[str, Row]:

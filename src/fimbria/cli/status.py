@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import os
 import sys
 import time
-from typing import Any, Final
+from pathlib import Path
+from typing import Any, Final, NoReturn
 
 import click
 
@@ -20,22 +22,37 @@ LEARNED: Final = ("conntrack", "nat", "nat ports")
 @click.command(
     epilog="""\b
 Examples:
-  fimbria status                          at a glance
-  fimbria status --wait --timeout 60      until the agent is ready, saying what it waits for
+  fimbria status                          on a node: that node's agent; elsewhere: the whole cluster
+  fimbria status --cluster                the whole cluster, also from a node
+  fimbria status --wait --timeout 60      until all is ready, saying what it waits for
+  fimbria status --node worker1           what that node's agent says
   fimbria status -o json | jq .ready
 
 \b
-Exit status: 0 ready and nothing fails; 1 not ready, or something fails; 2 no agent answers."""
+The cluster is looked at if --cluster or --kubeconfig says so, and where there is no Fimbria on this
+machine, but a kubeconfig as kubectl finds it.
+
+\b
+Exit status: 0 ready and nothing fails; 1 not ready, or something fails; 2 no agent, or no API, answers."""
 )
 @socket_option("agent")
-@click.option("--wait", is_flag=True, help="Wait until the agent is ready and well.")
+@click.option("--cluster", "whole", is_flag=True, help="The whole cluster: all agents, the operator, the nodes.")
+@click.option("--wait", is_flag=True, help="Wait until all is ready and well.")
 @click.option(
-    "--timeout", default=60.0, show_default=True, metavar="SECONDS", help="How long to wait.", type=click.FloatRange(0)
+    "--timeout", default=300.0, show_default=True, metavar="SECONDS", help="How long to wait.", type=click.FloatRange(0)
 )
-@click.option("-v", "--verbose", is_flag=True, help="Also rows by target, devices and programs of others.")
+@click.option(
+    "-v",
+    "--verbose",
+    is_flag=True,
+    help="Also rows by target, devices and programs of others; of a cluster, every agent.",
+)
 @click.option("-o", "--output", type=click.Choice(["table", "json"]), default="table")
-def status(agent: Local, wait: bool, timeout: float, verbose: bool, output: str) -> None:
-    """Is this node's agent well, and what is it doing?"""
+def status(*, agent: Local, whole: bool, wait: bool, timeout: float, verbose: bool, output: str) -> None:
+    """Is this node's agent, or the whole cluster, well, and what is it doing?"""
+    where = click.get_current_context().params
+    if whole or where["kubeconfig"] or where["context"] or _elsewhere(agent):
+        _cluster(where["kubeconfig"], where["context"], timeout if wait else None, verbose=verbose, output=output)
     found = _wait(agent, timeout) if wait else agent.get("status")
     observer = _observer(agent)
     troubles = problems(found)
@@ -44,6 +61,24 @@ def status(agent: Local, wait: bool, timeout: float, verbose: bool, output: str)
     else:
         show(found, observer, verbose)
     sys.exit(1 if troubles else 0)
+
+
+def _elsewhere(agent: Local) -> bool:
+    """Whether this is no node of ours, but a place from which a cluster is worked on."""
+    home = Path(os.environ.get("HOME", "/root")) / ".kube" / "config"
+    return not agent.path.parent.exists() and (bool(os.environ.get("KUBECONFIG")) or home.exists())
+
+
+def _cluster(kubeconfig: str | None, context: str, patience: float | None, *, verbose: bool, output: str) -> NoReturn:
+    from fimbria.cli import cluster_status  # late: who asks this node needs no Kubernetes
+    from fimbria.cli.cluster import configuration, run
+
+    view = run(cluster_status.watch(configuration(kubeconfig, context), patience))
+    if output == "json":
+        dump(cluster_status.as_json(view))
+    else:
+        cluster_status.show(view, verbose)
+    sys.exit(1 if cluster_status.problems(view) else 0)
 
 
 def _wait(agent: Local, timeout: float) -> Row:
@@ -115,6 +150,7 @@ def _lines(s: Row, observer: Row | None, verbose: bool) -> list[tuple[str, str]]
         ("Pod CIDRs", ", ".join(s["pod_cidrs"])),
         ("Addresses", _addresses(s["ipam"])),
         ("Cluster", _cluster(s)),
+        ("Unmanaged", _unmanaged(s.get("unmanaged", []))),
         ("Datapath", _datapath(s)),
         ("Tables", _tables(s["pressure"])),
         ("Repaired", warn(", ".join(f"{k} {n}" for k, n in s["repaired"].items())) if s["repaired"] else ""),
@@ -170,6 +206,13 @@ def _cluster(s: Row) -> str:
             count(s["policies"], "policy", "policies"),
         )
     )
+
+
+def _unmanaged(pods: list[str]) -> str:
+    if not pods:
+        return ""
+    shown = ", ".join(pods[:MOST_FAILURES]) + (", ..." if len(pods) > MOST_FAILURES else "")
+    return warn(f"{count(len(pods), 'pod')} with another plugin's network, no policy applies; restart them: {shown}")
 
 
 def _datapath(s: Row) -> str:
