@@ -5,13 +5,14 @@ The standard library's client: importing aiohttp would take longer than everythi
 
 from __future__ import annotations
 
+import functools
 import http.client
 import json
 import os
 import socket
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from typing import Any, Final, TypeVar
+from typing import Any, Final, TypeVar, cast
 from urllib.parse import quote, urlencode
 
 import click
@@ -138,15 +139,42 @@ def _sentence(text: str) -> str:
 
 
 def socket_option(who: str) -> Callable[[F], F]:
-    """`--socket`, handed to the command as a Local named after `who`."""
+    """`--socket`, handed to the command as a Local named after `who`; and `--node`, which runs the command there."""
 
     def local(_ctx: click.Context, _param: click.Parameter, value: str | None) -> Local:
         return Local(who, value)
 
-    return click.option(
+    socket_ = click.option(
         "--socket",
         who,
         metavar="PATH",
         callback=local,
         help=f"The {who}'s socket.  [default: $FIMBRIA_RUN_DIR/{who}.sock, {RUN_DIR}/{who}.sock]",
     )
+
+    def decorate(command: F) -> F:
+        @functools.wraps(command)
+        def run(*args: Any, **options: Any) -> Any:
+            cluster = {name: options.pop(name) for name in ("kubeconfig", "context")}
+            node = options.pop("on_node")
+            if not node:
+                return command(*args, **options)
+            from fimbria.cli.remote import run_on  # late: who asks this node needs no Kubernetes
+
+            return run_on(node, **cluster, hold=who == "observer")
+
+        return cast("F", socket_(on_node(run)))
+
+    return decorate
+
+
+def on_node(command: F) -> F:
+    """`--node`, and how to reach its cluster."""
+    path = click.Path(dir_okay=False)
+    for option in (
+        click.option("--context", default="", metavar="NAME", help="With --node: one of the kubeconfig's contexts."),
+        click.option("--kubeconfig", type=path, help="With --node: the cluster.  [default: as kubectl finds it]"),
+        click.option("--node", "on_node", metavar="NAME", help="Ask that node instead, through the Kubernetes API."),
+    ):
+        command = option(command)
+    return command

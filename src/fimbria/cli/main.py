@@ -24,6 +24,7 @@ SECTIONS: Final = {
     "Look at packets": {
         "monitor": ("monitor", "monitor", "Flows as they happen, with verdicts and the rules behind them."),
         "connectivity": ("connectivity.command", "connectivity", "Test a cluster with real connections."),
+        "sysdump": ("sysdump.command", "sysdump", "One archive with the state of everything, for a report."),
     },
     "Look below": {
         "map": ("datapath", "map_", "The datapath's maps, as they are in the kernel."),
@@ -51,13 +52,20 @@ ALIASES: Final = {
     "nodes": "node",
     "maps": "map",
 }
+ARGUMENTS: Final = "fimbria.arguments"
 EPILOG: Final = """\b
 Examples:
   fimbria status --wait                     until this node's agent is ready
   fimbria endpoint list -n shop             pods of a namespace on this node
   fimbria monitor --verdict dropped         what is being denied, and by which rule
   fimbria ipcache get 10.244.1.7            who has that address
+
+\b
+From anywhere, with a kubeconfig:
+  fimbria status --wait                     until the whole cluster is ready
+  fimbria endpoint list --node worker1      what a node's agent answers
   fimbria connectivity test                 does this cluster's network work?
+  fimbria sysdump                           one archive of everything, for those who help
 
 \b
 Exit status: 0 well; 1 not well, or not found; 2 wrong usage, or the agent can't be asked;
@@ -67,6 +75,11 @@ FIMBRIA_RUN_DIR point elsewhere."""
 
 class LazyGroup(click.Group):
     """A group whose subcommands are modules named in COMMANDS."""
+
+    def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
+        """Keeps them as they were given, for a command that is to run elsewhere."""
+        ctx.meta[ARGUMENTS] = tuple(args)
+        return super().parse_args(ctx, args)
 
     def list_commands(self, ctx: click.Context) -> list[str]:
         """All names, without aliases."""
@@ -120,8 +133,22 @@ def _version(ctx: click.Context, _param: click.Parameter, value: bool) -> None:
 @click.option(
     "--version", is_flag=True, is_eager=True, expose_value=False, callback=_version, help="Print the version."
 )
-def fimbria() -> None:
+@click.option("--while-stdin", is_flag=True, hidden=True, help="End when standard input does.")
+def fimbria(while_stdin: bool) -> None:
     """eBPF networking, policy and load balancing for Kubernetes."""
+    if while_stdin:
+        import threading
+
+        threading.Thread(target=_end_with_stdin, daemon=True).start()
+
+
+def _end_with_stdin() -> None:
+    """Kubernetes ends no command whose caller went away; its standard input is all that shows it."""
+    import os
+
+    while os.read(0, 4096):
+        pass
+    os._exit(130)
 
 
 def main() -> None:

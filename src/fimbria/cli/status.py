@@ -52,7 +52,7 @@ def status(*, agent: Local, whole: bool, wait: bool, timeout: float, verbose: bo
     """Is this node's agent, or the whole cluster, well, and what is it doing?"""
     where = click.get_current_context().params
     if whole or where["kubeconfig"] or where["context"] or _elsewhere(agent):
-        _cluster(where["kubeconfig"], where["context"], timeout if wait else None, verbose=verbose, output=output)
+        _whole_cluster(where["kubeconfig"], where["context"], timeout if wait else None, verbose=verbose, output=output)
     found = _wait(agent, timeout) if wait else agent.get("status")
     observer = _observer(agent)
     troubles = problems(found)
@@ -69,7 +69,9 @@ def _elsewhere(agent: Local) -> bool:
     return not agent.path.parent.exists() and (bool(os.environ.get("KUBECONFIG")) or home.exists())
 
 
-def _cluster(kubeconfig: str | None, context: str, patience: float | None, *, verbose: bool, output: str) -> NoReturn:
+def _whole_cluster(
+    kubeconfig: str | None, context: str, patience: float | None, *, verbose: bool, output: str
+) -> NoReturn:
     from fimbria.cli import cluster_status  # late: who asks this node needs no Kubernetes
     from fimbria.cli.cluster import configuration, run
 
