@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import signal
 import sys
 from pathlib import Path
 
@@ -27,6 +28,7 @@ def main() -> int:
         if asked.list:
             print("\n".join([*selection.together, *selection.alone]))
             return 0
+        signal.signal(signal.SIGTERM, signal.default_int_handler)
         found = run(Bench(cluster, asked.output or cluster.layout.logs / "upstream", asked.procs), selection)
     except (BedError, UpstreamError) as error:
         _say(str(error))

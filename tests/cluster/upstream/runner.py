@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import datetime
+import os
 import platform
 import shutil
+import signal
 import subprocess
 import time
 from collections.abc import Sequence
@@ -20,6 +23,7 @@ from fimbria.release import RELEASE
 
 REPORT = "junit_01.xml"  # of the test binary itself: names are those of --list-tests
 HOUR = 3600.0
+GRACE = 120.0  # for specs' own clean-up when a run ends early
 
 
 class UpstreamError(RuntimeError):
@@ -70,12 +74,18 @@ def _run(bench: Bench, folder: Path, names: Sequence[str], processes: int, secon
     command = [*bench.cluster.enter("control"), "--", *_command(bench, folder, names, processes, seconds)]
     started = time.monotonic()
     with (folder / "log").open("w") as log:
-        child = subprocess.Popen(command, env=bench.cluster.control_env, stdout=log, stderr=subprocess.STDOUT)
+        child = subprocess.Popen(
+            command, env=bench.cluster.control_env, stdout=log, stderr=subprocess.STDOUT, start_new_session=True
+        )
         try:
-            child.wait(timeout=seconds + 300)
+            child.wait(timeout=seconds + GRACE)
         except BaseException:
-            child.terminate()  # ginkgo cleans up after its processes, and they after their specs
-            child.wait(timeout=120)
+            os.killpg(child.pid, signal.SIGTERM)  # specs clean up behind themselves
+            try:
+                child.wait(timeout=GRACE)
+            finally:
+                with contextlib.suppress(ProcessLookupError):
+                    os.killpg(child.pid, signal.SIGKILL)
             raise
     report = folder / REPORT
     if not report.exists():
