@@ -60,7 +60,9 @@ def parse_list(text: str) -> list[str]:
 
 def select(names: Iterable[str], skips: Sequence[Skip], focus: str = "", skip: str = "") -> Selection:
     """Names that meet `focus` and not `skip` (regular expressions; empty: all and none), divided."""
-    together, alone, skipped = [], [], {}
+    together: list[str] = []
+    alone: list[str] = []
+    skipped: dict[str, str] = {}
     for name in names:
         if not re.search(focus, name) or (skip and re.search(skip, name)):
             continue
