@@ -185,6 +185,12 @@ async def agent_of(client: ApiClient, node: str) -> AgentPod:
     raise CantAsk(f"No agent runs on node {node}. `fimbria status --cluster` says more.")
 
 
+async def is_lab(client: ApiClient) -> bool:
+    """Whether the nodes are those of a lab on one machine, where agents are no pods. Raises ApiError."""
+    nodes = (await client.list(NODES)).items
+    return any((n.status.get("nodeInfo") or {}).get("kubeletVersion") == "fimbria-lab" for n in nodes)
+
+
 def pod_trouble(pod: AgentPod) -> str:
     """Why a pod isn't Ready, one clause; empty if it is."""
     if pod.ready:

@@ -2,70 +2,100 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+import json
+from collections.abc import Iterable, Mapping, Sequence
+from functools import cache
+from importlib.resources import files
 from typing import Any, Final
 
-from fimbria.cli.connectivity.scenario import HTTP_PORT, LAST, SERVICE_PORT, TCP_PORT, UDP_PORT, Client, Probe, Server
+from fimbria.cli.connectivity.scenario import (
+    BALANCED,
+    HEADLESS,
+    HTTP_PORT,
+    LAST,
+    PAIR,
+    SERVICE_PORT,
+    SPREAD,
+    STICKY,
+    TCP_PORT,
+    UDP_PORT,
+    Client,
+    Probe,
+    Server,
+)
 
 Json = dict[str, Any]
 APP: Final = "fimbria-connectivity"
 ROLE: Final = "fimbria.io/role"
 CLIENT: Final = "fimbria.io/client"
-RETRIED_MS: Final = 5000  # what must succeed may take one or two retransmissions, so soon after the pod's start
-DENIED_MS: Final = 2500  # long enough for a second SYN to be denied as well
+BEHIND: Final = "fimbria.io/behind-two"
 OPEN_ALL: Final = {4: "0.0.0.0/0", 6: "::/0"}
+NOBODY: Final = 65534
+PAIRED: Final = (SPREAD, STICKY, HEADLESS, BALANCED)
 
 
-def namespace(name: str) -> Json:
-    """Pods on the nodes' network need the label where Pod Security is enforced."""
-    labels = {"app.kubernetes.io/name": APP, "pod-security.kubernetes.io/enforce": "privileged"}
+@cache
+def prober() -> str:
+    """The program of all pods."""
+    return files("fimbria.cli.connectivity").joinpath("prober.py").read_text()
+
+
+def namespace(name: str, *, restricted: bool) -> Json:
+    """Pods on the nodes' network and host ports need the label where Pod Security is enforced."""
+    level = "restricted" if restricted else "privileged"
+    labels = {"app.kubernetes.io/name": APP, "pod-security.kubernetes.io/enforce": level}
     return {"apiVersion": "v1", "kind": "Namespace", "metadata": {"name": name, "labels": labels}}
 
 
-def server(s: Server, node: str, image: str, host_port: int) -> Json:
+def server(s: Server, node: str, image: str, host_port: int, mapped_port: int = 0) -> Json:
     """A pod that answers HTTP, TCP and UDP; on a node's network HTTP only."""
     port = host_port if s.host else HTTP_PORT
-    args = ["serve", "--name", s.name, "--http", str(port)]
-    if not s.host:
-        args += ["--tcp", str(TCP_PORT), "--udp", str(UDP_PORT)]
-    container = {
-        "name": "server",
-        "image": image,
-        "args": args,
-        "readinessProbe": {"tcpSocket": {"port": port}, "periodSeconds": 1},
-    }
-    return _pod(s.name, {ROLE: s.name}, node, [container], host=s.host, restart="Always")
+    settings = {"name": s.name, "http": [port]} | ({} if s.host else {"tcp": [TCP_PORT], "udp": [UDP_PORT]})
+    container = _container("server", image, "serve", settings)
+    container["readinessProbe"] = {"tcpSocket": {"port": port}, "periodSeconds": 1}
+    if s.name == "porter" and mapped_port:
+        container["ports"] = [{"containerPort": HTTP_PORT, "hostPort": mapped_port, "protocol": "TCP"}]
+    labels = {ROLE: s.name} | ({BEHIND: "yes"} if s.name in PAIR else {})
+    return _pod(s.name, labels, node, [container], host=s.host, restart="Always")
 
 
 def service(name: str) -> Json:
-    """A cluster IP and a node port in front of a server, for both families where the cluster has them."""
-    spec = {
-        "type": "NodePort",
-        "selector": {"app.kubernetes.io/name": APP, ROLE: name},
+    """In front of a server, or of two, for both families where the cluster has them."""
+    both = name in PAIRED
+    spec: Json = {
+        "type": "LoadBalancer" if name == BALANCED else "ClusterIP" if both else "NodePort",
+        "selector": {"app.kubernetes.io/name": APP} | ({BEHIND: "yes"} if both else {ROLE: name}),
         "ipFamilyPolicy": "PreferDualStack",
         "ports": [{"name": "http", "port": SERVICE_PORT, "targetPort": HTTP_PORT, "protocol": "TCP"}],
     }
+    spec |= {"clusterIP": "None"} if name == HEADLESS else {}
+    spec |= {"sessionAffinity": "ClientIP"} if name == STICKY else {}
     return {"apiVersion": "v1", "kind": "Service", "metadata": {"name": name}, "spec": spec}
 
 
-def client(c: Client, round_: str, node: str, image: str, *, probes: Mapping[str, Probe], policies: bool) -> Json:
-    """A pod with a container for each connection: its exit code is the result. `probes` by container name."""
-    containers = [
-        {
-            "name": name,
-            "image": image,
-            "args": probe_args(p, p.allowed or not policies),
-            "terminationMessagePolicy": "FallbackToLogsOnError",
-        }
-        for name, p in probes.items()
-    ]
-    return _pod(f"{c.name}-{round_}", {CLIENT: c.name}, node, containers, host=c.host, restart="Never")
+def client(c: Client, round_: str, node: str, image: str, *, probes: Sequence[Probe], policies: bool) -> Json:
+    """A pod that tries all of them and leaves the results, in this order, in its termination message."""
+    tries = [probe_of(p, p.allowed or not policies) for p in probes]
+    container = _container("client", image, "try", tries)
+    container["terminationMessagePolicy"] = "FallbackToLogsOnError"
+    return _pod(f"{c.name}-{round_}", {CLIENT: c.name}, node, [container], host=c.host, restart="Never")
 
 
-def probe_args(p: Probe, expected: bool) -> list[str]:
-    """Arguments for the lab's tool."""
-    timeout = RETRIED_MS if expected else DENIED_MS
-    return ["probe", p.proto, p.address, str(p.port), "--timeout", str(timeout)]
+def probe_of(p: Probe, expected: bool) -> Json:
+    """As the prober reads it."""
+    return {"op": p.proto, "host": p.address, "port": p.port, "want": list(p.want), "allowed": expected}
+
+
+def _container(name: str, image: str, mode: str, settings: object) -> Json:
+    """As the Pod Security Standard "restricted" wants it."""
+    return {
+        "name": name,
+        "image": image,
+        "imagePullPolicy": "IfNotPresent",
+        "command": ["python3", "-c", prober(), mode, json.dumps(settings)],
+        "securityContext": {"allowPrivilegeEscalation": False, "capabilities": {"drop": ["ALL"]}},
+        "resources": {"requests": {"cpu": "5m", "memory": "16Mi"}},
+    }
 
 
 def _pod(name: str, labels: Json, node: str, containers: list[Json], *, host: bool, restart: str) -> Json:
@@ -77,6 +107,12 @@ def _pod(name: str, labels: Json, node: str, containers: list[Json], *, host: bo
         "automountServiceAccountToken": False,
         "enableServiceLinks": False,
         "tolerations": [{"operator": "Exists"}],
+        "securityContext": {
+            "runAsNonRoot": True,
+            "runAsUser": NOBODY,
+            "runAsGroup": NOBODY,
+            "seccompProfile": {"type": "RuntimeDefault"},
+        },
         "containers": containers,
     }
     metadata = {"name": name, "labels": {"app.kubernetes.io/name": APP, **labels}}
@@ -103,6 +139,18 @@ def policies(fenced: Mapping[int, str]) -> list[Json]:
         _policy("walled", CLIENT, {"policyTypes": ["Egress"], "egress": [{"to": blocks}]}),
         _policy("caged", CLIENT, {"policyTypes": ["Egress"]}),
     ]
+
+
+def cilium_policies() -> list[Json]:
+    """What Cilium's kind says that NetworkPolicy can't: a denial that wins over what is allowed."""
+    friend, walled = ({"matchLabels": {CLIENT: name}} for name in ("friend", "walled"))
+    port = {"ports": [{"port": str(HTTP_PORT), "protocol": "TCP"}]}
+    spec = {
+        "endpointSelector": {"matchLabels": {ROLE: "barred"}},
+        "ingress": [{"fromEndpoints": [friend, walled], "toPorts": [port]}],
+        "ingressDeny": [{"fromEndpoints": [walled]}],
+    }
+    return [{"apiVersion": "cilium.io/v2", "kind": "CiliumNetworkPolicy", "metadata": {"name": "barred"}, "spec": spec}]
 
 
 def _policy(name: str, label: str, spec: Json) -> Json:

@@ -14,13 +14,12 @@ from fimbria.cli.show import bad, count, dim, good, table
 
 CONNECTED: Final = "connected"
 NOTHING: Final = "no connection"
-BROKEN: Final = "not tried"  # the probe itself couldn't run
-NO_CONNECTION_CODE: Final = 1  # the tool's exit code; others mean that it couldn't try
+BROKEN: Final = "failed"  # the probe itself couldn't run, or the answer was a wrong one
 
 
 @dataclass(frozen=True, slots=True)
 class Outcome:
-    """`result` is CONNECTED, NOTHING or BROKEN; `detail` the tool's own word for it, if the cluster passes it on."""
+    """`result` is CONNECTED, NOTHING or BROKEN; `detail` what happened instead of an answer."""
 
     result: str
     detail: str = ""
@@ -28,11 +27,15 @@ class Outcome:
 
 @dataclass(frozen=True, slots=True)
 class Result:
-    """A connection with what came of it without and with policies (None: that round wasn't run)."""
+    """A connection with what came of it without and with policies (None: that round wasn't run).
+
+    `hint` is what the agents say of it, if it didn't go as expected.
+    """
 
     probe: Probe
     without: Outcome | None
     under: Outcome | None
+    hint: str = ""
 
     @property
     def passed(self) -> bool:
@@ -45,28 +48,28 @@ def met(outcome: Outcome | None, expected: bool) -> bool:
     return outcome is None or outcome.result == (CONNECTED if expected else NOTHING)
 
 
-def outcome(status: Mapping[str, Any] | None) -> Outcome | None:
-    """From a container's status; None while it runs or may still start."""
-    state = (status or {}).get("state") or {}
-    ended = state.get("terminated")
-    if ended:
-        code = ended.get("exitCode")
-        detail = _word(ended.get("message") or "")
-        if code == 0:
-            return Outcome(CONNECTED)
-        if code == NO_CONNECTION_CODE:
-            return Outcome(NOTHING, detail)
-        return Outcome(BROKEN, detail or f"exit code {code}")
-    return None
-
-
-def _word(message: str) -> str:
-    """The tool's `result` out of the last line of its log, or the line itself."""
-    last = (message.strip().splitlines() or [""])[-1]
+def outcomes(status: Mapping[str, Any] | None, count: int) -> list[Outcome] | None:
+    """From a client's container: an outcome for each of its `count` probes; None while it runs or may still start."""
+    ended = ((status or {}).get("state") or {}).get("terminated")
+    if not ended:
+        return None
+    message = str(ended.get("message") or "")
+    lines = message.strip().splitlines()
     try:
-        return str(json.loads(last)["result"])
-    except (ValueError, KeyError, TypeError):
-        return last
+        words = json.loads(lines[-1])
+        if len(words) != count or not all(isinstance(w, str) for w in words):
+            raise ValueError
+    except (ValueError, TypeError, IndexError):
+        why = lines[-1][:200] if lines else f"{ended.get('reason') or 'ended'}, exit code {ended.get('exitCode')}"
+        return [Outcome(BROKEN, f"the client failed: {why}")] * count
+    return [_outcome(w) for w in words]
+
+
+def _outcome(word: str) -> Outcome:
+    if word == "ok":
+        return Outcome(CONNECTED)
+    # A wrong answer came over a connection, so it is no proof of a denial.
+    return Outcome(BROKEN if word.startswith(("wrong", "not tried")) else NOTHING, word)
 
 
 def show(results: Sequence[Result], verbose: bool) -> None:
@@ -79,6 +82,12 @@ def show(results: Sequence[Result], verbose: bool) -> None:
     if not verbose and any(not r.passed for r in results):
         rows = [row for row, r in zip(rows, results, strict=True) if not r.passed]
     table(["", "CHECK", "CONNECTION", "BY", "WITHOUT POLICIES", "WITH POLICIES"], rows)
+    hints = list(dict.fromkeys(r.hint for r in results if r.hint))
+    if hints:
+        click.echo(click.style("\nWhy:", bold=True))
+        for hint in hints:
+            click.echo(f"  {hint}")
+        click.echo()
     click.echo(summary(results))
 
 
@@ -115,6 +124,7 @@ def as_json(results: Sequence[Result], namespace: str, nodes: Sequence[str]) -> 
             asdict(r.probe)
             | {
                 "passed": r.passed,
+                "hint": r.hint,
                 "without_policies": asdict(r.without) if r.without else None,
                 "with_policies": asdict(r.under) if r.under else None,
             }

@@ -4,17 +4,32 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Awaitable, Callable, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any, Final, TypeVar
 
 import msgspec
 
 from fimbria.cli.connectivity import objects
-from fimbria.cli.connectivity.report import BROKEN, Outcome, Result, outcome
-from fimbria.cli.connectivity.scenario import CLIENTS, SERVERS, SERVICES, External, Places, Probe, one_node, probes
+from fimbria.cli.connectivity.report import BROKEN, Outcome, Result, outcomes
+from fimbria.cli.connectivity.scenario import (
+    BALANCED,
+    CLIENTS,
+    HEADLESS,
+    SERVERS,
+    SERVICES,
+    SPREAD,
+    STICKY,
+    Client,
+    External,
+    Places,
+    Probe,
+    one_node,
+    probes,
+)
 from fimbria.sources.k8s.client import ApiClient
-from fimbria.sources.k8s.errors import AlreadyExists, Conflict, Forbidden, NotFound
+from fimbria.sources.k8s.errors import AlreadyExists, ApiError, Conflict, Forbidden, NotFound
 from fimbria.sources.k8s.resources import Resource
 from fimbria.sources.k8s.types.meta import ApiObject
 
@@ -43,12 +58,18 @@ class Slice(ApiObject, frozen=True):
 
     endpoints: tuple[Json, ...] | None = None
 
+    def serving(self) -> bool:
+        """Whether all of it can be reached."""
+        found = self.endpoints or ()
+        return bool(found) and all((e.get("conditions") or {}).get("ready", True) for e in found)
+
 
 NAMESPACES = Resource("", "v1", "namespaces", "Namespace", Whole, namespaced=False)
 NODES = Resource("", "v1", "nodes", "Node", Whole, namespaced=False)
 PODS = Resource("", "v1", "pods", "Pod", Whole)
 SERVICES_ = Resource("", "v1", "services", "Service", Whole)
 SLICES = Resource("discovery.k8s.io", "v1", "endpointslices", "EndpointSlice", Slice)
+CILIUM_POLICIES = Resource("cilium.io", "v2", "ciliumnetworkpolicies", "CiliumNetworkPolicy", Whole)
 POLICIES = Resource("networking.k8s.io", "v1", "networkpolicies", "NetworkPolicy", Whole)
 
 
@@ -61,6 +82,8 @@ class Settings:
     nodes: tuple[str, ...] = ()
     external: External | None = None
     host_port: int = 38080
+    host: bool = True
+    load_balancer: bool = False
     policies: bool = True
     keep: bool = False
     timeout: float = 120.0
@@ -74,13 +97,23 @@ class Finished:
     results: tuple[Result, ...]
 
 
-async def run(client: ApiClient, settings: Settings, say: Say) -> Finished:
-    """The whole test. Raises CantRun or ApiError; what was created is removed whatever happens, unless `keep`."""
+Explain = Callable[[Sequence[Result], Places], Awaitable[Sequence[Result]]]
+
+
+async def run(client: ApiClient, settings: Settings, say: Say, explain: Explain | None = None) -> Finished:
+    """The whole test. Raises CantRun or ApiError; what was created is removed whatever happens, unless `keep`.
+
+    `explain` is asked about the results while everything is still there, if one isn't as expected.
+    """
     test = _Test(client, settings, say)
     nodes = await test.choose_nodes()
     await test.create_namespace()
     try:
-        return Finished(nodes, tuple(await test.measure(nodes)))
+        results: Sequence[Result] = await test.measure(nodes)
+        if explain is not None and test.places is not None and not all(r.passed for r in results):
+            say("asking the agents why")
+            results = await explain(results, test.places)
+        return Finished(nodes, tuple(results))
     finally:
         if settings.keep:
             say(f"kept: namespace {settings.namespace}")
@@ -93,6 +126,8 @@ class _Test:
         self._client = client
         self._s = settings
         self._say = say
+        self._cilium = False
+        self.places: Places | None = None
 
     async def choose_nodes(self) -> tuple[str, ...]:
         """Two nodes that take pods; the first is the clients'."""
@@ -110,7 +145,7 @@ class _Test:
     async def create_namespace(self) -> None:
         """Fails if it is there already: what is in it isn't ours."""
         try:
-            await self._client.create(NAMESPACES, objects.namespace(self._s.namespace))
+            await self._client.create(NAMESPACES, objects.namespace(self._s.namespace, restricted=not self._s.host))
         except AlreadyExists:
             raise CantRun(f"namespace {self._s.namespace} exists already; choose another, or delete it") from None
 
@@ -131,33 +166,70 @@ class _Test:
     async def measure(self, nodes: tuple[str, ...]) -> list[Result]:
         """Both rounds."""
         # With one node all servers are on it, but two can't have the same port of it.
-        servers = [s for s in SERVERS if s.node < len(nodes) or not s.host]
+        servers = [s for s in SERVERS if not s.host or (self._s.host and s.node < len(nodes))]
         self._say(f"starting {len(servers)} servers on {' and '.join(nodes)}")
-        for s in servers:
-            node = nodes[min(s.node, len(nodes) - 1)]
-            await self._create(PODS, objects.server(s, node, self._s.image, self._s.host_port))
-        for name in SERVICES:
-            await self._create(SERVICES_, objects.service(name))
-        places = await self._places([s.name for s in servers])
-        found = probes(places)
+        mapped = self._s.host_port + 1 if self._s.host else 0
+        await asyncio.gather(
+            *(
+                self._create(PODS, objects.server(s, nodes[min(s.node, len(nodes) - 1)], self._s.image,
+                                                  self._s.host_port, mapped))
+                for s in servers
+            ),
+            *(self._create(SERVICES_, objects.service(name)) for name in self._services()),
+        )  # fmt: skip
+        self.places = places = await self._places([s.name for s in servers], mapped)
+        found = [p for p in probes(places) if self._s.host or p.client != "host"]
         wanted = one_node(found) if len(nodes) == 1 else found
-        named = {f"p{i}": p for i, p in enumerate(wanted)}
-        without = await self._round("without", nodes[0], named, policies=False)
-        under: dict[str, Outcome] = {}
+        without = await self._round("without", nodes[0], wanted, policies=False)
+        under: list[Outcome] = []
         if self._s.policies:
-            for policy in objects.policies(places.pods["fenced"]):
-                await self._create(POLICIES, policy)
+            made = [(POLICIES, p) for p in objects.policies(places.pods["fenced"])]
+            made += [(CILIUM_POLICIES, p) for p in objects.cilium_policies()] if places.cilium else []
+            await asyncio.gather(*(self._create(resource, policy) for resource, policy in made))
             await asyncio.sleep(SETTLE)
-            under = await self._round("with", nodes[0], named, policies=True)
-        return [Result(p, without[name], under.get(name)) for name, p in named.items()]
+            under = await self._round("with", nodes[0], wanted, policies=True)
+        return [Result(p, without[i], under[i] if under else None) for i, p in enumerate(wanted)]
 
-    async def _places(self, servers: Sequence[str]) -> Places:
+    def _services(self) -> tuple[str, ...]:
+        return (*SERVICES, SPREAD, STICKY, HEADLESS, *((BALANCED,) if self._s.load_balancer else ()))
+
+    async def _places(self, servers: Sequence[str], mapped: int) -> Places:
         pods = await self._until("servers", self._servers_ready(servers))
         services = await self._until("services", self._services_ready)
+        names, cilium = await self._has_dns(), await self._has_cilium_policies()
+        if not names:
+            self._say("there is no cluster DNS: names aren't tested")
         await asyncio.sleep(SETTLE)
         addresses = {n: _by_family(s.get("clusterIPs") or [s.get("clusterIP", "")]) for n, s in services.items()}
-        node_ports = {n: p.get("nodePort") or 0 for n, s in services.items() for p in (s.get("ports") or ())[:1]}
-        return Places(pods, addresses, self._s.host_port, self._s.external, node_ports)
+        if self._s.load_balancer:
+            addresses[BALANCED] = await self._until("the load balancer", self._balanced)
+        with suppress(ApiError):  # an API server that isn't the cluster's own may have no such Service
+            own = await self._client.get(SERVICES_, "kubernetes", "default")
+            addresses["kubernetes"] = _by_family(own.spec.get("clusterIPs") or [own.spec.get("clusterIP", "")])
+        node_ports = {n: p["nodePort"] for n, s in services.items() for p in (s.get("ports") or ())[:1]
+                      if p.get("nodePort") and n in SERVICES}  # fmt: skip
+        return Places(
+            pods, addresses, self._s.host_port, self._s.external, node_ports,
+            namespace=self._s.namespace, mapped_port=mapped, names=names, cilium=cilium,
+        )  # fmt: skip
+
+    async def _balanced(self) -> tuple[str, dict[int, str]]:
+        service = await self._client.get(SERVICES_, BALANCED, self._s.namespace)
+        ingress = (service.status.get("loadBalancer") or {}).get("ingress") or ()
+        found = _by_family(i["ip"] for i in ingress if i.get("ip"))
+        return ("" if found else "nobody has given the Service of type LoadBalancer an address yet"), found
+
+    async def _has_dns(self) -> bool:
+        """By the label that all of Kubernetes' own DNS have."""
+        found = (await self._client.list(PODS, "kube-system", labels="k8s-app=kube-dns")).items
+        return any(objects.ready(_json(p)) for p in found)
+
+    async def _has_cilium_policies(self) -> bool:
+        try:
+            await self._client.list(CILIUM_POLICIES, self._s.namespace)
+        except ApiError:
+            return False
+        return True
 
     def _servers_ready(self, servers: Sequence[str]) -> Callable[[], Awaitable[tuple[str, dict[str, dict[int, str]]]]]:
         async def look() -> tuple[str, dict[str, dict[int, str]]]:
@@ -173,38 +245,46 @@ class _Test:
 
     async def _services_ready(self) -> tuple[str, dict[str, Json]]:
         slices = (await self._client.list(SLICES, self._s.namespace)).items
-        filled = {(s.metadata.labels or {}).get("kubernetes.io/service-name") for s in slices if s.endpoints}
-        missing = [name for name in SERVICES if name not in filled]
+        ready = {(s.metadata.labels or {}).get("kubernetes.io/service-name") for s in slices if s.serving()}
+        missing = [name for name in self._services() if name not in ready]
         if missing:
-            return f"no EndpointSlice for service {missing[0]}", {}
+            return f"no endpoint of service {missing[0]} is ready", {}
         found = (await self._client.list(SERVICES_, self._s.namespace)).items
         return "", {s.metadata.name: s.spec for s in found}
 
-    async def _round(self, name: str, node: str, named: Mapping[str, Probe], *, policies: bool) -> dict[str, Outcome]:
+    async def _round(self, name: str, node: str, wanted: Sequence[Probe], *, policies: bool) -> list[Outcome]:
         """Starts the clients and waits for every connection's end."""
-        self._say(f"trying {len(named)} connections {name} policies")
-        for c in CLIENTS:
-            own = {n: p for n, p in named.items() if p.client == c.name}
-            if own:
-                await self._create(PODS, objects.client(c, name, node, self._s.image, probes=own, policies=policies))
-        found: dict[str, Outcome] = {}
+        self._say(f"trying {len(wanted)} connections {name} policies")
+        mine = {c.name: [i for i, p in enumerate(wanted) if p.client == c.name] for c in CLIENTS}
+        clients = [c for c in CLIENTS if mine[c.name]]
+        await asyncio.gather(*(self._client_pod(c, name, node, [wanted[i] for i in mine[c.name]], policies)
+                               for c in clients))  # fmt: skip
+        found: dict[str, list[Outcome]] = {}
 
-        async def look() -> tuple[str, dict[str, Outcome]]:
+        async def look() -> tuple[str, dict[str, list[Outcome]]]:
             for pod in (await self._client.list(PODS, self._s.namespace)).items:
-                if pod.metadata.name.endswith(f"-{name}"):
-                    for status in pod.status.get("containerStatuses") or ():
-                        ended = outcome(status)
-                        if ended is not None and status["name"] in named:
-                            found[status["name"]] = ended
-            missing = len(named) - len(found)
-            return (f"{missing} of {len(named)} connections" if missing else ""), found
+                who, _, round_ = pod.metadata.name.rpartition("-")
+                statuses = pod.status.get("containerStatuses") or ()
+                ended = outcomes(statuses[0], len(mine[who])) if round_ == name and who in mine and statuses else None
+                if ended is not None:
+                    found[who] = ended
+            missing = [c.name for c in clients if c.name not in found]
+            return (f"client {', '.join(missing)}" if missing else ""), found
 
         try:
-            return await self._until("connections", look)
+            await self._until("connections", look)
         except CantRun:
             if not found:
                 raise
-            return {n: found.get(n) or Outcome(BROKEN, f"no end after {self._s.timeout:.0f} s") for n in named}
+        results = [Outcome(BROKEN, f"no end after {self._s.timeout:.0f} s")] * len(wanted)
+        for who, ended in found.items():
+            for i, outcome in zip(mine[who], ended, strict=True):
+                results[i] = outcome
+        return results
+
+    async def _client_pod(self, c: Client, round_: str, node: str, tries: Sequence[Probe], policies: bool) -> None:
+        pod = objects.client(c, round_, node, self._s.image, probes=tries, policies=policies)
+        await self._create(PODS, pod)
 
     async def _until(self, what: str, look: Callable[[], Awaitable[tuple[str, T]]]) -> T:
         """Polls until nothing is missing. Raises CantRun naming what is missing after `timeout`."""

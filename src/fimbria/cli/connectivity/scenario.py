@@ -16,6 +16,7 @@ TCP_PORT: Final = 8081
 UDP_PORT: Final = 8082
 PORTS: Final = {"http": HTTP_PORT, "tcp": TCP_PORT, "udp": UDP_PORT}
 SERVICE_PORT: Final = 80
+PAIR: Final = ("near", "far")  # who is behind the services that have two backends
 LAST: Final = {4: 32, 6: 128}  # prefix length of a single address
 
 
@@ -43,10 +44,13 @@ SERVERS: Final = (
     Server("guarded", 1),
     Server("closed", 1),
     Server("fenced", 1),
+    Server("barred", 1),
+    Server("porter", 1),
     Server("host-near", 0, host=True),
     Server("host-far", 1, host=True),
 )
-SERVICES: Final = ("near", "far", "guarded")
+SERVICES: Final = ("near", "far", "guarded")  # with the server of the same name behind it
+SPREAD, STICKY, HEADLESS, BALANCED = "pair", "sticky", "headless", "balanced"  # with both of PAIR behind it
 CLIENTS: Final = (
     Client("plain"),
     Client("friend"),
@@ -79,11 +83,18 @@ class Places:
     host_port: int
     external: External | None = None
     node_ports: Mapping[str, int] = field(default_factory=dict)
+    namespace: str = ""
+    mapped_port: int = 0  # the node's port that leads to the porter; 0: none
+    names: bool = False  # whether the cluster has DNS
+    cilium: bool = False  # whether it has Cilium's policies
 
 
 @dataclass(frozen=True, slots=True)
 class Probe:
-    """One connection: `allowed` says what must come of it with policies; without them all must succeed."""
+    """One connection: `allowed` says what must come of it with policies; without them all must succeed.
+
+    `proto` is what the prober does; `want` are the servers that may answer, or a name's addresses.
+    """
 
     check: str
     client: str
@@ -93,6 +104,7 @@ class Probe:
     port: int
     allowed: bool = True
     family: int = field(default=4)
+    want: tuple[str, ...] = ()
 
 
 def parse_external(text: str) -> External:
@@ -115,8 +127,11 @@ def probes(places: Places) -> list[Probe]:
         found += _to_pods(places, family)
         found += _to_services(places, family)
         found += _to_node_ports(places, family)
+        found += _to_services_with_two(places, family)
+        found += _by_name(places, family)
         found += _from_and_to_nodes(places, family)
         found += _policies(places, family)
+        found += _cilium_policies(places, family)
     if places.external is not None:
         e = places.external
         found.append(
@@ -130,7 +145,8 @@ def _pod(
 ) -> Iterator[Probe]:
     address = places.pods.get(server, {}).get(family)
     if address:
-        yield Probe(check, client, f"pod {server}", proto, address, PORTS[proto], allowed, family)
+        want = (server,) if proto == "http" else ()
+        yield Probe(check, client, f"pod {server}", proto, address, PORTS[proto], allowed, family, want)
 
 
 def _service(
@@ -138,7 +154,7 @@ def _service(
 ) -> Iterator[Probe]:
     address = places.services.get(name, {}).get(family)
     if address:
-        yield Probe(check, client, f"service {name}", "http", address, SERVICE_PORT, allowed, family)
+        yield Probe(check, client, f"service {name}", "http", address, SERVICE_PORT, allowed, family, (name,))
 
 
 def _to_pods(places: Places, family: int) -> Iterator[Probe]:
@@ -160,18 +176,54 @@ def _to_node_ports(places: Places, family: int) -> Iterator[Probe]:
         for name in ("near", "far"):
             port = places.node_ports.get(name)
             if address and port:
-                what = f"service {name}", "http", address, port, True, family
+                what = f"service {name}", "http", address, port, True, family, (name,)
                 yield Probe(f"node port of {where}", "plain", *what)
                 yield Probe(f"node port of {where}, from a node", "host", *what)
+
+
+def _to_services_with_two(places: Places, family: int) -> Iterator[Probe]:
+    for check, name, proto in (
+        ("service, both backends are used", SPREAD, "spread"),
+        ("service, session affinity", STICKY, "same"),
+        ("load balancer", BALANCED, "http"),
+    ):
+        address = places.services.get(name, {}).get(family)
+        if address:
+            for client in ("plain", "host"):
+                what = f"service {name}", proto, address, SERVICE_PORT, True, family, PAIR
+                yield Probe(check, client, *what)
+    address = places.services.get("kubernetes", {}).get(family)
+    if address:
+        yield Probe("service of the API server", "plain", "service kubernetes", "connect", address, 443, True, family)
+
+
+def _by_name(places: Places, family: int) -> Iterator[Probe]:
+    """Names are looked up as programs do it, by the pod's resolver and its search list."""
+    address = places.services.get("far", {}).get(family)
+    if not places.names or not address:
+        return
+    for name in ("far", f"far.{places.namespace}", f"far.{places.namespace}.svc"):
+        yield Probe("name of a service", "plain", name, "dns", name, 0, True, family, (address,))
+    behind = tuple(places.pods[s][family] for s in PAIR if family in places.pods.get(s, {}))
+    headless = f"{HEADLESS}.{places.namespace}.svc"
+    yield Probe("name of a headless service", "plain", headless, "dns", headless, 0, True, family, behind)
+    yield Probe("service, by its name", "plain", "far", "http", f"far.{places.namespace}.svc", SERVICE_PORT, True,
+                family, ("far",))  # fmt: skip
 
 
 def _from_and_to_nodes(places: Places, family: int) -> Iterator[Probe]:
     for server, check in (("host-near", "pod to its own node"), ("host-far", "pod to another node")):
         address = places.pods.get(server, {}).get(family)
         if address:
-            yield Probe(check, "plain", server.replace("-", " "), "http", address, places.host_port, True, family)
+            target = server.replace("-", " ")
+            yield Probe(check, "plain", target, "http", address, places.host_port, True, family, (server,))
     yield from _pod(places, family, "node to its own pod", "host", "near")
     yield from _pod(places, family, "node to another node's pod", "host", "far")
+    address = places.pods.get("host-far", {}).get(family)
+    if address and places.mapped_port and family in places.pods.get("porter", {}):
+        for client in ("plain", "host"):
+            what = "pod porter", "http", address, places.mapped_port, True, family, ("porter",)
+            yield Probe("host port of another node", client, *what)
 
 
 def _policies(places: Places, family: int) -> Iterator[Probe]:
@@ -185,6 +237,15 @@ def _policies(places: Places, family: int) -> Iterator[Probe]:
     yield from _pod(places, family, "egress block: exception", "walled", "fenced", allowed=False)
     yield from _pod(places, family, "egress deny: same node", "caged", "near", allowed=False)
     yield from _pod(places, family, "egress deny: other node", "caged", "far", allowed=False)
+
+
+def _cilium_policies(places: Places, family: int) -> Iterator[Probe]:
+    if not places.cilium:
+        return
+    yield from _pod(places, family, "CiliumNetworkPolicy: allowed", "friend", "barred")
+    yield from _pod(places, family, "CiliumNetworkPolicy: other port", "friend", "barred", proto="tcp", allowed=False)
+    yield from _pod(places, family, "CiliumNetworkPolicy: denied", "walled", "barred", allowed=False)
+    yield from _pod(places, family, "CiliumNetworkPolicy: others", "plain", "barred", allowed=False)
 
 
 def one_node(found: list[Probe]) -> list[Probe]:

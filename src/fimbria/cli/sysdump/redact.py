@@ -16,7 +16,7 @@ REDACTED: Final = "<redacted>"
 MAX_LINE: Final = 32 << 10  # characters; a longer line is cut
 _NAMES: Final = (
     r"pass(?:word|wd|phrase|code)|secret|token|api[-_.]?key|access[-_.]?key|private[-_.]?key|client[-_.]?key|"
-    r"signing[-_.]?key|encryption[-_.]?key|shared[-_.]?key|credential|authorization|bearer|cookie|psk\b|"
+    r"signing[-_.]?key|encryption[-_.]?key|shared[-_.]?key|credential|authorization|bearer|(?<![\w.-])(?:set-)?cookie\b|psk\b|"
     r"kube-?config|docker-?cfg|dockerconfigjson"
 )
 _WHOLE: Final = (
