@@ -9,19 +9,21 @@ import platform
 import shutil
 import signal
 import subprocess
+import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from tests.cluster.bed import Cluster
-from tests.cluster.images.recipes import kube
+from tests.cluster.images.recipes import ROOT, kube
 from tests.cluster.upstream.results import Result, Run, parse_junit
 from tests.cluster.upstream.specs import Selection, focus_of
 
 from fimbria.release import RELEASE
 
 REPORT = "junit_01.xml"  # of the test binary itself: names are those of --list-tests
+BALANCED = "[Feature:LoadBalancer]"
 HOUR = 3600.0
 GRACE = 120.0  # for specs' own clean-up when a run ends early
 
@@ -51,9 +53,14 @@ def binaries() -> Path:
 def run(bench: Bench, selection: Selection, seconds: float = 3 * HOUR) -> Run:
     """All of a selection: first what may run together, then the rest by itself. Raises UpstreamError."""
     results: list[Result] = []
-    for label, names, processes in (("together", selection.together, bench.processes), ("alone", selection.alone, 1)):
-        if names:
-            results += _run(bench, bench.folder / label, names, min(processes, len(names)), seconds)
+    balanced = any(BALANCED in name for name in (*selection.together, *selection.alone))
+    with _cloud(bench) if balanced else contextlib.nullcontext():
+        for label, names, processes in (
+            ("together", selection.together, bench.processes),
+            ("alone", selection.alone, 1),
+        ):
+            if names:
+                results += _run(bench, bench.folder / label, names, min(processes, len(names)), seconds)
     absent = {*selection.together, *selection.alone} - {one.name for one in results}
     if absent and not any(one.state == "failed" for one in results):
         raise UpstreamError(f"no result of {len(absent)} specs, such as {min(absent)}; see {bench.folder}")
@@ -66,6 +73,29 @@ def run(bench: Bench, selection: Selection, seconds: float = 3 * HOUR) -> Run:
         RELEASE,
         len(bench.cluster.nodes()),
     )
+
+
+@contextlib.contextmanager
+def _cloud(bench: Bench) -> Iterator[None]:
+    """Somebody who gives Services of type LoadBalancer addresses, for as long as specs run."""
+    bench.folder.mkdir(parents=True, exist_ok=True)
+    module = [sys.executable, "-m", "tests.cluster.upstream.cloud", str(bench.cluster.layout.pki)]
+    with (bench.folder / "cloud.log").open("w") as log:
+        command = [*bench.cluster.enter("control"), "--", *module]
+        child = subprocess.Popen(
+            command,
+            cwd=ROOT,
+            env=bench.cluster.control_env,
+            stdout=log,
+            stderr=subprocess.STDOUT,
+            start_new_session=True,
+        )
+        try:
+            yield
+        finally:
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(child.pid, signal.SIGKILL)
+            child.wait()
 
 
 def _run(bench: Bench, folder: Path, names: Sequence[str], processes: int, seconds: float) -> list[Result]:
