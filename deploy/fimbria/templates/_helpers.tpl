@@ -13,7 +13,7 @@ k8s-app: fimbria
 {{- end -}}
 
 {{- define "fimbria.operator.selector" -}}
-name: fimbria-operator
+k8s-app: fimbria-operator
 {{- end -}}
 
 {{- define "fimbria.image" -}}
@@ -84,6 +84,8 @@ name: fimbria-operator
   "masquerade-ports" $v.masquerade.ports
   "cluster-name" $v.cluster.name
   "label-filter" $v.labels
+  "identity-allocation" $v.identityManagementMode
+  "endpoint-slices" $v.ciliumEndpointSlice.enabled
   "forwarding" $v.loadBalancer.mode
   "load-balancing" $v.loadBalancer.algorithm
   "xdp" $v.loadBalancer.acceleration
@@ -112,6 +114,9 @@ name: fimbria-operator
   "leader-elect" true
   "namespace" .Release.Namespace
   "cluster-name" $v.cluster.name
+  "label-filter" $v.labels
+  "identity-allocation" $v.identityManagementMode
+  "endpoint-slices" $v.ciliumEndpointSlice.enabled
   "ipv4-pool" ($v.ipv4.enabled | ternary (join "," $pools.clusterPoolIPv4PodCIDRList) "")
   "ipv4-mask" $pools.clusterPoolIPv4MaskSize
   "ipv6-pool" ($v.ipv6.enabled | ternary (join "," $pools.clusterPoolIPv6PodCIDRList) "")

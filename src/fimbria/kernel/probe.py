@@ -8,7 +8,7 @@ from pathlib import Path
 from fimbria.kernel.fd import BpfError
 from fimbria.kernel.links import AttachType, query_device
 
-_CAP_NET_ADMIN, _CAP_SYS_ADMIN, _CAP_BPF = 12, 21, 39
+_CAP_NET_ADMIN, _CAP_SYS_ADMIN = 12, 21
 
 
 def kernel_version() -> tuple[int, int]:
@@ -70,9 +70,8 @@ def problems(caps: int | None = None) -> list[str]:
     """What keeps the agent from running here, one sentence each; empty when nothing does."""
     bits = capabilities() if caps is None else caps
     found = []
-    admin = bits >> _CAP_SYS_ADMIN & 1
-    if not (bits >> _CAP_BPF & 1 or admin):
-        found.append("CAP_BPF is missing: the process can't load BPF programs.")
+    if not bits >> _CAP_SYS_ADMIN & 1:
+        found.append("CAP_SYS_ADMIN is missing: the process can't enter pods' namespaces or open programs by number.")
     if not bits >> _CAP_NET_ADMIN & 1:
         found.append("CAP_NET_ADMIN is missing: the process can't attach programs or change links and routes.")
     if not has_btf():

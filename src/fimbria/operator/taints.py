@@ -197,11 +197,13 @@ class TaintKeeper:
             await self.client.patch_status(NODES, name, {"conditions": [condition]}, kind="strategic")
         if not decision.add and not decision.remove:
             return
+        # Rare enough to ask for the object as it is now, instead of keeping every version of every Node.
+        found = await self.client.get(NODES, name)
+        if (self.wishes.taint in node_state(found).taints) is decision.add:
+            return  # our own write of just now: the watch hasn't brought it yet
         if decision.remove:
             log.info("node %s forwards: its taint %s goes", name, self.wishes.taint)
         else:
             log.warning("node %s gets the taint %s: its agent isn't ready", name, self.wishes.taint)
-        # Rare enough to ask for the object as it is now, instead of keeping every version of every Node.
-        found = await self.client.get(NODES, name)
         patch = taint_patch(found, self.wishes.taint, add=decision.add)
         await self.client.patch(NODES, name, patch, kind="json")
