@@ -8,6 +8,7 @@ refused token is read again from its file once.
 import asyncio
 import random as _random
 import socket
+import ssl
 import time
 from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Mapping, Sequence
 from contextlib import aclosing, asynccontextmanager, suppress
@@ -42,6 +43,7 @@ _PATCH_TYPES: dict[PatchKind, str] = {
 }
 _MAX_RETRY_AFTER = 60.0
 _STREAM_BUFFER = 256 << 10
+_CLOCKS = dict.fromkeys((9, 10), " (or this node's clock is wrong)")  # OpenSSL's codes: not yet valid, expired
 
 
 class Listed(msgspec.Struct, Generic[T], frozen=True):
@@ -92,6 +94,8 @@ class ApiClient:
         self._random = random
         self._agent = user_agent(component)
         self._session: aiohttp.ClientSession | None = None
+        self.guard: Callable[[str], None] | None = None
+        """Asked right before anything is written, with what it is; raises if it must not be."""
         self._sockets: WeakSet[socket.socket] = WeakSet()
 
     async def __aenter__(self) -> Self:
@@ -124,8 +128,7 @@ class ApiClient:
     def _open(self) -> aiohttp.ClientSession:
         if self._session is None:
             connector = aiohttp.TCPConnector(
-                limit=self._connections, ssl=self.config.tls or True, keepalive_timeout=60.0,
-                socket_factory=self._socket,
+                limit=self._connections, keepalive_timeout=60.0, socket_factory=self._socket
             )
             self._session = aiohttp.ClientSession(
                 connector=connector,
@@ -214,13 +217,14 @@ class ApiClient:
                 self._url(resource.path(namespace), params),
                 headers=self._authorization(),
                 timeout=timeout,
+                ssl=self._tls(),
                 server_hostname=self.config.tls_server_name or None,
                 allow_redirects=False,
             )
             async with asyncio.timeout(self._timeout.total):
                 response = await request
         except (aiohttp.ClientError, OSError, TimeoutError) as error:
-            raise Unavailable(what, 0, text=_say(error)) from error
+            raise self._unreachable(what, error) from error
         try:
             if response.status != 200:
                 raise await self._refusal(what, response)
@@ -345,6 +349,8 @@ class ApiClient:
 
     async def _attempt(self, method: str, what: str, url: URL, body: bytes | None, content_type: str) -> bytes:
         headers = self._authorization()
+        if self.guard is not None and method != "GET":
+            self.guard(what)
         if body is not None:
             headers["Content-Type"] = content_type
         try:
@@ -354,6 +360,7 @@ class ApiClient:
                 data=body,
                 headers=headers,
                 timeout=self._timeout,
+                ssl=self._tls(),
                 server_hostname=self.config.tls_server_name or None,
                 allow_redirects=False,
             ) as response:
@@ -361,21 +368,32 @@ class ApiClient:
                     raise await self._refusal(what, response)
                 return await response.read()
         except (aiohttp.ClientError, OSError, TimeoutError) as error:
-            raise Unavailable(what, 0, text=_say(error)) from error
+            raise self._unreachable(what, error) from error
 
     async def _refusal(self, what: str, response: aiohttp.ClientResponse) -> ApiError:
         try:
             body = await asyncio.wait_for(response.content.read(_STREAM_BUFFER), 10.0)
         except (aiohttp.ClientError, OSError, TimeoutError):
             body = b""
-        if response.status == 401 and self.config.token is not None:
-            self.config.token.expire()
+        if response.status == 401:
+            for renewed in (self.config.token, self.config.trust):
+                if renewed is not None:
+                    renewed.expire()
         return from_answer(what, response.status, body, response.headers.get("Retry-After", ""))
 
     async def _take_turn(self) -> None:
         wait = self._bucket.reserve(self._clock())
         if wait > 0:
             await self._sleep(wait)
+
+    def _tls(self) -> ssl.SSLContext | bool:
+        trust = self.config.trust
+        return (trust.get() if trust is not None else self.config.tls) or True
+
+    def _unreachable(self, what: str, error: BaseException) -> Unavailable:
+        if isinstance(error, aiohttp.ClientSSLError | ssl.SSLError) and self.config.trust is not None:
+            self.config.trust.expire()
+        return Unavailable(what, 0, text=_say(error))
 
     def _authorization(self) -> dict[str, str]:
         token = self.config.token.get() if self.config.token else ""
@@ -424,4 +442,8 @@ def _say(error: BaseException) -> str:
         return "timed out"
     if isinstance(error, aiohttp.ClientPayloadError):
         return "the connection broke off in the middle"
+    certificate = getattr(error, "certificate_error", None) or error
+    if isinstance(certificate, ssl.SSLCertVerificationError):
+        hint = _CLOCKS.get(certificate.verify_code, "")
+        return f"the server's certificate isn't accepted: {certificate.verify_message}{hint}"
     return str(error) or type(error).__name__

@@ -1,4 +1,5 @@
-"""How to reach an API server: kubeconfig files and the in-cluster service account.
+"""How to reach an API server: kubeconfig files and the in-cluster service account. Files that are rotated (tokens,
+authorities, client certificates) are read again while we run.
 
 Format: https://kubernetes.io/docs/reference/config-api/kubeconfig.v1/ . Credential plugins (`exec`, `auth-provider`),
 impersonation, passwords and proxies aren't supported and say so, naming the entry: they need a program or a right that
@@ -11,6 +12,7 @@ import os
 import ssl
 import time
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -73,9 +75,57 @@ class Token:
         self._read_at = None
 
 
+class Trust:
+    """A TLS context made from files, which are read again after `max_age` seconds since authorities and client
+    certificates are rotated; a new context if they changed, so that connections are made anew.
+
+    What can't be used keeps the context of before: a file may be half written, and the server says if it won't do.
+    """
+
+    def __init__(
+        self,
+        make: Callable[[], ssl.SSLContext],
+        files: tuple[Path, ...],
+        *,
+        max_age: float = 60.0,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self._make = make
+        self._files = files
+        self._max_age = max_age
+        self._clock = clock
+        self._seen = self._contents()
+        self._context = make()
+        self._read_at = clock()
+
+    def get(self) -> ssl.SSLContext:
+        """The context to connect with."""
+        now = self._clock()
+        if now - self._read_at >= self._max_age:
+            self._read_at = now
+            contents = self._contents()
+            if contents != self._seen:
+                with suppress(ConfigError):
+                    self._context = self._make()
+                    self._seen = contents
+        return self._context
+
+    def expire(self) -> None:
+        """The two sides don't trust each other: look at the files again at the next use."""
+        self._read_at = float("-inf")
+
+    def _contents(self) -> tuple[bytes, ...]:
+        found = []
+        for path in self._files:
+            with suppress(ConfigError):
+                found.append(_read(path))
+        return tuple(found)
+
+
 @dataclass(frozen=True)
 class ClusterConfig:
-    """Where the API server is and how to prove who we are. Build with `load`; `tls` is None for plain http."""
+    """Where the API server is and how to prove who we are. Build with `load`; `tls` is None for plain http. `trust`
+    renews `tls` when it comes from files."""
 
     server: str
     tls: ssl.SSLContext | None = None
@@ -83,6 +133,7 @@ class ClusterConfig:
     token: Token | None = None
     namespace: str = "default"
     origin: str = field(default="", compare=False)
+    trust: Trust | None = field(default=None, compare=False)
 
 
 def load(
@@ -123,16 +174,19 @@ def in_cluster(
         raise ConfigError("not in a pod: $KUBERNETES_SERVICE_HOST isn't set")
     token = Token(path=service_account / "token")
     token.get()
-    tls = _trust(_read(service_account / "ca.crt"), str(service_account / "ca.crt"))
+    authority = service_account / "ca.crt"
+    trust = Trust(lambda: _trust(_read(authority), str(authority)), (authority,))
     try:
         namespace = _read(service_account / "namespace").decode().strip()
     except ConfigError:
         namespace = "default"
     url = server or f"https://{f'[{host}]' if ':' in host else host}:{port}"
     _check_server(url, "the in-cluster configuration")
+    https = url.startswith("https:")
     return ClusterConfig(
-        url.rstrip("/"), tls if url.startswith("https:") else None, "", token, namespace, "the pod's service account"
-    )
+        url.rstrip("/"), trust.get() if https else None, "", token, namespace, "the pod's service account",
+        trust if https else None,
+    )  # fmt: skip
 
 
 def from_kubeconfig(path: Path, *, context: str = "", server: str = "") -> ClusterConfig:
@@ -149,9 +203,11 @@ def from_kubeconfig(path: Path, *, context: str = "", server: str = "") -> Clust
     _refuse(cluster, user)
     url = server or cluster.text("server")
     _check_server(url, f"{path}: {cluster.name}: server")
+    trust = Trust(lambda: _tls(cluster, user), _files(cluster, user)) if url.startswith("https:") else None
     return ClusterConfig(
         server=url.rstrip("/"),
-        tls=_tls(cluster, user) if url.startswith("https:") else None,
+        tls=trust.get() if trust else None,
+        trust=trust,
         tls_server_name=cluster.text("tls-server-name"),
         token=_token(user),
         namespace=chosen.text("namespace") or "default",
@@ -273,6 +329,11 @@ def _check_server(url: str, where: str) -> None:
         valid = False
     if not valid:
         raise ConfigError(f"{where}: {url!r} is no http or https URL of an API server")
+
+
+def _files(cluster: _Section, user: _Section) -> tuple[Path, ...]:
+    wanted = ((cluster, "certificate-authority"), (user, "client-certificate"), (user, "client-key"))
+    return tuple(path for section, key in wanted if (path := section.file(key)) is not None)
 
 
 def _tls(cluster: _Section, user: _Section) -> ssl.SSLContext:

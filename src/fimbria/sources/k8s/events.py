@@ -72,6 +72,7 @@ class EventRecorder:
         self.posted = 0
         self.suppressed = 0
         self.failed = 0
+        self._complained = ""
 
     def emit(self, resource: Resource[Any], meta: ObjectMeta, type: EventType, reason: str, message: str) -> None:
         """Tell something about the object `meta` of the kind `resource`. `reason` is one CamelCase word."""
@@ -121,9 +122,13 @@ class EventRecorder:
             try:
                 await self._post(key, story)
                 self.posted += 1
+                self._complained = ""
             except ApiError as error:
                 self.failed += 1
-                _log.info("an event about %s %s wasn't posted: %s", story.about.kind, story.about.name, error)
+                # Whoever may not post one may post none: once is enough, in a log that people read.
+                level = logging.INFO if error.reason == self._complained else logging.WARNING
+                self._complained = error.reason
+                _log.log(level, "an event about %s %s wasn't posted: %s", story.about.kind, story.about.name, error)
 
     async def _post(self, key: tuple[str, ...], story: _Story) -> None:
         namespace = story.about.namespace or "default"  # Events are namespaced, also those about nodes

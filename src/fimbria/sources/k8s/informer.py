@@ -43,6 +43,7 @@ STABLE = 5.0  # seconds a watch must live for the back-off to start anew
 HICCUP = 1.0
 RELIST_ROW = 1e-4
 RELIST_MOST = 10.0
+TELL_EVERY = 20  # attempts, which is about five minutes
 REFUSALS = 3
 REFUSED = (400, 422, 504)  # how servers say that a version is no version, or one that they haven't reached
 _log = logging.getLogger("fimbria.k8s")
@@ -163,7 +164,9 @@ class Informer(Generic[T, K, V]):
         self.connected = False
         self.error = str(error)
         self.errors += 1
-        level = logging.WARNING if max(self._backoff.attempts, self._hiccups.attempts) == 1 else logging.DEBUG
+        # What stays wrong is said again from time to time: nobody reads yesterday's log for why a policy isn't known.
+        told = max(self._backoff.attempts, self._hiccups.attempts) % TELL_EVERY == 1
+        level = logging.WARNING if told else logging.DEBUG
         _log.log(level, "%s; trying again in %.1f s", error, delay)
         await self._sleep(delay)
 

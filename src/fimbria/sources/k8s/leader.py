@@ -127,8 +127,9 @@ class LeaderElection:
                     return
                 self.error = ""
             except ApiError as error:
+                if str(error) != self.error:
+                    _log.warning("the lease %s/%s can't be looked after: %s", self._namespace, self._name, error)
                 self.error = str(error)
-                _log.debug("%s", error)
             await self._sleep(self._retry * (1.0 + 0.2 * self._random()))
 
     async def _try(self) -> bool:

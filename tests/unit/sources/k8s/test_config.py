@@ -248,3 +248,21 @@ def test_token_file_is_read_again_and_survives_a_gap(tmp_path: Path) -> None:
     path.write_text("three")
     token.expire()
     assert token.get() == "three"
+
+
+def test_rotated_authority_is_taken_over(make: Make, pair: tuple[Path, Path], tmp_path: Path) -> None:
+    authority = tmp_path / "ca.crt"
+    authority.write_bytes(pair[0].read_bytes())
+    trust = from_kubeconfig(make({"server": "https://10.0.0.1", "certificate-authority": str(authority)})).trust
+    assert trust is not None
+    first = trust.get()
+    authority.write_bytes(pair[0].read_bytes() * 2)
+    assert trust.get() is first, "not looked at before its time"
+    trust.expire()
+    second = trust.get()
+    assert second is not first
+    authority.write_bytes(b"half a certif")
+    trust.expire()
+    assert trust.get() is second, "what can't be used isn't"
+    trust.expire()
+    assert trust.get() is second
