@@ -4,67 +4,28 @@ from __future__ import annotations
 
 import contextlib
 import fcntl
-import importlib.util
 import json
 import os
 import shutil
-import subprocess
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 from tests.cluster.bed import cgroups, control, install, network, pki, processes
 from tests.cluster.bed.errors import BedError
-from tests.cluster.bed.images import load
+from tests.cluster.bed.handle import COMMAND_SECONDS, Node
+from tests.cluster.bed.images import load, marks, prepare
 from tests.cluster.bed.layout import DEFAULT_NAME, DISKS, NETNS, STARTUP_TAINT, STATE, Layout, node_name, node_number
 from tests.cluster.bed.node import NodeHost
 from tests.cluster.bed.progress import say, step
-from tests.cluster.images.build import ImageError
+from tests.cluster.bed.store import Store
+from tests.cluster.images.build import ImageError, cache_dir
 from tests.cluster.images.build import ensure as build_images
+from tests.cluster.images.recipes import kube, recipes
 
 TOOLS = ("kube-apiserver", "kube-controller-manager", "kube-scheduler", "kubelet", "kubectl", "helm")
-COMMAND_SECONDS = 120.0
-
-
-@dataclass(frozen=True)
-class Node:
-    """A node as tests see it."""
-
-    host: NodeHost
-
-    @property
-    def name(self) -> str:
-        return self.host.name
-
-    def exec(self, command: Sequence[str], *, stdin: str = "", seconds: float = COMMAND_SECONDS) -> str:
-        """Runs in all namespaces of the node; its output. Raises BedError with what it said if it failed."""
-        return processes.run([*self.host.enter(), "--", *command], stdin=stdin, env=self.env, seconds=seconds)
-
-    def popen(self, command: Sequence[str], **options: Any) -> subprocess.Popen[str]:
-        return subprocess.Popen([*self.host.enter(), "--", *command], env=self.env, text=True, **options)
-
-    @property
-    def env(self) -> dict[str, str]:
-        return processes.environment() | {"PATH": f"/opt/kube/bin:{processes.PATH}"}
-
-    def stop(self) -> None:
-        """Pulls the plug; the disk stays."""
-        self.host.stop()
-
-    def start(self) -> None:
-        """Starts it again, with another boot id and an empty /run."""
-        self.host.boot()
-        self.host.start_containerd()
-        self.host.start_kubelet()
-
-    def stop_kubelet(self) -> None:
-        processes.stop(self.host.layout, self.name, "kubelet")
-
-    def start_kubelet(self) -> None:
-        self.host.start_kubelet()
 
 
 class Cluster:
@@ -89,7 +50,9 @@ class Cluster:
                 network.ensure_control(self.layout)
                 network.ensure_member(self.layout, "world")
             with ThreadPoolExecutor(len(wanted) + 1) as pool:
-                work = [pool.submit(self._start_control), *(pool.submit(self._start_host, h, taints) for h in wanted)]
+                work = [pool.submit(self._start_control)]
+                archives = self._stock()
+                work += [pool.submit(self._start_host, host, taints, archives) for host in wanted]
                 for one in work:
                     one.result()
             for host in wanted:
@@ -97,17 +60,18 @@ class Cluster:
             with step(f"{len(wanted)} nodes registered"):
                 self._wait_registered(wanted)
 
-    def load_images(self) -> None:
-        """Builds what is outdated and gives it to the nodes that run."""
+    def load_images(self, *names: str) -> None:
+        """Builds those images (tests.cluster.images) where they are outdated, and gives them to the nodes that run."""
+        archives = built(*names)
         hosts = [self._host(name) for name in self.nodes() if self._host(name).booted]
-        with step("images"), ThreadPoolExecutor(max(1, len(hosts))) as pool:
-            list(pool.map(lambda host: load(host, self.images.values()), hosts))
+        with step(f"images {', '.join(names)}"), ThreadPoolExecutor(max(1, len(hosts))) as pool:
+            list(pool.map(lambda host: load(host, archives), hosts))
 
     def install_fimbria(self, values: Mapping[str, Any] | None = None, chart: Path = install.CHART) -> None:
         """Installs or upgrades Fimbria from this tree by its chart; `values` are merged over the bed's own. Returns
         when nodes are Ready without the startup taint. Raises BedError."""
-        self.load_images()
-        install.fimbria(self, values or {}, chart)
+        self.load_images(install.IMAGE)
+        install.fimbria(self, built(install.IMAGE)[install.IMAGE], values or {}, chart)
 
     def install_dns(self) -> None:
         """The cluster's DNS; returns when pods on every node get answers."""
@@ -129,7 +93,7 @@ class Cluster:
         number = next(n for n in range(1, 100) if node_name(n) not in self.nodes())
         host = self._host(node_name(number))
         with self.locked():
-            self._start_host(host, taints)
+            self._start_host(host, taints, self._stock())
             host.start_kubelet()
             self._wait_registered([host])
         return Node(host)
@@ -238,27 +202,11 @@ class Cluster:
     @cached_property
     def binaries(self) -> Path:
         """Folder of the Go programs, built if need be."""
-        file = Path(__file__).resolve().parents[2] / "kube" / "build.py"
-        spec = importlib.util.spec_from_file_location("fimbria_kube_build", file)
-        assert spec and spec.loader
-        module = importlib.util.module_from_spec(spec)
-        import sys
-
-        sys.modules[spec.name] = module
-        spec.loader.exec_module(module)
         try:
-            found: Path = module.ensure(TOOLS)
-        except module.BuildError as error:
+            found: Path = kube.ensure(TOOLS)
+        except kube.BuildError as error:
             raise BedError(str(error)) from None
         return found
-
-    @cached_property
-    def images(self) -> dict[str, Path]:
-        """Archives by the image's name, built if need be."""
-        try:
-            return build_images()
-        except ImageError as error:
-            raise BedError(str(error)) from None
 
     def _host(self, name: str) -> NodeHost:
         node_number(name)
@@ -271,10 +219,22 @@ class Cluster:
             if not shutil.which(tool, path=processes.PATH):
                 raise BedError(f"{tool} is missing: scripts/setup --test installs what is needed")
         cgroups.check()
-        with step("programs and images"):
-            say(f"{len(self.images)} images, programs in {self.binaries}")
+        with step("programs"):
+            say(f"from {self.binaries}")
         for folder in (STATE, self.layout.state, DISKS, self.layout.disks, self.layout.logs):
             folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+
+    @property
+    def _store(self) -> Store:
+        return Store(cache_dir() / "store")
+
+    def _stock(self) -> dict[str, Path]:
+        """The images of the bed, and those that its nodes have got besides."""
+        known = {name for node in self.nodes() for name in marks(self._host(node)).names()}
+        archives = built(*(name for name in recipes() if name in known or not name.startswith(install.IMAGE)))
+        with step(f"{len(archives)} images"):
+            self._store.update(archives)
+        return archives
 
     def _start_control(self) -> None:
         with step("control plane"):
@@ -284,12 +244,12 @@ class Cluster:
             control.start_controllers(self.layout, self.binaries)
             control.start_routes(self.layout)
 
-    def _start_host(self, host: NodeHost, taints: tuple[str, ...]) -> None:
-        with step(f"{host.name}: started"):
+    def _start_host(self, host: NodeHost, taints: tuple[str, ...], archives: Mapping[str, Path]) -> None:
+        with step(host.name):
+            prepare(host, self._store)
             host.boot(taints)
             host.start_containerd()
-        with step(f"{host.name}: images"):
-            load(host, self.images.values())
+            load(host, archives)
 
     def _wait_registered(self, hosts: Sequence[NodeHost]) -> None:
         def registered() -> bool:
@@ -302,6 +262,14 @@ class Cluster:
             return "".join(processes.tail(self.layout, host.name, "kubelet") for host in hosts)
 
         processes.wait("nodes in the API", registered, 90, explain, pause=0.3)
+
+
+def built(*names: str) -> dict[str, Path]:
+    """Archives of those images by their names, built if need be. Raises BedError."""
+    try:
+        return build_images(names)
+    except ImageError as error:
+        raise BedError(str(error)) from None
 
 
 def clusters() -> list[str]:

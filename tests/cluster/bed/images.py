@@ -3,26 +3,31 @@
 from __future__ import annotations
 
 import subprocess
-from collections.abc import Iterable
+from collections.abc import Mapping
 from pathlib import Path
 
 from tests.cluster.bed import processes
 from tests.cluster.bed.errors import BedError
 from tests.cluster.bed.node import NodeHost
+from tests.cluster.bed.store import NAMESPACE, Marks, Store
 
-NAMESPACE = "k8s.io"
+
+def prepare(host: NodeHost, store: Store) -> None:
+    """Gives a node that has never been started what the store has."""
+    root = host.layout.disk(host.name) / "plain" / "var/lib/containerd"
+    if not root.exists():
+        store.fill(root, marks(host))
 
 
-def load(host: NodeHost, archives: Iterable[Path]) -> None:
-    """Imports those that the node hasn't got. Raises BedError."""
-    done = host.layout.disk(host.name) / "images"
-    done.mkdir(exist_ok=True)
-    for archive in archives:
-        found = archive.stat()
-        marker = done / f"{archive.name}.{found.st_size}.{found.st_mtime_ns}"
-        if not marker.exists():
-            _import(host, archive)
-            marker.touch()
+def load(host: NodeHost, archives: Mapping[str, Path]) -> None:
+    """Imports those that the node hasn't got, by the images' names; the node runs. Raises BedError."""
+    for name, archive in marks(host).missing(archives).items():
+        _import(host, archive)
+        marks(host).set(name, archive)
+
+
+def marks(host: NodeHost) -> Marks:
+    return Marks(host.layout.disk(host.name) / "images")
 
 
 def _import(host: NodeHost, archive: Path) -> None:

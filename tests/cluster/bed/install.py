@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from tests.cluster.bed.cluster import Cluster
 
 CHART = REPOSITORY / "deploy" / "fimbria"
-RELEASE, NAMESPACE = "fimbria", "kube-system"
+IMAGE, RELEASE, NAMESPACE = "fimbria", "fimbria", "kube-system"
 ROLLOUT_SECONDS = 180.0
 
 
@@ -45,9 +45,9 @@ def merged(base: Mapping[str, Any], more: Mapping[str, Any]) -> dict[str, Any]:
     return result
 
 
-def fimbria(cluster: Cluster, more: Mapping[str, Any], chart: Path = CHART) -> None:
+def fimbria(cluster: Cluster, image: Path, more: Mapping[str, Any], chart: Path = CHART) -> None:
     """Installs or upgrades, and waits until agents and operators are ready and nodes take pods. Raises BedError."""
-    told = merged(values(cluster.images["fimbria"]), more)
+    told = merged(values(image), more)
     file = cluster.layout.state / "values.json"
     file.write_text(json.dumps(told, indent=1))
     with step("chart installed"):
@@ -92,7 +92,7 @@ def unready(cluster: Cluster) -> list[str]:
 
 def dns_ready(cluster: Cluster) -> bool:
     """Raises BedError if it was never installed."""
-    return cluster.get("-n", NAMESPACE, "deployment", "coredns")["status"].get("readyReplicas", 0) > 0
+    return bool(cluster.get("-n", NAMESPACE, "deployment", "coredns")["status"].get("readyReplicas"))
 
 
 def _ask_from_pods(cluster: Cluster) -> None:

@@ -27,10 +27,16 @@ def run(command: Sequence[str], *, stdin: str = "", env: Mapping[str, str] | Non
     except FileNotFoundError:
         raise BedError(f"the command {command[0]} is missing: scripts/setup --test installs what is needed") from None
     except subprocess.TimeoutExpired:
-        raise BedError(f"{' '.join(command[:6])}: no end after {seconds:.0f} s") from None
+        raise BedError(f"{_shown(command)}: no end after {seconds:.0f} s") from None
     if done.returncode != 0:
-        raise BedError(f"{' '.join(command[:8])}: {(done.stderr or done.stdout).strip()[-TAIL_BYTES:]}")
+        raise BedError(f"{_shown(command)}: {(done.stderr or done.stdout).strip()[-TAIL_BYTES:]}")
     return done.stdout
+
+
+def _shown(command: Sequence[str]) -> str:
+    """Without the words that lead into a namespace, and not all of it."""
+    own = command[command.index("--") + 1 :] if "--" in command and command[0].endswith("labrun") else command
+    return " ".join(own[:8])
 
 
 def enter(layout: Layout, member: str, pid: int | None = None) -> list[str]:
