@@ -66,6 +66,7 @@ class AgentConfig:
     probe_listen: str = ""
     trace_interval: float = 5.0
     label_filter: str = ""
+    identity_allocation: str = "agent"
     endpoint_slices: bool = True
     log_level: str = "info"
 
@@ -90,6 +91,8 @@ class AgentConfig:
         if self.load_balancing not in ("random", "maglev"):
             raise ConfigError(f"--load-balancing {self.load_balancing!r}: random or maglev")
         port_range("--node-ports", self.node_ports)
+        if self.identity_allocation not in ("agent", "operator"):
+            raise ConfigError(f"--identity-allocation {self.identity_allocation!r}: agent or operator")
         if self.log_level not in LOG_LEVELS:
             raise ConfigError(f"--log-level {self.log_level!r}: {', '.join(LOG_LEVELS)}")
         for name, (least, most) in RANGES.items():
@@ -172,6 +175,7 @@ HELP: Mapping[str, str] = {
     "healthz_listen": "HOST:PORT of /healthz and /livez, as kube-proxy has them; empty: none",
     "probe_listen": "HOST:PORT of /livez and /readyz for kubelet's probes; empty: none",
     "trace_interval": "seconds between two events of one busy connection",
+    "identity_allocation": "who makes identities: agent or operator; the same for agents and operator",
     "endpoint_slices": "learn of other nodes' pods by CiliumEndpointSlices where the operator fills them",
     "label_filter": "security-relevant labels: regular expressions separated by blanks, ! excludes",
     "log_level": "debug, info, warning or error",

@@ -1,4 +1,8 @@
-"""Carries out what the identity allocator decides: requests to the API server, and what they reveal back into it."""
+"""Gives this node's pods their identities: allocates numbers, or waits until the operator did (--identity-allocation).
+
+A running pod whose labels changed gets a number that was there before at once. A new one waits `SETTLE` seconds until
+the other nodes know it: they drop packets of identities that they don't know (docs/design/policy.md).
+"""
 
 from __future__ import annotations
 
@@ -7,35 +11,43 @@ import logging
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import Any, Final
+from typing import Final
 
-from fimbria.decide.identity import Create, IdentitiesExhausted, IdentityAllocator, Keep, Use
+from fimbria.decide.identity import IdentitiesExhausted
 from fimbria.model.endpoint import EndpointIdentity
-from fimbria.model.labels import NAMESPACE, LabelFilter, Labels
+from fimbria.model.labels import LabelFilter, Labels
 from fimbria.sources.k8s.client import ApiClient
-from fimbria.sources.k8s.errors import AlreadyExists, ApiError, NotFound
-from fimbria.sources.k8s.resources import CILIUM_IDENTITIES
-from fimbria.sources.k8s.rows import UNUSED_ANNOTATION
-from fimbria.sources.k8s.types.cilium import CiliumIdentity
+from fimbria.sources.k8s.errors import ApiError, Unavailable
+from fimbria.sources.k8s.identities import IdentitySearch, spread
 from fimbria.tables import Tables
 
 log = logging.getLogger(__name__)
 RETRY: Final = 0.5
 RETRY_MAX: Final = 30.0
+SETTLE: Final = 2.0
+PATIENCE: Final = 20.0  # well within the time that runtimes give an ADD
 
 
 @dataclass(slots=True)
 class Identities:
-    """Gives labels their number. `on_changed(endpoint id, identity)` tells of running pods whose labels changed."""
+    """Gives labels their number. `on_changed(endpoint id, identity)` tells of running pods whose labels changed.
+
+    Without `allocate` it never writes: it waits for `patience` seconds for the operator to make what is missing.
+    """
 
     client: ApiClient
     tables: Tables
     labels: LabelFilter
     on_changed: Callable[[int, EndpointIdentity], None] = lambda _endpoint_id, _identity: None
-    _allocator: IdentityAllocator = field(default_factory=IdentityAllocator)
-    _searches: dict[Labels, asyncio.Task[int]] = field(default_factory=dict)
+    allocate: bool = True
+    patience: float = PATIENCE
+    _search: IdentitySearch = field(init=False)
+    _waiting: dict[Labels, asyncio.Event] = field(default_factory=dict)
     _wanted: dict[int, Labels] = field(default_factory=dict)
     _tasks: set[asyncio.Task[None]] = field(default_factory=set)
+
+    def __post_init__(self) -> None:
+        self._search = IdentitySearch(self.client, spread=lambda: spread(len(self.tables.nodes)))
 
     async def run(self) -> None:
         """Follow what exists, until cancelled."""
@@ -70,8 +82,11 @@ class Identities:
     async def _change(self, endpoint_id: int, labels: Labels) -> None:
         pause = RETRY
         while self._wanted.get(endpoint_id) == labels:
+            known = self._search.allocator.number(labels) is not None
             try:
                 number = await self._number(labels)
+                if not known:
+                    await asyncio.sleep(SETTLE)
             except (ApiError, IdentitiesExhausted) as error:
                 log.warning("endpoint %s keeps its old identity for now: %s", endpoint_id, error)
                 await asyncio.sleep(pause)
@@ -82,63 +97,28 @@ class Identities:
                 self.on_changed(endpoint_id, EndpointIdentity(number, dict(labels)))
 
     async def _number(self, labels: Labels) -> int:
-        decision = self._allocator.want(labels, time.monotonic())
-        if isinstance(decision, Use):
-            return decision.number
-        # One search per label set, however many pods wait for it.
-        task = self._searches.get(labels)
-        if task is None:
-            task = asyncio.create_task(self._search(labels))
-            self._searches[labels] = task
-            task.add_done_callback(lambda _: self._searches.pop(labels, None))
-        return await asyncio.shield(task)
-
-    async def _search(self, labels: Labels) -> int:
-        while True:
-            decision = self._allocator.want(labels, time.monotonic())
-            if isinstance(decision, Use):
-                return decision.number
-            if isinstance(decision, Create):
-                await self._create(labels, decision.number)
-            else:
-                await self._keep(labels, decision)
-
-    async def _create(self, labels: Labels, number: int) -> None:
-        body: dict[str, Any] = {
-            "metadata": {"name": str(number), "labels": {"io.kubernetes.pod.namespace": labels.get(NAMESPACE, "")}},
-            "security-labels": dict(labels),
-        }
-        try:
-            self._take(await self.client.create(CILIUM_IDENTITIES, body))
-        except AlreadyExists:
+        if self.allocate:
+            return await self._search.number(labels)
+        deadline = time.monotonic() + self.patience
+        while (number := self._search.allocator.number(labels)) is None:
+            appeared = self._waiting.setdefault(labels, asyncio.Event())
             try:
-                holder = await self.client.get(CILIUM_IDENTITIES, str(number))
-            except NotFound:
-                self._allocator.on_gone(number)
-                return
-            held, marked = Labels(holder.security_labels or {}), _marked(holder)
-            self._allocator.on_conflict(labels, number, held, marked, time.monotonic())
-
-    async def _keep(self, labels: Labels, decision: Keep) -> None:
-        patch = {"metadata": {"annotations": {UNUSED_ANNOTATION: None}}}
-        try:
-            kept = await self.client.patch(CILIUM_IDENTITIES, str(decision.number), patch)
-        except NotFound:
-            self._allocator.on_gone(decision.number)
-            return
-        self._take(kept)
-        self._allocator.on_kept(labels, decision.number)
-
-    def _take(self, identity: CiliumIdentity) -> None:
-        number, labels = int(identity.metadata.name), Labels(identity.security_labels or {})
-        self._allocator.on_seen(number, labels, _marked(identity))
+                await asyncio.wait_for(appeared.wait(), deadline - time.monotonic())
+            except TimeoutError:
+                shown = ", ".join(labels.texts())
+                text = f"the operator has not made it within {self.patience:g} s; is it running? ({shown})"
+                raise Unavailable("wait for the CiliumIdentity", 0, text=text) from None
+        return number
 
     def _seen(self, number: int) -> None:
         row = self.tables.identities.get(number)
         if row is not None:
-            self._allocator.on_seen(number, Labels(row.labels), row.marked)
+            there = Labels(row.labels)
+            self._search.allocator.on_seen(number, there, row.marked)
+            if (waiting := self._waiting.pop(there, None)) is not None:
+                waiting.set()
             return
-        labels = self._allocator.on_gone(number)
+        labels = self._search.allocator.on_gone(number)
         if labels is None:
             return
         for endpoint_id, decided in self.tables.endpoint_identities.items():
@@ -149,7 +129,3 @@ class Identities:
                 task = asyncio.create_task(self._change(endpoint_id, labels))
                 self._tasks.add(task)
                 task.add_done_callback(self._tasks.discard)
-
-
-def _marked(identity: CiliumIdentity) -> bool:
-    return UNUSED_ANNOTATION in (identity.metadata.annotations or {})

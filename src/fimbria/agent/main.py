@@ -193,7 +193,7 @@ def build(config: AgentConfig, client: ApiClient) -> Agent:
         services=Defaults(config.forwarding, config.load_balancing), xdp=config.xdp,
     )  # fmt: skip
     engine.api_servers = api_server_ends(client.config.server)
-    identities = Identities(client, tables, words.labels)
+    identities = Identities(client, tables, words.labels, allocate=config.identity_allocation == "agent")
     engine.on_labels = identities.labels_changed
     wiring = Wiring(netlink, 1500, sysctls=Path(config.procfs) / "sys")
     agent = Agent(

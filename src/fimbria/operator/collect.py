@@ -1,110 +1,183 @@
-"""Removes what nobody uses: identities (see decide/identity.py for the rules), reports of pods that are gone, and
-CiliumNodes whose Node is gone."""
+"""Removes what nobody uses, from what the replica follows anyway: no list of everything, few and paced requests.
+
+Rules
+1. Identities: decide/identity.py says which, from the tables of identities and CiliumEndpoints (and, where the operator
+   allocates, of pods). All must be connected: a view that has stood still proves nothing. A watch whose peer is gone
+   is noticed within a minute and a half (TCP keep-alive), which the grace must exceed by far.
+2. CiliumEndpoints and CiliumNodes that have an owner are removed by Kubernetes' garbage collector when that is gone.
+   Those without one are ours: looked at again in the next pass, and removed if by then a fresh read says that their
+   pod or Node doesn't exist, and they are still what we saw (uid and resourceVersion).
+3. `rate` requests a second at most, all together; what is left over is done in the next pass.
+"""
 
 from __future__ import annotations
 
 import asyncio
 import logging
 import time
-from dataclasses import dataclass
-from typing import Any
+from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Set as AbstractSet
+from dataclasses import dataclass, field
+from typing import Any, Final
+
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 
 from fimbria.decide.identity import Existing, IdentityCollector
 from fimbria.model.labels import Labels
-from fimbria.sources.k8s import resources
+from fimbria.operator.endpoint_slices import Reported
+from fimbria.sources.k8s import resources, rows
 from fimbria.sources.k8s.client import ApiClient
 from fimbria.sources.k8s.errors import ApiError, Conflict, NotFound
-from fimbria.sources.k8s.rows import UNUSED_ANNOTATION, identity_key
+from fimbria.sources.k8s.pacing import TokenBucket
+from fimbria.sources.k8s.resources import Resource
+from fimbria.sources.k8s.rows import UNUSED_ANNOTATION
 from fimbria.sources.k8s.timestamps import to_time
+from fimbria.sources.k8s.types.cilium import CiliumIdentity, CiliumNode
+from fimbria.tables import ObjectKey
+from fimbria.tables.table import Table
 
 log = logging.getLogger(__name__)
 
 
+def existing(obj: CiliumIdentity) -> Existing:
+    """What the collector needs of a CiliumIdentity. Raises ValueError for a name that is no number of the cluster's."""
+    row = rows.identity(obj)
+    return Existing(Labels(row.labels), row.marked, obj.metadata.resource_version)
+
+
 @dataclass(slots=True)
 class Collector:
-    """One pass every `interval` seconds. Counters are for metrics."""
+    """One pass every `interval` seconds. `current()` says whether what is followed is up to date; `wanted()` are the
+    identities that pods need besides those that CiliumEndpoints name."""
 
     client: ApiClient
-    identities: IdentityCollector
+    identities: Table[int, Existing]
+    endpoints: Table[ObjectKey, Reported]
+    nodes: Table[str, CiliumNode]
+    decide: IdentityCollector
     interval: float
-    deleted_identities: int = 0
-    deleted_endpoints: int = 0
-    deleted_nodes: int = 0
+    rate: float
+    current: Callable[[], bool]
+    wanted: Callable[[], AbstractSet[int]] = frozenset
+    clock: Callable[[], float] = time.monotonic
+    deletions: dict[str, int] = field(default_factory=dict)
+    passes: int = 0
+    put_off: int = 0
+    seconds: float = 0.0
+    marked: int = 0
+    _suspects: set[tuple[str, str, str]] = field(default_factory=set)
 
     async def run(self) -> None:
         """Collect until cancelled."""
+        for table in (self.identities, self.endpoints, self.nodes):
+            await table.wait_synced()
         while True:
             await asyncio.sleep(self.interval)
-            for work in (self._nodes, self._endpoints, self._collect_identities):
-                try:
-                    await work()
-                except ApiError as error:
-                    log.warning("collection put off: %s", error)
+            began = self.clock()
+            try:
+                async with asyncio.timeout(10 * self.interval):
+                    await self.collect()
+            except (ApiError, TimeoutError) as error:
+                log.warning("collection put off: %s", error or "it takes too long")
+                self.put_off += 1
+            self.seconds += self.clock() - began
 
-    async def _collect_identities(self) -> None:
-        listed = await self.client.list(resources.CILIUM_IDENTITIES)
-        existing = {
-            number: Existing(
-                Labels(i.security_labels or {}),
-                UNUSED_ANNOTATION in (i.metadata.annotations or {}),
-                i.metadata.resource_version,
-            )
-            for i in listed.items
-            if (number := identity_key(i.metadata))
-        }
-        # Read after the identities: one in use now must not look unused.
-        endpoints = await self.client.list(resources.CILIUM_ENDPOINTS)
-        used = {e.status.identity.id for e in endpoints.items}
-        result = self.identities.collect(existing, used, time.monotonic())
+    async def collect(self) -> None:
+        """One pass. Raises ApiError if the server can't be asked."""
+        if not self.current():
+            self.put_off += 1
+            return
+        self.passes += 1
+        bucket = TokenBucket(self.rate, max(1, int(self.rate)))
+        await self._identities(bucket)
+        await self._unowned(bucket)
+
+    async def _identities(self, bucket: TokenBucket) -> None:
+        known = dict(self.identities.items())
+        used = {row.identity for row in self.endpoints.values()} | self.wanted()
+        result = self.decide.collect(known, used, self.clock())
+        self.marked = sum(one.marked for one in known.values())
         now = to_time(time.time())
-        for number in result.mark:
-            await self._annotate(number, existing[number].version, now)
-        for number in result.unmark:
-            await self._annotate(number, existing[number].version, None)
-        for number in result.delete:
-            await self._delete_identity(number, existing[number].version)
+        for number in sorted(result.unmark):
+            await self._annotate(number, known[number], None, bucket)
+        for number in sorted(result.mark):
+            await self._annotate(number, known[number], now, bucket)
+        for number in sorted(result.delete):
+            await self._delete_identity(number, known[number], bucket)
 
-    async def _annotate(self, number: int, version: str, value: str | None) -> None:
-        patch: dict[str, Any] = {"metadata": {"resourceVersion": version, "annotations": {UNUSED_ANNOTATION: value}}}
+    async def _turn(self, bucket: TokenBucket) -> None:
+        await asyncio.sleep(bucket.reserve(self.clock()))
+
+    async def _annotate(self, number: int, seen: Existing, value: str | None, bucket: TokenBucket) -> None:
+        if self.identities.get(number) != seen:
+            return
+        await self._turn(bucket)
+        patch: dict[str, Any] = {
+            "metadata": {"resourceVersion": seen.version, "annotations": {UNUSED_ANNOTATION: value}}
+        }
         try:
             await self.client.patch(resources.CILIUM_IDENTITIES, str(number), patch)
         except (Conflict, NotFound):
             log.debug("identity %s changed meanwhile", number)
 
-    async def _delete_identity(self, number: int, version: str) -> None:
+    async def _delete_identity(self, number: int, seen: Existing, bucket: TokenBucket) -> None:
+        await self._turn(bucket)
+        # Waiting for one's turn can take a while: what came to use it since must not be overlooked.
+        if self.identities.get(number) != seen or number in self.wanted():
+            return
         try:
-            await self.client.delete(resources.CILIUM_IDENTITIES, str(number), resource_version=version)
-            self.deleted_identities += 1
+            await self.client.delete(resources.CILIUM_IDENTITIES, str(number), resource_version=seen.version)
+            self._count("identities")
             log.info("identity %s was unused and is removed", number)
         except (Conflict, NotFound):
             log.debug("identity %s changed meanwhile", number)
 
-    async def _endpoints(self) -> None:
-        """Reports without a pod. Owner references do the same where a garbage collector runs."""
-        endpoints = await self.client.list(resources.CILIUM_ENDPOINTS)
-        pods = await self.client.list(resources.PODS)
-        alive = {(p.metadata.namespace, p.metadata.name) for p in pods.items}
-        for e in endpoints.items:
-            meta = e.metadata
-            if (meta.namespace, meta.name) in alive:
+    async def _unowned(self, bucket: TokenBucket) -> None:
+        endpoints = (("ciliumendpoints", *key) for key, row in self.endpoints.items() if not row.owned)
+        nodes = (("ciliumnodes", "", name) for name, n in self.nodes.items() if not n.metadata.owner_references)
+        found: set[tuple[str, str, str]] = {*endpoints, *nodes}
+        seen_before, self._suspects = found & self._suspects, found
+        await self._check(sorted(seen_before), bucket)
+
+    async def _check(self, suspects: Iterable[tuple[str, str, str]], bucket: TokenBucket) -> None:
+        for plural, namespace, name in suspects:
+            await self._turn(bucket)
+            ours, owners = _PAIRS[plural]
+            try:
+                found = await self.client.get(ours, name, namespace)
+            except NotFound:
                 continue
             try:
-                await self.client.delete(
-                    resources.CILIUM_ENDPOINTS, meta.name, meta.namespace, uid=meta.uid,
-                    resource_version=meta.resource_version,
-                )  # fmt: skip
-                self.deleted_endpoints += 1
+                await self.client.get(owners, name, namespace)
+                continue
+            except NotFound:
+                pass
+            meta = found.metadata
+            try:
+                await self.client.delete(ours, name, namespace, uid=meta.uid, resource_version=meta.resource_version)
             except (Conflict, NotFound):
                 continue
+            self._count(plural)
+            log.info("%s is removed: its %s is gone", ours.describe(namespace, name), owners.kind)
 
-    async def _nodes(self) -> None:
-        ours = await self.client.list(resources.CILIUM_NODES)
-        nodes = {n.metadata.name for n in (await self.client.list(resources.NODES)).items}
-        for node in ours.items:
-            if node.metadata.name in nodes:
-                continue
-            log.info("node %s is gone, and its blocks are free again", node.metadata.name)
-            await self.client.delete(
-                resources.CILIUM_NODES, node.metadata.name, uid=node.metadata.uid, missing_ok=True
-            )  # fmt: skip
-            self.deleted_nodes += 1
+    def _count(self, kind: str) -> None:
+        self.deletions[kind] = self.deletions.get(kind, 0) + 1
+
+    def metrics(self) -> Iterator[Metric]:
+        """For the operator's exposition."""
+        deletions = CounterMetricFamily("fimbria_gc_deletions", "Unused objects removed", labels=["kind"])
+        for kind in ("identities", *_PAIRS):
+            deletions.add_metric([kind], self.deletions.get(kind, 0))
+        yield deletions
+        runs = CounterMetricFamily("fimbria_gc_runs", "Looks for unused objects", labels=["outcome"])
+        runs.add_metric(["completed"], self.passes)
+        runs.add_metric(["put_off"], self.put_off)
+        yield runs
+        yield CounterMetricFamily("fimbria_gc_duration_seconds", "Time spent looking", value=self.seconds)
+        yield GaugeMetricFamily("fimbria_identities_unused", "Identities marked as unused", value=self.marked)
+
+
+_PAIRS: Final[dict[str, tuple[Resource[Any], Resource[Any]]]] = {
+    "ciliumendpoints": (resources.CILIUM_ENDPOINTS, resources.PODS),
+    "ciliumnodes": (resources.CILIUM_NODES, resources.NODES),
+}

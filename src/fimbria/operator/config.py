@@ -9,8 +9,10 @@ from dataclasses import dataclass
 from typing import Final
 
 from fimbria.decide.node_blocks import Pool, PoolError, check_pools
+from fimbria.model.labels import LabelFilter
 from fimbria.small_http import listen_address
 
+ON: Final = ("1", "true", "yes", "on")
 LOG_LEVELS: Final = ("debug", "info", "warning", "error")
 
 
@@ -26,8 +28,12 @@ class OperatorConfig:
     pools: tuple[Pool, ...]
     leader_elect: bool
     namespace: str
+    identity_allocation: str
+    label_filter: str
+    endpoint_slices: bool
     identity_grace: float
     collect_interval: float
+    collect_rate: float
     cluster_name: str
     metrics_listen: str
     healthz_listen: str
@@ -55,8 +61,11 @@ def parse(argv: Sequence[str], environ: Mapping[str, str] | None = None) -> Oper
     add("--ipv6-pool", "", "IPv6 networks for pods, comma separated; empty: none")
     add("--ipv6-mask", "64", "prefix length of one node's IPv6 block")
     add("--namespace", "kube-system", "namespace of the leader's Lease and of the agents' pods")
+    add("--identity-allocation", "agent", "who makes identities: agent or operator; the same for agents and operator")
+    add("--label-filter", "", "security-relevant labels as the agents' --label-filter says")
     add("--identity-grace", "900", "seconds that an unused identity is kept")
     add("--collect-interval", "60", "seconds between two looks for what nobody uses any more")
+    add("--collect-rate", "20", "requests a second for removing it")
     add("--cluster-name", "default", "name of the cluster in identity labels")
     add("--metrics-listen", "", "HOST:PORT for Prometheus; empty: none")
     add("--healthz-listen", "", "HOST:PORT of /livez, /readyz and /healthz; empty: none")
@@ -69,14 +78,39 @@ def parse(argv: Sequence[str], environ: Mapping[str, str] | None = None) -> Oper
         ("--set-network-status", "set the condition NetworkUnavailable to False on nodes whose agent is ready"),
     ):
         p.add_argument(switch, action=argparse.BooleanOptionalAction, default=False, help=text)
+    given = env.get("FIMBRIA_ENDPOINT_SLICES", "on").lower()
+    text = "batch CiliumEndpoints into CiliumEndpointSlices, which agents follow instead"
+    p.add_argument("--endpoint-slices", action=argparse.BooleanOptionalAction, default=given in ON, help=text)
     a = p.parse_args(list(argv))
     try:
         pools = (*_pools(a.ipv4_pool, a.ipv4_mask, v4=True), *_pools(a.ipv6_pool, a.ipv6_mask, v4=False))
         check_pools(pools)
-        grace = _seconds("--identity-grace", a.identity_grace)
-        interval = _seconds("--collect-interval", a.collect_interval)
+        grace = _number("--identity-grace", a.identity_grace)
+        interval = _number("--collect-interval", a.collect_interval)
+        rate = _number("--collect-rate", a.collect_rate)
     except (PoolError, ValueError) as error:
         raise ConfigError(str(error)) from None
+    if min(interval, rate) <= 0:
+        raise ConfigError("--collect-interval and --collect-rate: expected more than 0")
+    if not pools:
+        raise ConfigError("neither --ipv4-pool nor --ipv6-pool is set: pods would get no addresses")
+    _check(a)
+    return OperatorConfig(
+        a.kubeconfig, pools, a.leader_elect, a.namespace, a.identity_allocation, a.label_filter, a.endpoint_slices,
+        grace, interval, rate, a.cluster_name,
+        a.metrics_listen, a.healthz_listen, a.agent_taint, a.remove_taints, a.set_taints, a.set_network_status,
+        a.log_level,
+    )  # fmt: skip
+
+
+def _check(a: argparse.Namespace) -> None:
+    """Raises ConfigError for a word that means nothing."""
+    if a.identity_allocation not in ("agent", "operator"):
+        raise ConfigError(f"--identity-allocation {a.identity_allocation!r}: agent or operator")
+    try:
+        LabelFilter.of(a.label_filter.split())
+    except ValueError as error:
+        raise ConfigError(f"--label-filter: {error}") from None
     for setting, text in (("--healthz-listen", a.healthz_listen), ("--metrics-listen", a.metrics_listen)):
         try:
             listen_address(text)
@@ -84,20 +118,13 @@ def parse(argv: Sequence[str], environ: Mapping[str, str] | None = None) -> Oper
             raise ConfigError(f"{setting} {error}") from None
     if a.log_level not in LOG_LEVELS:
         raise ConfigError(f"--log-level {a.log_level!r}: {', '.join(LOG_LEVELS)}")
-    if not pools:
-        raise ConfigError("neither --ipv4-pool nor --ipv6-pool is set: pods would get no addresses")
-    return OperatorConfig(
-        a.kubeconfig, pools, a.leader_elect, a.namespace, grace, interval, a.cluster_name,
-        a.metrics_listen, a.healthz_listen, a.agent_taint, a.remove_taints, a.set_taints, a.set_network_status,
-        a.log_level,
-    )  # fmt: skip
 
 
-def _seconds(setting: str, text: str) -> float:
+def _number(setting: str, text: str) -> float:
     try:
         return float(text)
     except ValueError:
-        raise ConfigError(f"{setting} {text!r}: expected seconds") from None
+        raise ConfigError(f"{setting} {text!r}: expected a number") from None
 
 
 def _pools(networks: str, mask: str, *, v4: bool) -> tuple[Pool, ...]:

@@ -1,4 +1,5 @@
-"""The operator's composition root: pod blocks, collection of what is unused, and the status of policies."""
+"""The operator's composition root: pod blocks, slices of endpoints, identities, collection of what is unused, and the
+status of policies."""
 
 from __future__ import annotations
 
@@ -12,11 +13,13 @@ from typing import Any, Final
 
 from fimbria.decide.identity import IdentityCollector
 from fimbria.decide.node_blocks import BlockAllocator
-from fimbria.model.labels import DEFAULT_FILTER
+from fimbria.model.labels import LabelFilter
 from fimbria.operator.blocks import NodeBlockWriter
 from fimbria.operator.collect import Collector
 from fimbria.operator.config import ConfigError, OperatorConfig, parse
+from fimbria.operator.endpoint_slices import EndpointSliceWriter, withdraw
 from fimbria.operator.health import OperatorHealth
+from fimbria.operator.identities import IdentityMaker
 from fimbria.operator.metrics import OperatorMetrics
 from fimbria.operator.policies import (
     Finding,
@@ -27,10 +30,12 @@ from fimbria.operator.policies import (
     judge,
 )
 from fimbria.operator.taints import AGENT_PODS, AgentPod, NodeState, TaintKeeper, Wishes, agent_pod, node_state
+from fimbria.operator.view import ClusterView
 from fimbria.sources.k8s import config as k8s_config
 from fimbria.sources.k8s import resources
 from fimbria.sources.k8s.client import ApiClient
 from fimbria.sources.k8s.events import EventRecorder
+from fimbria.sources.k8s.identities import IdentitySearch
 from fimbria.sources.k8s.informer import Informer
 from fimbria.sources.k8s.leader import LeaderElection, LeadershipLost
 from fimbria.sources.k8s.policies import Vocabulary
@@ -45,14 +50,25 @@ LEASE: Final = "fimbria-operator"
 
 
 class Operator:
-    """One replica: what it follows, and what it does while it leads."""
+    """One replica: what it follows all the time, and what it does while it leads.
 
-    def __init__(self, config: OperatorConfig, client: ApiClient) -> None:
+    `election_client` is another connection with a rate of its own: a busy leader must not lose its lease over its work.
+    """
+
+    def __init__(self, config: OperatorConfig, client: ApiClient, election_client: ApiClient) -> None:
         self.config = config
         self.client = client
         self.election: LeaderElection | None = None
         self.working = False
         self.metrics = OperatorMetrics(lambda: self.working)
+        self.words = vocabulary(config)
+        self.view = ClusterView(
+            self._follow, slices=config.endpoint_slices, pods=config.identity_allocation == "operator"
+        )
+        if config.leader_elect:
+            me = f"{os.uname().nodename}_{os.getpid()}"
+            self.election = LeaderElection(election_client, namespace=config.namespace, name=LEASE, identity=me)
+            client.guard = self._fence
 
     async def run(self) -> None:
         """Until stopped. Raises LeadershipLost, OSError of a port."""
@@ -61,15 +77,15 @@ class Operator:
             self.alive, self.ready, self.metrics.exposition, config.healthz_listen, config.metrics_listen
         )
         async with asyncio.TaskGroup() as group:
-            serving = group.create_task(health.run())
-            if config.leader_elect:
-                me = f"{os.uname().nodename}_{os.getpid()}"
-                election = LeaderElection(self.client, namespace=config.namespace, name=LEASE, identity=me)
-                self.election = election
-                await election.run(self.lead)
-            else:
-                await self.lead()
-            serving.cancel()
+            serving = [group.create_task(health.run()), *(group.create_task(i.run()) for i in self.view.informers)]
+            await (self.election.run(self.lead) if self.election is not None else self.lead())
+            for task in serving:
+                task.cancel()
+
+    def _fence(self, what: str) -> None:
+        """Raises LeadershipLost: nothing is written by who doesn't hold the lease at this moment."""
+        if self.election is not None and not self.election.holds():
+            raise LeadershipLost(f"{what}: not without the lease")
 
     def alive(self) -> str:
         """What is wrong with this process, "" for nothing."""
@@ -94,31 +110,61 @@ class Operator:
     async def _work(self) -> None:
         config, client = self.config, self.client
         nodes: Table[str, CiliumNode] = Table("nodes")
-        words = Vocabulary(DEFAULT_FILTER, config.cluster_name)
-        collector = Collector(client, IdentityCollector(config.identity_grace), config.collect_interval)
         async with asyncio.TaskGroup() as group:
+            # Listed anew by every leader: a block that the former one gave a moment ago must not be given again.
             follow_nodes = self._follow(resources.CILIUM_NODES, nodes, lambda n: n, key=lambda m: m.name)
             group.create_task(follow_nodes.run())
             group.create_task(NodeBlockWriter(client, nodes, BlockAllocator(config.pools)).run())
-            group.create_task(collector.run())
-            policies: tuple[tuple[Resource[Any], Any], ...] = (
-                (resources.CILIUM_NETWORK_POLICIES, judge(words)),
-                (resources.CILIUM_CLUSTERWIDE_NETWORK_POLICIES, judge(words)),
-                (resources.CILIUM_LOCAL_REDIRECT_POLICIES, judge(words, local_redirect)),
-            )
-            for resource, judgement in policies:
-                verdicts: Table[Any, Verdict] = Table(resource.plural)
-                group.create_task(self._follow(resource, verdicts, judgement, key=object_key).run())
-                group.create_task(PolicyStatusWriter(client, resource, verdicts).run())
+            self._keep_endpoints(group, nodes)
+            self._keep_identities(group, nodes)
+            self._judge_policies(group)
             wishes = Wishes(config.agent_taint, config.remove_taints, config.set_taints, config.set_network_status)
             if wishes:
                 self._keep_taints(group, wishes)
-            events = EventRecorder(client, component="fimbria-operator", host=os.uname().nodename)
-            findings: Table[Any, Finding] = Table("networkpolicies")
-            follow_policies = self._follow(resources.NETWORK_POLICIES, findings, inspect(words), key=object_key)
-            group.create_task(follow_policies.run())
-            group.create_task(NetworkPolicyEvents(events, findings).run())
-            group.create_task(events.run())
+
+    def _keep_endpoints(self, group: asyncio.TaskGroup, nodes: Table[str, CiliumNode]) -> None:
+        view = self.view
+        if not self.config.endpoint_slices:
+            group.create_task(withdraw(self.client))
+            return
+        writer = EndpointSliceWriter(self.client, view.endpoints, view.slices, view.namespaces, lambda: len(nodes))
+        self.metrics.parts.append(writer.metrics)
+        group.create_task(writer.run())
+
+    def _keep_identities(self, group: asyncio.TaskGroup, nodes: Table[str, CiliumNode]) -> None:
+        config, view = self.config, self.view
+        collector = Collector(
+            self.client, view.identities, view.endpoints, nodes, IdentityCollector(config.identity_grace),
+            config.collect_interval, config.collect_rate, view.current,
+        )  # fmt: skip
+        if view.pods is not None:
+            search = IdentitySearch(self.client)
+            maker = IdentityMaker(
+                search, view.pods, view.namespaces, view.identities, self.words.labels, config.cluster_name
+            )
+            collector.wanted = maker.wanted
+            self.metrics.parts.append(maker.metrics)
+            group.create_task(maker.run())
+        self.metrics.parts.append(collector.metrics)
+        group.create_task(collector.run())
+
+    def _judge_policies(self, group: asyncio.TaskGroup) -> None:
+        client, words = self.client, self.words
+        policies: tuple[tuple[Resource[Any], Any], ...] = (
+            (resources.CILIUM_NETWORK_POLICIES, judge(words)),
+            (resources.CILIUM_CLUSTERWIDE_NETWORK_POLICIES, judge(words)),
+            (resources.CILIUM_LOCAL_REDIRECT_POLICIES, judge(words, local_redirect)),
+        )
+        for resource, judgement in policies:
+            verdicts: Table[Any, Verdict] = Table(resource.plural)
+            group.create_task(self._follow(resource, verdicts, judgement, key=object_key).run())
+            group.create_task(PolicyStatusWriter(client, resource, verdicts).run())
+        events = EventRecorder(client, component="fimbria-operator", host=os.uname().nodename)
+        findings: Table[Any, Finding] = Table("networkpolicies")
+        follow_policies = self._follow(resources.NETWORK_POLICIES, findings, inspect(words), key=object_key)
+        group.create_task(follow_policies.run())
+        group.create_task(NetworkPolicyEvents(events, findings).run())
+        group.create_task(events.run())
 
     def _keep_taints(self, group: asyncio.TaskGroup, wishes: Wishes) -> None:
         nodes: Table[str, NodeState] = Table("cluster nodes")
@@ -133,22 +179,27 @@ class Operator:
         group.create_task(TaintKeeper(self.client, wishes, nodes, agents).run())
 
     def _follow(
-        self, resource: Resource[Any], table: Table[Any, Any], transform: Any, *, key: Any,
-        namespace: str = "", labels: str = "",
-    ) -> Informer[Any, Any, Any]:  # fmt: skip
-        informer: Informer[Any, Any, Any] = Informer(
-            self.client, resource, table, transform, key=key, namespace=namespace, labels=labels
-        )
+        self, resource: Resource[Any], table: Table[Any, Any], transform: Any, **options: Any
+    ) -> Informer[Any, Any, Any]:
+        informer: Informer[Any, Any, Any] = Informer(self.client, resource, table, transform, **options)
         self.metrics.informers.append(informer)
         return informer
+
+
+def vocabulary(config: OperatorConfig) -> Vocabulary:
+    """What labels mean to policies: as to the agents."""
+    return Vocabulary(LabelFilter.of(config.label_filter.split()), config.cluster_name)
 
 
 async def run(config: OperatorConfig) -> None:
     """Run until stopped. Raises ConfigError of the kubeconfig, LeadershipLost, OSError of a port."""
     cluster = k8s_config.load(config.kubeconfig or None)
-    async with ApiClient(cluster, component="operator", rate=200.0, burst=400) as client:
+    async with (
+        ApiClient(cluster, component="operator", rate=200.0, burst=400) as client,
+        ApiClient(cluster, component="operator", timeout=5.0, retries=0, connections=2) as election,
+    ):
         log.info("pools: %s", ", ".join(map(str, config.pools)))
-        await Operator(config, client).run()
+        await Operator(config, client, election).run()
 
 
 def main(argv: Sequence[str] | None = None) -> int:

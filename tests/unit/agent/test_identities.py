@@ -27,6 +27,7 @@ class FullAtFirst(Identities):
 
 async def test_a_full_range_is_tried_again(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(identities, "RETRY", 0.001)
+    monkeypatch.setattr(identities, "SETTLE", 0.001)
     tables, changed = Tables(), asyncio.get_running_loop().create_future()
     tables.endpoint_identities.upsert(7, EndpointIdentity(300, {"k8s:app": "old"}))
     client: Any = None

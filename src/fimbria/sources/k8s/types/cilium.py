@@ -1,4 +1,6 @@
-"""cilium.io: CiliumNode, CiliumIdentity, CiliumEndpoint (v2), CiliumEndpointSlice (v2alpha1). Their policies are in `cilium_policy`.
+"""cilium.io: CiliumNode, CiliumIdentity, CiliumEndpoint (v2), CiliumEndpointSlice (v2alpha1).
+
+Policies are in `cilium_policy`.
 
 The wire names mix camelCase and hyphens; where they are hyphenated the field says so.
 """
