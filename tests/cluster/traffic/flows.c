@@ -21,8 +21,9 @@
 #include <signal.h>
 #include <stdarg.h>
 #include <stdatomic.h>
+#include <sys/resource.h>
 
-enum { MAX_FLOWS = 48, UNDER_WAY = 1024, PATIENCE_US = 3000000, PAUSE_US = 100000 };
+enum { MAX_FLOWS = 48, UNDER_WAY = 1024, PATIENCE_US = 10000000, PAUSE_US = 100000, PRIORITY = -15 };
 
 struct flow {
 	char name[64], kind[8], host[48], query[128];
@@ -195,6 +196,7 @@ struct mail {
 	int fd;
 	uint64_t sent, judged, when[UNDER_WAY];
 	uint32_t arrived; // at the server, by its own count, when it last answered
+	uint32_t dropped; // there, for want of room
 	uint64_t last;	  // what it last answered
 	bool got[UNDER_WAY];
 };
@@ -204,16 +206,17 @@ static void take_mail(struct flow *f, struct mail *m)
 	char in[LINE];
 	for (ssize_t n; (n = recv(m->fd, in, sizeof in - 1, MSG_DONTWAIT)) != -1 || errno != EAGAIN;) {
 		unsigned long number;
-		uint32_t count;
+		uint32_t count, drops;
 		if (n < 0) { // an ICMP error; what it answers is missed as such soon
 			report(f, "note", m->sent, now_us(), "receive: %s", strerror(errno));
 			continue;
 		}
 		in[n] = 0;
-		if (sscanf(in, "%lu %u", &number, &count) != 2 || number >= m->sent || number < m->judged || m->got[number % UNDER_WAY])
+		if (sscanf(in, "%lu %u %u", &number, &count, &drops) != 3 || number >= m->sent || number < m->judged || m->got[number % UNDER_WAY])
 			continue; // too late to count, or twice
 		m->got[number % UNDER_WAY] = true;
 		m->arrived = count;
+		m->dropped = drops;
 		m->last = number;
 		took(f, m->when[number % UNDER_WAY]);
 	}
@@ -227,7 +230,8 @@ static void miss_mail(struct flow *f, struct mail *m)
 			if (now - m->when[at] < PATIENCE_US)
 				return;
 			atomic_fetch_add(&f->lost, 1);
-			report(f, "lost", m->judged, m->when[at], "no answer; at number %lu the server had got %u", (unsigned long)m->last, m->arrived);
+			report(f, "lost", m->judged, m->when[at], "no answer; at number %lu the server had got %u, and no room for %u of all",
+			       (unsigned long)m->last, m->arrived, m->dropped);
 		}
 		m->got[at] = false;
 	}
@@ -240,6 +244,7 @@ static void udp(struct flow *f)
 		failed(f, "lost", 0, now_us(), "connect", errno);
 		sleep_us(PAUSE_US);
 	}
+	make_room(m->fd);
 	for (uint64_t next = now_us();;) {
 		uint64_t now = now_us();
 		if (now >= next && m->sent - m->judged < UNDER_WAY) {
@@ -469,6 +474,7 @@ int main(int argc, char **argv)
 {
 	signal(SIGTERM, on_end); // as pid 1 of a container we would not end otherwise
 	signal(SIGINT, on_end);
+	setpriority(PRIO_PROCESS, 0, PRIORITY); // what waits for a processor isn't lost; without CAP_SYS_NICE it may look so
 	if (argc < 3)
 		usage("nothing to do");
 	if (!strcmp(argv[1], "serve"))

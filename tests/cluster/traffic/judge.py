@@ -12,8 +12,9 @@ from datetime import UTC, datetime
 from itertools import pairwise
 from typing import Any, Final
 
-PATIENCE: Final = 3.0  # seconds after which flows.c gives a request up
-SILENCE: Final = 5.0  # seconds without a line: its process stood still, so that nothing is known
+PATIENCE: Final = 10.0  # seconds after which flows.c gives a request up
+LATE: Final = 0.5  # seconds for an answer that are worth telling
+SILENCE: Final = 8.0  # seconds without a line: its process stood still, so that nothing is known
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,10 +41,12 @@ class Counted:
 
 @dataclass(frozen=True, slots=True)
 class Verdict:
-    """Flows are named SOURCE/NAME."""
+    """Flows are named SOURCE/NAME. `late` tells of answers that came, but late: a busy machine, or something that waited
+    for what we did."""
 
     losses: tuple[Loss, ...]
     flows: Mapping[str, Counted]
+    late: tuple[Loss, ...] = ()
 
     @property
     def sent(self) -> int:
@@ -80,11 +83,13 @@ def judge(sources: Mapping[str, Sequence[str]], begin: float, end: float) -> Ver
     """What happened to everything that began between two moments (seconds since 1970). Raises ValueError for lines
     that aren't the generator's."""
     losses: list[Loss] = []
+    late: list[Loss] = []
     flows: dict[str, Counted] = {}
     for name, lines in sources.items():
         source = _read(lines)
         losses += _told(name, source, begin, end)
         losses += _silent(name, source, begin, end)
+        late += _late(name, source, begin, end)
         for flow, (counted, resent) in _counted(source, begin, end).items():
             label = f"{name}/{flow}"
             flows[label] = counted
@@ -93,7 +98,11 @@ def judge(sources: Mapping[str, Sequence[str]], begin: float, end: float) -> Ver
                 losses.append(Loss(begin, label, "resent", f"{resent} segments of a long connection in this span"))
             if not counted.answered:
                 losses.append(Loss(begin, label, "silent", "no answer in all this span"))
-    return Verdict(tuple(sorted(losses, key=lambda x: x.at)), flows)
+    return Verdict(_in_order(losses), flows, _in_order(late))
+
+
+def _in_order(found: Iterable[Loss]) -> tuple[Loss, ...]:
+    return tuple(sorted(found, key=lambda x: x.at))
 
 
 def _read(lines: Iterable[str]) -> _Source:
@@ -124,6 +133,16 @@ def _silent(name: str, source: _Source, begin: float, end: float) -> list[Loss]:
         if after - before > SILENCE:
             found.append(Loss(before, name, "silent", f"the generator said nothing for {after - before:.1f} s"))
     return found
+
+
+def _late(name: str, source: _Source, begin: float, end: float) -> list[Loss]:
+    """Flows that waited long for an answer, by the second in which it came."""
+    return [
+        Loss(at, f"{name}/{flow}", "late", f"an answer after {numbers[4] / 1e6:.1f} s")
+        for at, flows in source.ticks
+        for flow, numbers in flows.items()
+        if begin <= at <= end + PATIENCE and numbers[4] / 1e6 >= LATE
+    ]
 
 
 def _counted(source: _Source, begin: float, end: float) -> dict[str, tuple[Counted, int]]:

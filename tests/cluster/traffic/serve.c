@@ -2,11 +2,12 @@
 // The servers. One answer a line (TCP) or datagram (UDP): the number that came, what the server knows that the client
 // can't, whom the server sees, and who it is:
 //   TCP  NUMBER RESENT NEEDLESS PEER NAME        segments that the server sent again, and those of them in vain
-//   UDP  NUMBER COUNT 0 PEER NAME                datagrams that came from this peer so far
+//   UDP  NUMBER COUNT DROPPED PEER NAME          datagrams that came from this peer so far, and that found no room here
 #include "common.h"
+#include <linux/sock_diag.h>
 #include <sys/epoll.h>
 
-enum { BACKLOG = 1024, PEERS = 4096, MAX_EVENTS = 64 };
+enum { BACKLOG = 4096, PEERS = 4096, MAX_EVENTS = 64 };
 
 struct end {
 	int fd;
@@ -65,8 +66,17 @@ static uint32_t counted(const struct sockaddr_in6 *peer)
 	return ++seen[hash].count;
 }
 
+static uint32_t dropped(int fd)
+{
+	uint32_t info[SK_MEMINFO_VARS] = {0};
+	socklen_t size = sizeof info;
+	getsockopt(fd, SOL_SOCKET, SO_MEMINFO, info, &size);
+	return info[SK_MEMINFO_DROPS];
+}
+
 static void datagrams(struct end *e)
 {
+	uint32_t drops = dropped(e->fd);
 	for (int i = 0; i < 64; i++) {
 		char in[LINE], out[LINE];
 		struct sockaddr_in6 peer;
@@ -77,7 +87,7 @@ static void datagrams(struct end *e)
 		if (n < 0)
 			return; // also what earlier answers met: it concerns one client only
 		in[n] = 0;
-		answer(out, sizeof out, in, counted(&peer), 0, &peer);
+		answer(out, sizeof out, in, counted(&peer), drops, &peer);
 		io = (struct iovec){out, strlen(out)};
 		sendmsg(e->fd, &m, MSG_DONTWAIT); // with the control data: from the address that was asked
 	}
@@ -121,8 +131,10 @@ static int open_port(int type, const char *text)
 	int fd = socket(AF_INET6, type | SOCK_CLOEXEC | SOCK_NONBLOCK, 0), on = 1, off = 0;
 	setsockopt(fd, IPPROTO_IPV6, IPV6_V6ONLY, &off, sizeof off);
 	setsockopt(fd, SOL_SOCKET, SO_REUSEADDR, &on, sizeof on);
-	if (type == SOCK_DGRAM)
+	if (type == SOCK_DGRAM) {
 		setsockopt(fd, IPPROTO_IPV6, IPV6_RECVPKTINFO, &on, sizeof on);
+		make_room(fd);
+	}
 	if (fd < 0 || bind(fd, (void *)&any, sizeof any) < 0 || (type == SOCK_STREAM && listen(fd, BACKLOG) < 0)) {
 		fprintf(stderr, "flows: can't serve port %s: %s\n", text, strerror(errno));
 		exit(1);
