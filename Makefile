@@ -14,7 +14,7 @@ help: ## this list
 
 # --- set-up and build ---
 
-.PHONY: setup setup-test venv build bpf native wheel
+.PHONY: setup setup-test venv build bpf native wheel image-context
 setup:
 	@scripts/setup
 
@@ -46,6 +46,9 @@ build: bpf native ## compile BPF objects, the CNI shim and the libbpf extension
 wheel: build ## a wheel with everything a node needs, in dist/
 	@rm -f dist/*.whl
 	@$(PY) -m hatchling build -t wheel
+
+image-context: build ## what deploy/Dockerfile is built from, in dist/image
+	@$(PY) scripts/image_context.py dist/image
 
 # --- the demo ---
 
