@@ -64,6 +64,7 @@ from fimbria.sources.cni.server import CniServer
 from fimbria.sources.cni.spec import CniError, Code, Request
 from fimbria.sources.k8s import config as k8s_config
 from fimbria.sources.k8s.client import ApiClient
+from fimbria.sources.k8s.events import EventRecorder
 from fimbria.startup import postpone_collection
 from fimbria.tables import Tables
 
@@ -448,7 +449,9 @@ async def run(config: AgentConfig) -> None:
             group.create_task(agent.sources.run(), name="sources")
             group.create_task(agent.registration.run(), name="registration")
             await prepare(agent)
-            publisher = Publisher(client, agent.tables, agent.registration.addrs, partial(_own_blocks, agent))
+            events = EventRecorder(client, component="fimbria-agent", host=config.node_name)
+            group.create_task(events.run(), name="events")
+            publisher = Publisher(client, agent.tables, agent.registration.addrs, partial(_own_blocks, agent), events)
             agent.registration.on_moved = lambda: publisher.moved(agent.registration.addrs)
             group.create_task(agent.loop.run(), name="apply")
             group.create_task(agent.epoch.run(), name="epoch")

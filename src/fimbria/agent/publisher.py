@@ -7,6 +7,9 @@ Rules
    take the name back. An object is of this node if it names its address, or has a pod address of its blocks: a node
    may have come back with another address.
 3. On start, objects of this node that describe no endpoint of ours are removed: a crash loses no cleaning up.
+4. What the API server refuses is tried again later and later, each object by itself: one namespace's full quota delays
+   no other's. The log says why once, and an Event tells the pod's owner. So it is with an object that was stored other
+   than written (a webhook changed it): other nodes believe what is stored, and we don't fight over it.
 """
 
 from __future__ import annotations
@@ -22,25 +25,41 @@ from fimbria.model.endpoint import EndpointIdentity, LocalEndpoint, is_static
 from fimbria.model.protocol import protocol_name
 from fimbria.sources.k8s.client import ApiClient
 from fimbria.sources.k8s.errors import AlreadyExists, ApiError, Conflict, NotFound
-from fimbria.sources.k8s.resources import CILIUM_ENDPOINTS
+from fimbria.sources.k8s.events import EventRecorder
+from fimbria.sources.k8s.pacing import Backoff
+from fimbria.sources.k8s.resources import CILIUM_ENDPOINTS, PODS
 from fimbria.sources.k8s.types.cilium import CiliumEndpoint
+from fimbria.sources.k8s.types.meta import ObjectMeta
 from fimbria.tables import ObjectKey, Tables
 
 log = logging.getLogger(__name__)
 WORKERS: Final = 8
 RETRY: Final = 1.0
+RETRY_MAX: Final = 30.0
+
+
+@dataclass(slots=True)
+class _Trouble:
+    """Of one object: why it isn't up to date, and when it is tried next."""
+
+    why: str = ""
+    pause: Backoff = field(default_factory=lambda: Backoff(RETRY, RETRY_MAX))
 
 
 @dataclass(slots=True)
 class Publisher:
-    """Writes CiliumEndpoints. `node_addrs` are this node's own addresses, `blocks()` its pod blocks."""
+    """Writes CiliumEndpoints. `node_addrs` are this node's own addresses, `blocks()` its pod blocks; `events` tell about
+    pods whose report is refused."""
 
     client: ApiClient
     tables: Tables
     node_addrs: tuple[bytes, ...]
     blocks: Callable[[], tuple[Prefix, ...]] = tuple
+    events: EventRecorder | None = None
     pending: set[ObjectKey] = field(default_factory=set)
     _known: dict[int, LocalEndpoint] = field(default_factory=dict)
+    _busy: set[ObjectKey] = field(default_factory=set)
+    _troubles: dict[ObjectKey, _Trouble] = field(default_factory=dict)
     _wake: asyncio.Event = field(default_factory=asyncio.Event)
 
     async def run(self) -> None:
@@ -89,16 +108,46 @@ class Publisher:
 
     async def _work(self) -> None:
         while True:
-            while not self.pending:
+            key = next((k for k in self.pending if k not in self._busy), None)
+            if key is None:
                 self._wake.clear()
                 await self._wake.wait()
-            key = self.pending.pop()
+                continue
+            self.pending.discard(key)
+            self._busy.add(key)
             try:
                 await self._publish(key)
+                self._troubles.pop(key, None)
             except ApiError as error:
-                log.warning("CiliumEndpoint %s/%s is not up to date: %s", *key, error)
-                await asyncio.sleep(RETRY)
-                self._note([key])
+                self._refused(key, error)
+            finally:
+                self._busy.discard(key)
+                self._note(())
+
+    def _refused(self, key: ObjectKey, error: ApiError) -> None:
+        trouble = self._troubles.setdefault(key, _Trouble())
+        if error.message != trouble.why:
+            trouble.why = error.message
+            log.warning("CiliumEndpoint %s/%s is not up to date: %s", *key, error)
+            self._tell(key, "NotReported", f"other nodes may not know this pod: {error}")
+        asyncio.get_running_loop().call_later(trouble.pause.next(), self._note, [key])
+
+    def _tell(self, key: ObjectKey, reason: str, message: str) -> None:
+        pod = self.tables.pods.get(key)
+        if self.events is not None and pod is not None:
+            meta = ObjectMeta(name=key[1], namespace=key[0], uid=pod.uid)
+            self.events.emit(PODS, meta, "Warning", reason, message)
+
+    def _compare(self, key: ObjectKey, written: dict[str, Any], stored: CiliumEndpoint) -> None:
+        """Whether what decides about packets was stored as it was written."""
+        there = stored.status
+        said = (there.identity.id, [{k: v for k, v in (("ipv4", p.ipv4), ("ipv6", p.ipv6)) if v}
+                                    for p in there.networking.addressing or ()], there.networking.node)  # fmt: skip
+        meant = (written["identity"]["id"], written["networking"]["addressing"], written["networking"]["node"])
+        if said != meant:
+            problem = f"it was changed on its way into the API server: {meant} was written, {said} is stored"
+            log.error("CiliumEndpoint %s/%s: %s", *key, problem)
+            self._tell(key, "ReportChanged", f"other nodes treat this pod as another: {problem}")
 
     async def _publish(self, key: ObjectKey) -> None:
         ids = self.tables.endpoints.by("pod", key)
@@ -112,10 +161,10 @@ class Publisher:
         status = self._status(endpoint, identity)
         body: dict[str, Any] = {"metadata": self._metadata(endpoint), "status": status}
         try:
-            await self.client.create(CILIUM_ENDPOINTS, body, key[0])
+            self._compare(key, status, await self.client.create(CILIUM_ENDPOINTS, body, key[0]))
         except AlreadyExists:
             if self._is_the_pod(endpoint) or await self._describes_ours(key):
-                await self.client.patch(CILIUM_ENDPOINTS, key[1], body, key[0])
+                self._compare(key, status, await self.client.patch(CILIUM_ENDPOINTS, key[1], body, key[0]))
             else:
                 log.info("pod %s/%s is another node's by now; its report is left alone", *key)
         except NotFound:
