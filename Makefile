@@ -59,9 +59,25 @@ demo: build ## set everything up and show the main job; leaves the lab running
 demo-down: ## remove every trace of the demo
 	@$(FIMBRIA) lab down
 
+# --- a real Kubernetes on this machine ---
+
+KUBE ?= kube
+BED := $(PY) -m tests.cluster.bed
+
+.PHONY: kube-up kube-test kube-down
+kube-up: setup-test build ## a real Kubernetes with Fimbria by its chart; KUBE=NAME for another one beside it
+	@$(BED) up --name $(KUBE)
+	@$(BED) install --name $(KUBE)
+
+kube-test: setup-test build ## everything that is judged on a real cluster, upstream's conformance too; a table at the end
+	@$(BED) test --name $(KUBE)
+
+kube-down: ## remove every trace of it
+	@$(BED) down --name $(KUBE)
+
 # --- tests ---
 
-.PHONY: test lint test-unit test-bpf test-lab test-kube test-vm
+.PHONY: test lint test-unit test-bpf test-lab test-kube test-cluster test-vm
 test: setup-test build lint test-unit test-bpf test-lab test-kube test-vm ## everything that CI runs
 	@echo "all tests passed"
 
@@ -82,6 +98,9 @@ test-lab: setup-test build ## several nodes in namespaces: kill, restart, upgrad
 
 test-kube: setup-test build ## the API suite and the main story against the real API server
 	@$(PYTEST) -q tests/kube
+
+test-cluster: setup-test build ## a real cluster, installed by the chart; without what takes long
+	@$(PYTEST) -q -m 'not long' tests/cluster
 
 test-vm: setup-test build ## other kernels in a virtual machine
 	@$(PYTEST) -q tests/vm

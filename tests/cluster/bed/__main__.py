@@ -7,7 +7,7 @@ import os
 import sys
 from collections.abc import Sequence
 
-from tests.cluster.bed import processes
+from tests.cluster.bed import processes, verdict
 from tests.cluster.bed.cluster import Cluster, clusters
 from tests.cluster.bed.errors import BedError
 from tests.cluster.bed.layout import DEFAULT_NAME, STARTUP_TAINT
@@ -21,6 +21,16 @@ EXAMPLES = """examples:
   python -m tests.cluster.bed node reboot node2
   python -m tests.cluster.bed logs node1 kubelet
 """
+
+
+USE = """
+The cluster runs. In the folder of this repository, with its Python:
+  {bed} exec control -- kubectl get pods -A -o wide     helm and e2e.test alike
+  {bed} exec node1 -- ip route                          in a node's namespaces
+  {bed} exec world -- curl http://10.99.0.11:30080      from outside the cluster
+  {bed} install                                         this tree's Fimbria again, after a change
+  {bed} node stop|start|reboot node2, node add, api stop|start, logs node1 kubelet
+  {bed} down                                            leaves nothing"""
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -62,6 +72,7 @@ def _parser() -> argparse.ArgumentParser:
     up.add_argument("--nodes", type=int, default=2)
     up.add_argument("--no-taint", action="store_true", help=f"nodes register without the taint {STARTUP_TAINT}")
     command("install", _install, "install or upgrade Fimbria by its chart, and the cluster's DNS")
+    command("test", _test, "run all tests of a real cluster and upstream's conformance; print a table")
     command("down", _down, "end and remove everything")
     inside = command("exec", _exec, "run a command in control (kubectl, helm), world or a node")
     inside.add_argument("member")
@@ -88,6 +99,12 @@ def _install(options: argparse.Namespace) -> None:
     with step(f"Fimbria on cluster {options.name}"):
         cluster.install_fimbria()
         cluster.install_dns()
+    bed = "python -m tests.cluster.bed" + (f" --name {options.name}" if options.name != DEFAULT_NAME else "")
+    print(USE.format(bed=bed))
+
+
+def _test(options: argparse.Namespace) -> int:
+    return 0 if verdict.run(options.name) else 1
 
 
 def _down(options: argparse.Namespace) -> None:
