@@ -48,8 +48,8 @@ class _Trouble:
 
 @dataclass(slots=True)
 class Publisher:
-    """Writes CiliumEndpoints. `node_addrs` are this node's own addresses, `blocks()` its pod blocks; `events` tell about
-    pods whose report is refused."""
+    """Writes CiliumEndpoints. `node_addrs` are this node's own addresses, `blocks()` its pod blocks; `events` tell
+    about pods whose report is refused."""
 
     client: ApiClient
     tables: Tables
