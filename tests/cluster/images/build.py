@@ -23,6 +23,7 @@ from tests.cluster.images.recipes import DERIVED, ROOT, Recipe, recipes
 
 SUITE = "bookworm"
 KEPT = 2  # archives of an image: the newest, and the one that another run may be reading
+LAYERS = 400
 NEEDED = ("buildah", "mmdebstrap", "gcc")
 
 
@@ -111,7 +112,10 @@ def _build(recipe: Recipe, context: Path, layout: Path) -> None:
 
 
 def _base() -> str:
-    """A minimal Debian as an image in buildah's storage; made once for each text of this recipe."""
+    """A minimal Debian as an image in buildah's storage; made once for each text of this recipe. Buildah doesn't say
+    which layers are of use no more: when they have piled up, all are made anew."""
+    if len(_buildah(["images", "--all", "--quiet"], "base").split()) > LAYERS:
+        _buildah(["rmi", "--all", "--force"], "base")
     options = [f"--dpkgopt=path-exclude=/usr/share/{name}/*" for name in ("doc", "man", "info", "locale")]
     recipe = ["--variant=minbase", *options, SUITE]
     name = f"localhost/fimbria-base:{hashlib.sha256(repr(recipe).encode()).hexdigest()[:12]}"
