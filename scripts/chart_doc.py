@@ -1,8 +1,8 @@
 """Writes what describes the Helm chart's values from the values themselves: `.venv/bin/python scripts/chart_doc.py`.
 
-deploy/fimbria/values.yaml    is the source: names, defaults, and a comment on each
-deploy/fimbria/values.schema.json    what Helm checks: types by the defaults, choices and ranges by the components' settings
-docs/helm.md                  the table for people
+deploy/fimbria/values.yaml          is the source: names, defaults, and a comment on each
+deploy/fimbria/values.schema.json   what Helm checks: types by the defaults, choices by the components' settings
+docs/helm.md                        the table for people
 
 tests/unit/test_chart.py fails when one of the files isn't what this makes.
 """
@@ -30,9 +30,9 @@ HEAD: Final = """\
 
 <!-- Written by scripts/chart_doc.py; a test compares. Change deploy/fimbria/values.yaml, then run the script. -->
 
-`deploy/fimbria` installs the agents (a DaemonSet), the operator (a Deployment), their roles and the custom resource definitions.
-[Installation](installation.md) leads through it. `helm` checks values before anything is touched: an unknown name or a value out of
-range is refused. Names are those of Cilium's chart where the meaning is the same.
+`deploy/fimbria` installs the agents (a DaemonSet), the operator (a Deployment), their roles and the custom resource
+definitions. [Installation](installation.md) leads through it. `helm` checks values before anything is touched: an unknown
+name or a value out of range is refused. Names are those of Cilium's chart where the meaning is the same.
 
 ```console
 $ helm install fimbria deploy/fimbria --namespace kube-system --set k8sServiceHost=192.0.2.10
@@ -62,6 +62,7 @@ OPAQUE: Final = (
     "annotations",
     "imagePullSecrets",
 )
+LIMITS: Final = ("minimum", "maximum")
 PORT: Final = {"type": "integer", "minimum": 1, "maximum": 65535}
 MASK: Final = {"type": "integer", "minimum": 1, "maximum": 128}
 PATH: Final = {"type": "string", "pattern": "^/"}
@@ -94,7 +95,7 @@ CONSTRAINTS: Final[Mapping[str, Mapping[str, Any]]] = {
     "maglev.tableSize": {"enum": list(TABLE_SIZES)},
     "kubeProxyReplacementHealthzBindAddr": LISTEN,
     "bpf.root": PATH,
-    "bpf.mapDynamicSizeRatio": {"type": "number", "minimum": RANGES["map_memory_ratio"][0], "maximum": RANGES["map_memory_ratio"][1]},
+    "bpf.mapDynamicSizeRatio": {"type": "number", **dict(zip(LIMITS, RANGES["map_memory_ratio"], strict=True))},
     "cgroup.hostRoot": PATH,
     "cni.binPath": PATH,
     "cni.confPath": PATH,
@@ -160,7 +161,7 @@ def _comments(text: str) -> Iterator[tuple[str, str]]:
         said = []
 
 
-# --- the schema --------------------------------------------------------------------------------------------------------
+# --- the schema -------------------------------------------------------------------------------------------------------
 
 
 def schema() -> dict[str, Any]:
@@ -206,7 +207,7 @@ def agent_settings() -> dict[str, Any]:
     for f in fields(AgentConfig):
         name = f.name.replace("_", "-")
         if name not in taken:
-            limits = dict(zip(("minimum", "maximum"), RANGES.get(f.name, ()), strict=False))
+            limits = dict(zip(LIMITS, RANGES.get(f.name, ()), strict=False))
             found[name] = {"type": kinds[type(f.default)], **limits}
     return found
 
@@ -232,7 +233,7 @@ def operator_settings() -> dict[str, Any]:
     return found
 
 
-# --- the page ----------------------------------------------------------------------------------------------------------
+# --- the page ---------------------------------------------------------------------------------------------------------
 
 
 def page() -> str:
