@@ -14,7 +14,7 @@ from fimbria.sources.k8s.informer import Informer
 Part = Callable[[], Iterable[Metric]]
 
 
-@dataclass(slots=True)
+@dataclass(slots=True, eq=False)
 class OperatorMetrics:
     """`parts` are asked in order; `informers` are all that this replica runs."""
 
