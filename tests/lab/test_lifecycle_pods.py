@@ -1,19 +1,17 @@
 """Pods that aren't as usual: static ones, those of another plugin, those whose journal is lost, and names that move."""
 
 import json
-import subprocess
 import time
 from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
-from traffic import TCP, Traffic, agent, node_root, pod, ready, start_pods, wait_settled
+from traffic import TCP, Traffic, agent, cni, node_root, pod, ready, start_pods, wait_settled
 
 from fimbria.lab.handle import Lab
 
 ENDPOINTS = "/apis/cilium.io/v2/namespaces/default/ciliumendpoints"
 STATIC_UID = "0123456789abcdef0123456789abcdef"
-CONFIG = '{"cniVersion":"1.1.0","name":"fimbria","type":"fimbria-cni"}'
 CLOSED = """
 apiVersion: networking.k8s.io/v1
 kind: NetworkPolicy
@@ -33,15 +31,6 @@ def lab(make_lab: Callable[..., Lab]) -> Lab:
 def _settled(lab: Lab) -> Iterator[None]:
     yield
     wait_settled(lab)
-
-
-def cni(lab: Lab, command: str, container: str, netns: str, pod_name: str, uid: str) -> tuple[int, dict[str, Any]]:
-    args = f"IgnoreUnknown=1;K8S_POD_NAMESPACE=default;K8S_POD_NAME={pod_name};K8S_POD_UID={uid}"
-    env = {"COMMAND": command, "CONTAINERID": container, "NETNS": netns, "IFNAME": "eth0", "PATH": "/x", "ARGS": args}
-    script = 'printf %s "$1" | /opt/cni/bin/fimbria-cni'
-    argv = lab.argv("node/node1", "env", *(f"CNI_{k}={v}" for k, v in env.items()), "sh", "-c", script, "sh", CONFIG)
-    done = subprocess.run(argv, capture_output=True, text=True, check=False)
-    return done.returncode, json.loads(done.stdout) if done.stdout else {}
 
 
 def endpoint(lab: Lab, node: str, name: str) -> dict[str, Any] | None:

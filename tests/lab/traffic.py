@@ -177,6 +177,18 @@ def wait_settled(lab: Lab, patience: float = 20.0) -> None:
             raise AssertionError(f"{node}: still to change and failed: {found}") from error
 
 
+def cni(lab: Lab, command: str, container: str, netns: str, pod_name: str, uid: str) -> tuple[int, dict[str, Any]]:
+    """A request to node1's plugin as a runtime makes it for a pod: exit status and what was printed."""
+    args = f"IgnoreUnknown=1;K8S_POD_NAMESPACE=default;K8S_POD_NAME={pod_name};K8S_POD_UID={uid}"
+    env = {"COMMAND": command, "CONTAINERID": container, "NETNS": netns, "IFNAME": "eth0", "PATH": "/x", "ARGS": args}
+    config = '{"cniVersion":"1.1.0","name":"fimbria","type":"fimbria-cni"}'
+    # The plugin reads its standard input to the end.
+    script = 'printf %s "$1" | /opt/cni/bin/fimbria-cni'
+    argv = lab.argv("node/node1", "env", *(f"CNI_{k}={v}" for k, v in env.items()), "sh", "-c", script, "sh", config)
+    done = subprocess.run(argv, capture_output=True, text=True, check=False)
+    return done.returncode, json.loads(done.stdout) if done.stdout else {}
+
+
 def set_options(lab: Lab, *options: str) -> None:
     """Settings (NAME=VALUE) that agents get when they are started again."""
     spec = lab.spec.to_json() | {"agent_options": list(options)}

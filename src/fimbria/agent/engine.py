@@ -141,6 +141,7 @@ class Engine:
         for number, labels in RESERVED_LABELS.items():
             self.policy.upsert_identity(number, labels)
         tables.pods.add_index("namespace", lambda p: (p.namespace,))
+        tables.pods.add_index("address", lambda p: () if p.host_network else p.addrs)
         tables.endpoints.add_index("namespace", lambda e: (e.namespace,) if e.namespace else ())
         tables.endpoints.add_index("pod", lambda e: ((e.namespace, e.pod),) if e.pod else ())
         tables.endpoints.add_index("owner", lambda e: (e.owner,))
@@ -400,6 +401,10 @@ class Engine:
         """All addresses of this node that are known."""
         own, here = self.own_node(), self.tables.own_node.get(self.node)
         return ((*own.addrs, *own.routers) if own else ()) + (here.addrs if here else ())
+
+    def is_spoken_for(self, addr: bytes) -> bool:
+        """Whether a pod is said to have an address: by a report, or by the status of a pod of this node."""
+        return self.ipcache.get(PrefixKey(128, addr)) is not None or bool(self.tables.pods.by("address", addr))
 
     def _held(self, addr: bytes) -> bool:
         """Whether a node or a pod has an address, or may get it."""

@@ -4,14 +4,15 @@ Rules:
 1. An address has at most one owner; an owner has at most one address of each family.
 2. The first usable address of the first block of a family is the router's and never given to a pod; network and
    (IPv4) broadcast addresses are never given out.
-3. The next address is searched from behind the last one given, so that a freed address rests as long as possible.
+3. The next address is searched from behind the last one given, so that a freed address rests as long as possible. One
+   that the cluster still takes for somebody else's (after a reboot, say, every address of before) is given out last.
 4. What was restored (journal, kernel) is claimed before anything is allocated, also outside today's blocks: a changed
    pool never takes an address from a running pod.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 
 from fimbria.model.address import Prefix, is_v4, unpack
@@ -37,6 +38,8 @@ class AddressPool:
     """Allocator of single addresses. Synchronous; callers persist what it decides."""
 
     owners: dict[bytes, str] = field(default_factory=dict)
+    resting: Callable[[bytes], bool] = lambda _addr: False
+    """Whether a free address is still said to be somebody's."""
     _v4: _Family = field(default_factory=lambda: _Family("IPv4"))
     _v6: _Family = field(default_factory=lambda: _Family("IPv6"))
 
@@ -66,13 +69,14 @@ class AddressPool:
         family = self._family(v4)
         total = sum(_usable(b, first=i == 0) for i, b in enumerate(family.blocks))
         router = self.router(v4=v4)
-        for _ in range(total + 1):
-            addr = self._next(family)
-            if addr is None:
-                break
-            if addr != router and addr not in self.owners:
-                self.owners[addr] = owner
-                return addr
+        for rested in (True, False):
+            for _ in range(total + 1):
+                addr = self._next(family)
+                if addr is None:
+                    break
+                if addr != router and addr not in self.owners and not (rested and self.resting(addr)):
+                    self.owners[addr] = owner
+                    return addr
         names = ", ".join(map(str, family.blocks)) or "none"
         raise PoolExhausted(
             f"no free {family.name} address on this node: blocks {names}, all {total} pod addresses are in use"

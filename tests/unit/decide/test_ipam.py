@@ -91,3 +91,14 @@ def test_random_use_never_gives_an_address_twice() -> None:
             assert len(p.owners) >= 13
         assert len(p.owners) == len(owners)
         assert pack("10.0.0.1") not in p.owners and pack("fd00::1") not in p.owners
+
+
+def test_an_address_that_is_said_to_be_somebodys_comes_last() -> None:
+    pool = AddressPool()
+    pool.set_blocks([Prefix.parse("10.0.0.0/29")])
+    said = {pack(f"10.0.0.{n}") for n in (2, 3, 5)}
+    pool.resting = said.__contains__
+    given = [pool.allocate(f"pod{n}", v4=True) for n in range(5)]
+    assert [unpack(a) for a in given] == ["10.0.0.4", "10.0.0.6", "10.0.0.2", "10.0.0.3", "10.0.0.5"]
+    with pytest.raises(PoolExhausted):
+        pool.allocate("one more", v4=True)
