@@ -36,3 +36,47 @@ def prepare(procfs: Path, mount_bpffs: Path | None, mount_cgroup: Path | None, c
     except OSError as error:
         click.echo(f"fimbria prepare: {error.strerror or error}", err=True)
         sys.exit(1)
+
+
+@click.command()
+@click.option("--yes", is_flag=True, help="Don't ask.")
+@click.option(
+    "--stay", is_flag=True, help="Then wait to be stopped, with /tmp/clean as the sign that all went: for a container."
+)
+@click.option("--run-dir", default="/run/fimbria", show_default=True, type=click.Path(path_type=Path))
+@click.option("--bpffs", default="/sys/fs/bpf", show_default=True, type=click.Path(path_type=Path))
+@click.option("--cni-conf-dir", default="/etc/cni/net.d", show_default=True, type=click.Path(path_type=Path))
+@click.option("--cni-bin-dir", default="/opt/cni/bin", show_default=True, type=click.Path(path_type=Path))
+def cleanup(*, yes: bool, stay: bool, run_dir: Path, bpffs: Path, cni_conf_dir: Path, cni_bin_dir: Path) -> None:
+    """Remove everything of Fimbria from this node: programs, maps, devices, routes, CNI plugin and configuration.
+
+    Configurations of other plugins that were set aside come back. The agent must have stopped. Pods that Fimbria
+    connected lose their network: restart them once another plugin is there.
+    """
+    from fimbria.agent.cleanup import AgentRuns, Cleanup
+
+    if not yes:
+        click.confirm("Pods of this node lose their network. Remove Fimbria?", abort=True)
+    work = Cleanup(run_dir, bpffs, cni_conf_dir, cni_bin_dir)
+    try:
+        well = work.run()
+    except AgentRuns as error:
+        click.echo(f"fimbria cleanup: {error}", err=True)
+        sys.exit(1)
+    for line in work.done or ["nothing was left"]:
+        click.echo(line)
+    for line in work.failed:
+        click.echo(f"fimbria cleanup: {line}", err=True)
+    if stay and well:
+        _wait()
+    sys.exit(0 if well else 1)
+
+
+def _wait() -> None:
+    """Until SIGTERM."""
+    import signal
+
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))
+    Path("/tmp/clean").touch()  # noqa: S108 the container's own
+    while True:
+        signal.pause()

@@ -38,6 +38,7 @@ SECTIONS: Final = {
         "observer": ("components", "observer", "Run the observer (beside each agent)."),
         "operator": ("components", "operator", "Run the operator (once per cluster)."),
         "prepare": ("host", "prepare", "Prepare this node for its agent: file systems, CNI plugin."),
+        "cleanup": ("host", "cleanup", "Remove everything of Fimbria from this node."),
         "lab": ("lab", "lab", "A cluster of several nodes on this machine."),
         "demo": ("demo", "demo", "The main job on such a cluster, measured: start here."),
     },
