@@ -41,8 +41,8 @@ class Counted:
 
 @dataclass(frozen=True, slots=True)
 class Verdict:
-    """Flows are named SOURCE/NAME. `late` tells of answers that came, but late: a busy machine, or something that waited
-    for what we did."""
+    """Flows are named SOURCE/NAME. `late` tells of answers that came, but late: the machine is busy, or they waited for
+    something that we did."""
 
     losses: tuple[Loss, ...]
     flows: Mapping[str, Counted]
