@@ -13,7 +13,7 @@ from types import TracebackType
 from typing import Any, Final, Self
 
 from tests.cluster.bed.layout import DNS_ADDRESS
-from tests.cluster.traffic.generator import DNS_NAME, NAMESPACE, PORT, Traffic, pod
+from tests.cluster.traffic.generator import DNS_NAME, PORT, Traffic, pod
 
 REPOSITORY: Final = Path(__file__).resolve().parents[3]
 MOST: Final = 400
