@@ -59,7 +59,7 @@ def outcomes(status: Mapping[str, Any] | None, count: int) -> list[Outcome] | No
         words = json.loads(lines[-1])
         if len(words) != count or not all(isinstance(w, str) for w in words):
             raise ValueError
-    except (ValueError, TypeError, IndexError):
+    except (ValueError, TypeError, IndexError, RecursionError):
         why = lines[-1][:200] if lines else f"{ended.get('reason') or 'ended'}, exit code {ended.get('exitCode')}"
         return [Outcome(BROKEN, f"the client failed: {why}")] * count
     return [_outcome(w) for w in words]
@@ -73,15 +73,13 @@ def _outcome(word: str) -> Outcome:
 
 
 def show(results: Sequence[Result], verbose: bool) -> None:
-    """The table: failures always, what passed by check unless `verbose`."""
-    rows = []
-    for r in results:
-        mark = good("✓") if r.passed else bad("✗")
-        what = [mark, r.probe.check, f"{r.probe.client} -> {r.probe.target}", _through(r.probe)]
-        rows.append([*what, _cell(r.without, True), _cell(r.under, r.probe.allowed)])
-    if not verbose and any(not r.passed for r in results):
-        rows = [row for row, r in zip(rows, results, strict=True) if not r.passed]
-    table(["", "CHECK", "CONNECTION", "BY", "WITHOUT POLICIES", "WITH POLICIES"], rows)
+    """What failed, each by itself with the reason; what passed by its check, or each by itself if `verbose`."""
+    shown = results if verbose else [r for r in results if not r.passed]
+    if shown:
+        heads = ["", "CHECK", "CONNECTION", "BY", "WITHOUT POLICIES", "WITH POLICIES"]
+        table(heads, [_row(r) for r in shown])
+    else:
+        table(["", "CHECK", "PASSED", "OF WHICH DENIED, AS THEY MUST BE"], _by_check(results))
     hints = list(dict.fromkeys(r.hint for r in results if r.hint))
     if hints:
         click.echo(click.style("\nWhy:", bold=True))
@@ -89,6 +87,23 @@ def show(results: Sequence[Result], verbose: bool) -> None:
             click.echo(f"  {hint}")
         click.echo()
     click.echo(summary(results))
+
+
+def _row(r: Result) -> list[str]:
+    mark = good("✓") if r.passed else bad("✗")
+    what = [mark, r.probe.check, f"{r.probe.client} -> {r.probe.target}", _through(r.probe)]
+    return [*what, _cell(r.without, True), _cell(r.under, r.probe.allowed)]
+
+
+def _by_check(results: Sequence[Result]) -> list[list[str]]:
+    """A line for each check, all of which passed."""
+    checks: dict[str, list[Result]] = {}
+    for r in results:
+        checks.setdefault(r.probe.check, []).append(r)
+    return [
+        [good("✓"), check, str(len(found)), str(sum(not r.probe.allowed and r.under is not None for r in found) or "")]
+        for check, found in checks.items()
+    ]
 
 
 def _through(p: Probe) -> str:
@@ -122,6 +137,7 @@ def as_json(results: Sequence[Result], namespace: str, nodes: Sequence[str]) -> 
         "failed": sum(not r.passed for r in results),
         "results": [
             asdict(r.probe)
+            | {"want": list(r.probe.want)}
             | {
                 "passed": r.passed,
                 "hint": r.hint,

@@ -21,7 +21,7 @@ from fimbria.cli.cluster import AgentPod, CantAsk, Installation
 from fimbria.cli.sysdump import objects, redact
 from fimbria.cli.sysdump.archive import Full, Package, bounded, safe, unpack
 from fimbria.cli.sysdump.findings import Facts, NodeFacts, page
-from fimbria.cli.sysdump.local import QUICK
+from fimbria.cli.sysdump.local import LAST, QUICK
 from fimbria.cli.sysdump.objects import CRDS, KINDS, Kind
 from fimbria.sources.k8s.client import ApiClient
 from fimbria.sources.k8s.errors import ApiError
@@ -262,14 +262,17 @@ class Collector:
                     await asyncio.shield(asyncio.to_thread(self._take_over, file, facts, prefix))
 
     def _take_over(self, file: IO[bytes], facts: NodeFacts, prefix: str) -> None:
+        name = ""
         for name, data in unpack(file):
             if name.endswith(".json"):
                 value = json.loads(data)
                 facts.learn(name, value)
-                if name != "errors.json":
+                if name != LAST:
                     self._package.json(f"{prefix}/{name}", value)
             else:
                 self._package.lines(f"{prefix}/{name}", data.decode(errors="replace").splitlines(keepends=True))
+        if name != LAST:
+            raise EOFError(f"what the node sent broke off after {name or 'nothing'}")
 
     async def _logs(self, reach: Reach, facts: NodeFacts, prefix: str) -> None:
         async def add(name: str, raw: IO[bytes]) -> None:

@@ -20,6 +20,7 @@ MOST_TABLE_ROWS: Final = 20_000  # an agent answers a table in one piece, in its
 MOST_DETAILS: Final = 200
 MOST_JOURNAL: Final = 2000
 FLOWS: Final = 1000
+LAST: Final = "errors.json"  # the file that shows that nothing is missing behind it
 QUICK, NORMAL, FULL = "quick", "normal", "full"
 TABLES: Final = {"identities": "identities", "ipcache": "", "services": "services", "policies": "policies"}
 
@@ -59,7 +60,7 @@ class Node:
         """Everything. Returns what failed, which is also in errors.json."""
         for step in (self._about, self._tables, self._kernel, self._bpf, self._journal, self._maps):
             step()
-        self._take("errors.json", lambda: self._archive.json("errors.json", self.notes.errors), last=True)
+        self._take(LAST, lambda: self._archive.json(LAST, self.notes.errors), last=True)
         return self.notes
 
     def _take(self, name: str, work: Callable[[], object], *, last: bool = False) -> None:

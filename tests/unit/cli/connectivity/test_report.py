@@ -13,7 +13,7 @@ from fimbria.cli.connectivity.report import (
     Result,
     as_json,
     met,
-    outcome,
+    outcomes,
     show,
 )
 from fimbria.cli.connectivity.scenario import Probe
@@ -23,18 +23,25 @@ SHUT = Probe("default deny", "friend", "pod closed", "http", "fd00::2", 8080, al
 YES, NO = Outcome(CONNECTED), Outcome(NOTHING, "timeout")
 
 
-def ended(code: int, message: str = "") -> dict:
-    return {"name": "p0", "state": {"terminated": {"exitCode": code, "message": message}}}
+def ended(code: int, message: str = "", **more: object) -> dict:
+    return {"name": "client", "state": {"terminated": {"exitCode": code, "message": message, **more}}}
 
 
-def test_outcome_of_a_container() -> None:
-    assert outcome(None) is None
-    assert outcome({"state": {"running": {}}}) is None
-    assert outcome(ended(0)) == YES
-    assert outcome(ended(1, '{"x":1}\n{"result":"timeout","proto":"tcp"}\n')) == NO
-    assert outcome(ended(1)) == Outcome(NOTHING)
-    assert outcome(ended(2, "labtool: x is no address")) == Outcome(BROKEN, "labtool: x is no address")
-    assert outcome(ended(127)) == Outcome(BROKEN, "exit code 127")
+def test_outcomes_of_a_client() -> None:
+    assert outcomes(None, 2) is None
+    assert outcomes({"state": {"running": {}}}, 2) is None
+    assert outcomes(ended(0, '["ok","timeout"]'), 2) == [YES, NO]
+    assert outcomes(ended(3, 'noise\n["refused"]\n'), 1) == [Outcome(NOTHING, "refused")]
+    wrong = outcomes(ended(0, '["wrong: answered by far"]'), 1)
+    assert wrong == [Outcome(BROKEN, "wrong: answered by far")], "an answer is no denial"
+
+
+@pytest.mark.parametrize("message", ["", "Traceback\nNameError: x", '["ok"]', '{"a":1}', "[1,2]", "[" * 5000])
+def test_a_client_that_failed_decides_nothing(message: str) -> None:
+    found = outcomes(ended(1, message, reason="Error"), 2)
+    assert found is not None
+    assert [o.result for o in found] == [BROKEN, BROKEN]
+    assert found[0].detail.startswith("the client failed: ")
 
 
 @pytest.mark.parametrize(
@@ -57,8 +64,10 @@ def test_what_was_not_tried_is_never_as_expected() -> None:
 def test_all_well(capsys: pytest.CaptureFixture[str]) -> None:
     show([Result(OPEN, YES, YES), Result(SHUT, YES, NO)], verbose=False)
     text = click.unstyle(capsys.readouterr().out)
-    assert [line.split("   ")[0] for line in text.splitlines()[1:3]] == ["✓", "✓"]
-    assert "HTTP IPv6" in text
+    assert [line.split() for line in text.splitlines()[1:3]] == [
+        ["✓", "pod", "to", "pod", "1", "-"],
+        ["✓", "default", "deny", "1", "1"],
+    ]
     assert text.endswith("All 2 connections went as expected.\n")
 
 
@@ -73,6 +82,11 @@ def test_failures_stand_out(capsys: pytest.CaptureFixture[str]) -> None:
     assert text.endswith("2 of 3 connections didn't go as expected.\n")
     show(results, verbose=True)
     assert "✓" in capsys.readouterr().out
+
+
+def test_hints_stand_once(capsys: pytest.CaptureFixture[str]) -> None:
+    show([Result(OPEN, NO, None, "plain -> far: dropped"), Result(OPEN, NO, None, "plain -> far: dropped")], False)
+    assert click.unstyle(capsys.readouterr().out).count("plain -> far: dropped") == 1
 
 
 def test_json() -> None:

@@ -1,6 +1,8 @@
 """Creating and removing, against a client that remembers: what must be left behind, and what must not."""
 
 import asyncio
+import dataclasses
+import json
 from collections.abc import Mapping
 from typing import Any
 
@@ -20,11 +22,11 @@ def node(name: str, **spec: Any) -> Whole:
 
 
 class Client:
-    """Objects by (kind, name); pods become ready at once, and every probe has the exit code `code`."""
+    """Objects by (kind, name); pods become ready at once, and `word` comes of every connection."""
 
-    def __init__(self, *nodes: str, code: int = 0) -> None:
+    def __init__(self, *nodes: str, word: str = "ok") -> None:
         self.objects: dict[tuple[str, str], Any] = {("nodes", n): node(n) for n in nodes}
-        self.code = code
+        self.word = word
         self.created: list[str] = []
         self.refuse_once: Exception | None = None
         self.has_pods = asyncio.Event()
@@ -49,7 +51,9 @@ class Client:
             self.objects[key] = Whole(metadata=metadata)
 
     def _pod(self, spec: Mapping[str, Any]) -> dict[str, Any]:
-        ended = {"state": {"terminated": {"exitCode": self.code}}}
+        command = spec["containers"][0]["command"]
+        words = [self.word] * len(json.loads(command[4])) if command[3] == "try" else []
+        ended = {"state": {"terminated": {"exitCode": 0, "message": json.dumps(words)}}}
         return {
             "conditions": READY["conditions"],
             "podIPs": [{"ip": "10.0.0.1"}],
@@ -62,7 +66,9 @@ class Client:
         except KeyError:
             raise NotFound("get", 404) from None
 
-    async def list(self, resource: Any, namespace: str = "") -> Listed[Any]:
+    async def list(self, resource: Any, namespace: str = "", labels: str = "") -> Listed[Any]:
+        if labels:
+            return Listed((), "1")
         return Listed(tuple(o for (plural, _), o in self.objects.items() if plural == resource.plural), "1")
 
     async def delete(self, resource: Any, name: str, namespace: str = "", *, missing_ok: bool = False) -> None:
@@ -87,7 +93,7 @@ async def test_runs_on_two_nodes_and_removes_everything() -> None:
     assert finished.nodes == ("a", "b")
     assert finished.results
     assert {k[0] for k in client.objects} == {"nodes"}
-    # With exit code 0 everywhere, exactly what should have been denied fails.
+    # With an answer everywhere, exactly what should have been denied fails.
     assert [r.probe for r in finished.results if not r.passed] == [
         r.probe for r in finished.results if not r.probe.allowed
     ]
@@ -98,6 +104,26 @@ async def test_without_policies_none_are_created() -> None:
     finished = await run(client, policies=False)
     assert all(r.passed and r.under is None for r in finished.results)
     assert not [c for c in client.created if c.startswith("networkpolicies")]
+
+
+async def test_nothing_of_the_nodes_where_that_is_forbidden() -> None:
+    client = Client("a", "b")
+    finished = await run(client, host=False)
+    assert not [r for r in finished.results if r.probe.client == "host" or "host" in r.probe.target]
+    assert not [c for c in client.created if "host" in c]
+
+
+async def test_failures_are_explained_while_everything_is_there() -> None:
+    client, seen = Client("a", "b", word="timeout"), []
+
+    async def explain(results: Any, places: Any) -> Any:
+        seen.append(("namespaces", "test") in client.objects)
+        return [dataclasses.replace(r, hint=places.namespace) for r in results]
+
+    settings = Settings(namespace="test", image="img", timeout=0.2)
+    finished = await subject.run(client, settings, lambda _: None, explain)  # type: ignore[arg-type]
+    assert seen == [True]
+    assert {r.hint for r in finished.results} == {"test"}
 
 
 async def test_one_node() -> None:

@@ -3,10 +3,13 @@
 import pytest
 
 from fimbria.cli.connectivity.scenario import (
+    BALANCED,
     CLIENTS,
     PORTS,
     SERVERS,
     SERVICES,
+    SPREAD,
+    STICKY,
     External,
     Places,
     one_node,
@@ -14,28 +17,61 @@ from fimbria.cli.connectivity.scenario import (
     probes,
 )
 
+MORE = (SPREAD, STICKY, BALANCED, "kubernetes")
 FAMILIES = {4: "10.0.0.{}", 6: "fd00::{}"}
 
 
-def places(*families: int, external: External | None = None) -> Places:
+def places(*families: int, external: External | None = None, whole: bool = False) -> Places:
+    """With `whole` as in a cluster with DNS, Cilium's policies, a load balancer, host ports."""
+
     def addresses(number: int) -> dict[int, str]:
         return {f: FAMILIES[f].format(number) for f in families}
 
     return Places(
         {s.name: addresses(i + 1) for i, s in enumerate(SERVERS)},
-        {name: addresses(i + 50) for i, name in enumerate(SERVICES)},
+        {name: addresses(i + 50) for i, name in enumerate((*SERVICES, *(MORE if whole else ())))},
         38080,
         external,
         {name: 30000 + i for i, name in enumerate(SERVICES)},
+        namespace="ns",
+        mapped_port=38081 if whole else 0,
+        names=whole,
+        cilium=whole,
     )
 
 
 def test_every_client_and_server_has_a_part() -> None:
-    found = probes(places(4))
+    found = probes(places(4, whole=True))
     assert {p.client for p in found} == {c.name for c in CLIENTS}
-    targets = {p.target.removeprefix("pod ").removeprefix("service ").replace("host ", "host-") for p in found}
-    assert targets == {s.name for s in SERVERS}
-    assert {p.target for p in found if p.target.startswith("service")} == {f"service {s}" for s in SERVICES}
+    words = {p.target.removeprefix("pod ").removeprefix("service ").replace("host ", "host-") for p in found}
+    assert {s.name for s in SERVERS} <= words
+    assert {p.target for p in found if p.target.startswith("service")} == {f"service {s}" for s in (*SERVICES, *MORE)}
+
+
+def test_what_a_cluster_has_not_is_not_tried() -> None:
+    checks = {p.check for p in probes(places(4, 6, whole=True))} - {p.check for p in probes(places(4, 6))}
+    assert {c.partition(":")[0] for c in checks} == {
+        "service, both backends are used", "service, session affinity", "load balancer", "service of the API server",
+        "name of a service", "name of a headless service", "service, by its name", "host port of another node",
+        "CiliumNetworkPolicy",
+    }  # fmt: skip
+
+
+def test_names_have_all_addresses_of_their_family() -> None:
+    found = [p for p in probes(places(4, 6, whole=True)) if p.proto == "dns"]
+    assert {p.address for p in found} == {"far", "far.ns", "far.ns.svc", "headless.ns.svc"}
+    assert [p.want for p in found if p.address == "headless.ns.svc"] == [
+        ("10.0.0.1", "10.0.0.2"),
+        ("fd00::1", "fd00::2"),
+    ]
+
+
+def test_denials_by_cilium_have_an_allowed_twin() -> None:
+    found = [p for p in probes(places(4, whole=True)) if p.target == "pod barred"]
+    assert [(p.client, p.proto) for p in found if p.allowed] == [("friend", "http")]
+    assert {(p.client, p.proto) for p in found if not p.allowed} == {
+        ("friend", "tcp"), ("walled", "http"), ("plain", "http"),
+    }  # fmt: skip
 
 
 def test_both_families_alike() -> None:
