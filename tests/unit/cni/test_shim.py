@@ -16,6 +16,8 @@ from typing import Any
 
 import pytest
 
+from fimbria.sources.cni.spec import PROTOCOL
+
 SHIM = Path(__file__).parents[3] / "src/fimbria/cni/shim"
 CONF = b'{"cniVersion": "1.0.0", "name": "fimbria", "type": "fimbria-cni"}'
 PATIENCE = 0.3  # of the checked build, seconds; see the Makefile
@@ -198,7 +200,7 @@ def test_what_is_handed_over(shim: Path, tmp_path: Path) -> None:
     with agent(tmp_path, says(b'{"ok":1}')) as one:
         env = {"CNI_CONTAINERID": "c1", "CNI_IFNAME": "eth0", "CNI_ARGS": "A=B;C=ä", "CNI_PATH": "/x", "HOME": "/root"}
         assert run(shim, "ADD", one.path, CNI_NETNS="/proc/self/ns/net", **env) == (0, {"ok": 1})
-    wanted = {"CNI_COMMAND": "ADD", "CNI_NETNS": "/proc/self/ns/net"} | env
+    wanted = {"CNI_COMMAND": "ADD", "CNI_NETNS": "/proc/self/ns/net", "FIMBRIA_PROTOCOL": str(PROTOCOL)} | env
     assert one.env == {k: v for k, v in wanted.items() if k not in ("HOME", "CNI_PATH")}
     assert one.stdin == CONF
 

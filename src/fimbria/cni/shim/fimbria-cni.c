@@ -6,6 +6,8 @@
  * Request on the socket: u32 length, u32 number of variables, "KEY=VALUE\0"..., then the network configuration from stdin;
  * the pod's network namespace goes along as an open descriptor (SCM_RIGHTS), so the agent need not share our mounts.
  * Answer: u32 exit status, u32 length, then what goes to stdout. Integers are in network byte order.
+ * One of the variables is FIMBRIA_PROTOCOL, the number of this protocol: during an upgrade the agent may be of another
+ * release. It counts up when an older agent would misunderstand a request; variables that it doesn't know it ignores.
  *
  * What works without an agent: VERSION. Everything else fails with a CNI error that tells the runtime to try again.
  */
@@ -23,6 +25,7 @@
 #include <time.h>
 #include <unistd.h>
 
+#define PROTOCOL "FIMBRIA_PROTOCOL=1"
 #define DEFAULT_SOCKET "/run/fimbria/cni.sock"
 #define MAX_CONFIG (1 << 20)
 #define MAX_REQUEST (MAX_CONFIG + (64 << 10))
@@ -267,7 +270,7 @@ static int run(void)
 
 	for (size_t i = 0; i < sizeof(forwarded) / sizeof(*forwarded); i++) {
 		const char *value = getenv(forwarded[i]);
-		size_t room = sizeof(request) - MAX_CONFIG - length;
+		size_t room = sizeof(request) - MAX_CONFIG - sizeof(PROTOCOL) - length;
 		int n;
 
 		if (!value)
@@ -278,6 +281,9 @@ static int run(void)
 		length += (size_t)n + 1;
 		variables++;
 	}
+	memcpy(request + length, PROTOCOL, sizeof(PROTOCOL));
+	length += sizeof(PROTOCOL);
+	variables++;
 	memcpy(request + length, config, (size_t)config_length);
 	length += (size_t)config_length;
 	word = htonl((uint32_t)(length - 4));

@@ -21,6 +21,7 @@ from fimbria.model.address import is_v4, pack, unpack
 from fimbria.model.endpoint import HostPort
 from fimbria.model.protocol import WITH_PORTS
 
+PROTOCOL: Final = 1  # of the shim's requests, see cni/shim/fimbria-cni.c
 SUPPORTED: Final = ("0.3.0", "0.3.1", "0.4.0", "1.0.0", "1.1.0")
 COMMANDS: Final = ("ADD", "DEL", "CHECK", "STATUS", "GC")
 _ATTACHED: Final = ("ADD", "DEL", "CHECK")
@@ -200,6 +201,7 @@ def peek_version(config: bytes) -> str:
 
 def parse(env: Mapping[str, str], stdin: bytes, netns_fd: int) -> Request:
     """Check a request against the specification. Raises CniError."""
+    _check_protocol(env.get("FIMBRIA_PROTOCOL", "1"))
     command = env.get("CNI_COMMAND", "")
     if command not in COMMANDS:
         raise CniError(Code.INVALID_ENVIRONMENT, f"CNI_COMMAND {command[:32]!r} is not one of {', '.join(COMMANDS)}")
@@ -224,6 +226,16 @@ def parse(env: Mapping[str, str], stdin: bytes, netns_fd: int) -> Request:
         args=_parse_args(env.get("CNI_ARGS", "")) if command in _ATTACHED else {},
         config=config,
     )
+
+
+def _check_protocol(spoken: str) -> None:
+    """A shim that doesn't say speaks the first one. A newer one's request might not mean what it seems to."""
+    if not spoken.isdecimal() or int(spoken) > PROTOCOL:
+        raise CniError(
+            Code.TRY_AGAIN_LATER,
+            f"fimbria-cni speaks protocol {spoken[:16]}, this agent up to {PROTOCOL}",
+            "they are of different releases; the agent installs its own plugin when it is ready",
+        )
 
 
 def _parse_config(stdin: bytes) -> dict[str, Any]:

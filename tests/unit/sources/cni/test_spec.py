@@ -12,6 +12,7 @@ from fimbria.model.address import pack
 from fimbria.model.endpoint import HostPort
 from fimbria.sources.cni.spec import (
     COMMANDS,
+    PROTOCOL,
     SUPPORTED,
     Address,
     CniError,
@@ -118,6 +119,16 @@ def test_commands_by_version(command: str, since: str) -> None:
             assert request({"CNI_COMMAND": command}, {"cniVersion": version}).version == version
         else:
             assert refused({"CNI_COMMAND": command}, {"cniVersion": version}).code == Code.INCOMPATIBLE_VERSION
+
+
+def test_a_shim_of_another_release() -> None:
+    """During an upgrade: an older one, that doesn't say what it speaks, works; a newer protocol isn't guessed at."""
+    assert request({"FIMBRIA_PROTOCOL": str(PROTOCOL)}) == request()
+    assert request({"SOMETHING_NEW": "x"}) == request()
+    for spoken in (str(PROTOCOL + 1), "", "two", "-1"):
+        error = refused({"FIMBRIA_PROTOCOL": spoken})
+        assert error.code == Code.TRY_AGAIN_LATER
+        assert f"protocol {spoken}," in error.msg and "releases" in error.details
 
 
 @pytest.mark.parametrize("version", ["0.1.0", "0.2.0", "1.2.0", "2.0.0", "", "v1.1.0", 1.1, None, ["1.1.0"], {}])
