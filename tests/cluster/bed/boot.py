@@ -23,7 +23,7 @@ BINARIES = "/opt/kube/bin"
 MS_SHARED = 0x100000
 _MODE = kernel.MS_NOSUID | kernel.MS_NODEV | kernel.MS_NOEXEC
 # What kubelet sets, and mustn't set for the whole machine.
-_TUNABLES = {
+KERNEL_VALUES = {
     "vm/overcommit_memory": "1",
     "vm/panic_on_oom": "0",
     "kernel/panic": "10",
@@ -77,7 +77,7 @@ def _sys(cgroup2: Path) -> None:
 
 def _proc() -> None:
     kernel.mount("proc", "/proc", "proc", _MODE)
-    values = _TUNABLES | {"kernel/random/boot_id": str(uuid.uuid4())}
+    values = KERNEL_VALUES | {"kernel/random/boot_id": str(uuid.uuid4())}
     for key, value in values.items():
         file = Path("/run/tunables", key if "/random/" not in key else "kernel/boot_id")
         file.parent.mkdir(parents=True, exist_ok=True)

@@ -50,8 +50,10 @@ def kill(layout: Layout, member: str = "") -> None:
         raise BedError(str(error)) from None
 
 
-def present(layout: Layout) -> bool:
-    return any((root / layout.cgroup).exists() for root in [kernel.cgroup_root(), *(r for r, _ in _v1())])
+def present(layout: Layout) -> list[Path]:
+    """The cluster's folders in all hierarchies."""
+    roots = [kernel.cgroup_root(), *(root for root, _ in _v1())]
+    return [root / layout.cgroup for root in roots if (root / layout.cgroup).exists()]
 
 
 def names() -> list[str]:

@@ -25,6 +25,8 @@ from tests.cluster.images.build import ImageError, cache_dir
 from tests.cluster.images.build import ensure as build_images
 from tests.cluster.images.recipes import kube, recipes
 
+from fimbria.lab import kernel
+
 TOOLS = ("kube-apiserver", "kube-controller-manager", "kube-scheduler", "kubelet", "kubectl", "helm")
 
 
@@ -123,9 +125,11 @@ class Cluster:
 
     # --- what is there ---
 
-    @property
-    def exists(self) -> bool:
-        return self.layout.state.exists() or cgroups.present(self.layout) or bool(network.present(self.layout))
+    def remains(self) -> list[str]:
+        """Every trace of the cluster on this machine, as paths and names."""
+        folders = [str(path) for path in (self.layout.state, self.layout.disks) if path.exists()]
+        mounts = [str(p) for p in kernel.mount_points(Path("/")) if self.layout.disks in p.parents]
+        return [*folders, *mounts, *map(str, cgroups.present(self.layout)), *network.present(self.layout)]
 
     def installed(self) -> bool:
         """Nodes are there, Ready and take pods, and the cluster's DNS is up: what `up` and `install_...` lead to."""
@@ -229,9 +233,13 @@ class Cluster:
         return Store(cache_dir() / "store")
 
     def _stock(self) -> dict[str, Path]:
-        """The images of the bed, and those that its nodes have got besides."""
-        known = {name for node in self.nodes() for name in marks(self._host(node)).names()}
-        archives = built(*(name for name in recipes() if name in known or not name.startswith(install.IMAGE)))
+        """The images of the bed, and those that its nodes have got besides, in their contents if they are kept."""
+        archives = built(*(name for name in recipes() if not name.startswith(install.IMAGE)))
+        for node in self.nodes():
+            for name, file in marks(self._host(node)).archives().items():
+                if name not in archives:
+                    kept = cache_dir() / file
+                    archives[name] = kept if kept.exists() else built(name)[name]
         with step(f"{len(archives)} images"):
             self._store.update(archives)
         return archives

@@ -12,7 +12,7 @@ from pathlib import Path
 from tests.cluster.bed import cgroups, config, network, pki, processes
 from tests.cluster.bed.boot import BINARIES
 from tests.cluster.bed.errors import BedError
-from tests.cluster.bed.layout import REPOSITORY, STARTUP_TAINT, Layout, addresses, node_number
+from tests.cluster.bed.layout import REPOSITORY, STARTUP_TAINT, Addresses, Layout, addresses, node_number
 
 INIT, CONTAINERD, KUBELET = "init", "containerd", "kubelet"
 PLUGINS = Path("/usr/lib/cni")  # Debian's containernetworking-plugins
@@ -103,8 +103,9 @@ class NodeHost:
             f"{self.name}: containerd", answers, 60, lambda: processes.tail(self.layout, self.name, CONTAINERD)
         )
 
-    def start_kubelet(self) -> None:
-        at = addresses(self.name)
+    def start_kubelet(self, at: Addresses | None = None) -> None:
+        """`at`: the node's addresses, if they aren't those it was made with."""
+        at = at or addresses(self.name)
         self._start(
             KUBELET,
             [

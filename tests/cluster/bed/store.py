@@ -31,8 +31,10 @@ class Marks:
     def __init__(self, folder: Path):
         self._folder = folder
 
-    def names(self) -> list[str]:
-        return sorted(p.name for p in self._folder.iterdir()) if self._folder.exists() else []
+    def archives(self) -> dict[str, str]:
+        """The archive's file name by the image's."""
+        files = self._folder.iterdir() if self._folder.exists() else ()
+        return {file.name: self._read(file.name).partition(" ")[0] for file in files}
 
     def missing(self, archives: Mapping[str, Path]) -> dict[str, Path]:
         return {name: path for name, path in archives.items() if self._read(name) != _content(path)}
