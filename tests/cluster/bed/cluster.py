@@ -234,10 +234,11 @@ class Cluster:
 
     def _stock(self) -> dict[str, Path]:
         """The images of the bed, and those that its nodes have got besides, in their contents if they are kept."""
-        archives = built(*(name for name in recipes() if not name.startswith(install.IMAGE)))
+        known = recipes()
+        archives = built(*(name for name in known if not name.startswith(install.IMAGE)))
         for node in self.nodes():
             for name, file in marks(self._host(node)).archives().items():
-                if name not in archives:
+                if name in known and name not in archives:
                     kept = cache_dir() / file
                     archives[name] = kept if kept.exists() else built(name)[name]
         with step(f"{len(archives)} images"):
