@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import Final
 
-from tests.bench import agent, changes, cni, datapath, ipvs, observer, programming, programs, services
+from tests.bench import agent, api, changes, cni, datapath, ipvs, observer, programming, programs, services
 from tests.bench.measure import Settings
 from tests.bench.report import Figure
 
@@ -20,6 +20,7 @@ GROUPS: Final[Mapping[str, Callable[[Settings], list[Figure]]]] = {
     "crowd": agent.crowd,
     "programs": programs.per_packet,
     "processes": observer.processes,
+    "api": api.api,
 }
 OPTIONAL: Final = frozenset(("ipvs",))  # takes as long as all others together: only by its name
 TITLES: Final[Mapping[str, str]] = {
@@ -33,6 +34,7 @@ TITLES: Final[Mapping[str, str]] = {
     "crowd": "Agent: many pods on one node",
     "programs": "Packet programs",
     "processes": "Operator and observer",
+    "api": "API client: tens of thousands of objects",
 }
 WORDS: Final[Mapping[str, tuple[str, ...]]] = {
     "pods": (
@@ -75,6 +77,10 @@ WORDS: Final[Mapping[str, tuple[str, ...]]] = {
     "programs": (
         "One packet in one program by the kernel's test runs, the empty run's time taken off; established connections.",
         "Redirecting, the pod's stack and the wire are not part of it.",
+    ),
+    "api": (
+        "Replayed: pages and watch streams from files, in a process of its own; CPU seconds. The real API server is",
+        "Kubernetes 1.36 on this machine with etcd 3.6 in memory; each sample is a fresh process until its table is full.",
     ),
     "processes": ("PSS and CPU of processes in a small lab; a pod that floods a closed port.",),
 }

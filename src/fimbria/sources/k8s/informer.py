@@ -21,6 +21,7 @@ import asyncio
 import enum
 import logging
 import random as _random
+import re
 import time
 from collections.abc import Awaitable, Callable, Hashable
 from typing import Generic, Literal, TypeVar
@@ -46,6 +47,7 @@ RELIST_MOST = 10.0
 TELL_EVERY = 20  # attempts, which is about five minutes
 REFUSALS = 3
 REFUSED = (400, 422, 504)  # how servers say that a version is no version, or one that they haven't reached
+_NUMBERS = re.compile(r"[0-9.]+")
 _log = logging.getLogger("fimbria.k8s")
 
 
@@ -106,6 +108,7 @@ class Informer(Generic[T, K, V]):
         self._backoff = Backoff(0.2, 30.0, random)
         self._hiccups = Backoff(0.2, HICCUP, random)
         self._progress = False
+        self._told = ""
         self._pages = PageDecoder(resource.type)
         self._version = ""
         self._refusals = 0
@@ -165,8 +168,9 @@ class Informer(Generic[T, K, V]):
         self.error = str(error)
         self.errors += 1
         # What stays wrong is said again from time to time: nobody reads yesterday's log for why a policy isn't known.
-        told = max(self._backoff.attempts, self._hiccups.attempts) % TELL_EVERY == 1
-        level = logging.WARNING if told else logging.DEBUG
+        kind, attempts = _NUMBERS.sub("", self.error), max(self._backoff.attempts, self._hiccups.attempts)
+        level = logging.WARNING if kind != self._told or attempts % TELL_EVERY == 1 else logging.DEBUG
+        self._told = kind
         _log.log(level, "%s; trying again in %.1f s", error, delay)
         await self._sleep(delay)
 
