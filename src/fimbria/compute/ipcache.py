@@ -8,6 +8,8 @@ Rules
    the address it has now; the one that the report names for an address that is in no block. So a node that changes its
    address is followed at once, not when its last pod's report has been written anew.
 3. An address of a pod block that nobody reports is UNMANAGED: policies don't allow it by accident.
+4. Of two reports of the same second that name different identities neither can be preferred: until one goes the address
+   is NOBODY's, which every pod with a policy drops, so that neither's rights are given to the other.
 """
 
 from __future__ import annotations
@@ -19,6 +21,7 @@ from typing import Any, Final
 
 from fimbria.model.address import Prefix, is_v4
 from fimbria.model.endpoint import LocalEndpoint, RemoteEndpoint
+from fimbria.model.identity import NOBODY
 from fimbria.model.node import Node
 from fimbria.model.rows import NO_ADDR, PrefixKey, Remote
 
@@ -135,9 +138,17 @@ class IpcacheCompute:
             return self._stated(sources, key)
         ranked = sorted(sources, key=self._rank, reverse=True)
         row = self._stated(ranked[0], key)
+        if ranked[0][0] == "pod" and self._equals_differ(ranked, row.identity, key):
+            return replace(row, identity=NOBODY)
         if ranked[0] == API_SERVERS and ranked[1][0] == "node":
             return replace(row, flags=self._stated(ranked[1], key).flags)
         return row
+
+    def _equals_differ(self, ranked: list[Source], identity: int, key: PrefixKey) -> bool:
+        """Rule 4: whether a report as young as the winner's says that the address has another identity."""
+        rank = self._rank(ranked[0])
+        rivals = (self._stated(s, key) for s in ranked[1:] if s[0] == "pod" and self._rank(s) == rank)
+        return any(row.identity != identity for row in rivals)
 
     def _stated(self, source: Source, key: PrefixKey) -> Remote:
         claims = self._claims[source]

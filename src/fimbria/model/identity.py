@@ -10,6 +10,8 @@ from fimbria.model.labels import Labels
 MIN_ALLOCATED: Final = 256
 MAX_ALLOCATED: Final = 65535
 SCOPE_CIDR: Final = 1 << 24
+NOBODY: Final = SCOPE_CIDR - 1
+"""An identity that never exists: to the datapath one that it doesn't know yet, whose packets policies drop."""
 
 
 class Reserved(IntEnum):

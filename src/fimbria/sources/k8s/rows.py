@@ -13,7 +13,7 @@ from typing import Final, TypeVar
 
 from fimbria.model.address import Prefix, pack
 from fimbria.model.endpoint import ClusterIdentity, NamedPort, Pod, PodSlice, RemoteEndpoint
-from fimbria.model.identity import MIN_ALLOCATED, SCOPE_CIDR, Reserved
+from fimbria.model.identity import MIN_ALLOCATED, NOBODY, Reserved
 from fimbria.model.node import Node
 from fimbria.model.protocol import WITH_PORTS
 from fimbria.sources.k8s.types import cilium, core
@@ -118,7 +118,7 @@ def identity(obj: cilium.CiliumIdentity) -> ClusterIdentity:
     """
     if not identity_key(obj.metadata):
         raise ValueError(
-            f"the name {obj.metadata.name!r} is no identity's: a number from {MIN_ALLOCATED} below {SCOPE_CIDR}"
+            f"the name {obj.metadata.name!r} is no identity's: a number from {MIN_ALLOCATED} below {NOBODY}"
         )
     return ClusterIdentity(dict(obj.security_labels or {}), UNUSED_ANNOTATION in (obj.metadata.annotations or {}))
 
@@ -130,7 +130,7 @@ def identity_key(meta: ObjectMeta) -> int:
 
 
 def _allocated(identity: int) -> bool:
-    return MIN_ALLOCATED <= identity < SCOPE_CIDR
+    return MIN_ALLOCATED <= identity < NOBODY
 
 
 def remote_endpoint(obj: cilium.CiliumEndpoint) -> RemoteEndpoint | None:

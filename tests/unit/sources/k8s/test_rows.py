@@ -17,7 +17,7 @@ def identity(name: str) -> cilium.CiliumIdentity:
     return msgspec.convert({"metadata": {"name": name}, "security-labels": LABELS}, cilium.CiliumIdentity)
 
 
-@pytest.mark.parametrize("name", ["", "0", "abc", "2", "255", "0300", "-300", "16777216", "99999999", "١٢٣٤"])
+@pytest.mark.parametrize("name", ["", "0", "abc", "2", "255", "0300", "-300", "16777215", "16777216", "99999999", "١٢٣٤"])
 def test_only_the_clusters_numbers_get_labels(name: str) -> None:
     """Number 0 is "anyone" to a policy, 2 the world: labels for them would open pods to everybody."""
     assert rows.identity_key(identity(name).metadata) == 0
@@ -25,7 +25,7 @@ def test_only_the_clusters_numbers_get_labels(name: str) -> None:
         rows.identity(identity(name))
 
 
-@pytest.mark.parametrize("name", ["256", "65535", "16777215"])
+@pytest.mark.parametrize("name", ["256", "65535", "16777214"])
 def test_the_clusters_numbers(name: str) -> None:
     assert rows.identity_key(identity(name).metadata) == int(name)
     assert rows.identity(identity(name)).labels == LABELS
@@ -36,7 +36,7 @@ def endpoint(number: int) -> cilium.CiliumEndpoint:
     return msgspec.convert({"metadata": {"name": "a", "namespace": "n"}, "status": status}, cilium.CiliumEndpoint)
 
 
-@pytest.mark.parametrize("number", [1, 2, 3, 6, 7, 255, 1 << 24, 1 << 31])
+@pytest.mark.parametrize("number", [1, 2, 3, 6, 7, 255, (1 << 24) - 1, 1 << 24, 1 << 31])
 def test_no_pod_is_the_host(number: int) -> None:
     with pytest.raises(ValueError, match="no pod's identity"):
         rows.remote_endpoint(endpoint(number))
@@ -107,3 +107,18 @@ def test_a_pod_may_want_addresses_as_they_are(value: str | None, own: bool) -> N
 )
 def test_load_balancers_shall_leave_a_node_that_goes(obj: dict[str, Any], leaving: bool) -> None:
     assert to_topology(read(core.Node, **obj)).leaving is leaving
+
+
+def test_one_bad_entry_of_a_slice_does_not_spoil_the_others() -> None:
+    networking = {"node": "172.31.2.10", "addressing": [{"ipv4": "10.0.0.9"}]}
+    entries = [
+        {"name": "good", "id": 300, "networking": networking, "created": "2026-01-01T00:00:00Z"},
+        {"name": "host", "id": 1, "networking": networking},
+        {"name": "nowhere", "id": 300, "networking": {"addressing": [{"ipv4": "10.0.0"}], "node": "172.31.2.10"}},
+        {"name": "unfinished", "id": 0, "networking": networking},
+    ]
+    obj = read(cilium.CiliumEndpointSlice, namespace="ns", endpoints=entries)
+    row = rows.pod_slice(obj, {})
+    assert list(row.endpoints) == ["good"]
+    assert [p.split(":")[0] for p in row.problems] == ["endpoints[1] 'host'", "endpoints[2] 'nowhere'"]
+    assert rows.pod_slice(obj, row.endpoints).endpoints["good"] is row.endpoints["good"]
