@@ -17,7 +17,9 @@ def identity(name: str) -> cilium.CiliumIdentity:
     return msgspec.convert({"metadata": {"name": name}, "security-labels": LABELS}, cilium.CiliumIdentity)
 
 
-@pytest.mark.parametrize("name", ["", "0", "abc", "2", "255", "0300", "-300", "16777215", "16777216", "99999999", "١٢٣٤"])
+@pytest.mark.parametrize(
+    "name", ["", "0", "abc", "2", "255", "0300", "-300", "16777215", "16777216", "99999999", "١٢٣٤"]
+)
 def test_only_the_clusters_numbers_get_labels(name: str) -> None:
     """Number 0 is "anyone" to a policy, 2 the world: labels for them would open pods to everybody."""
     assert rows.identity_key(identity(name).metadata) == 0
