@@ -6,7 +6,8 @@ Rules:
    even if no pool contains it any more (the node gets a condition that says so).
 3. If two nodes hold overlapping blocks (objects edited by hand), the older node keeps it and the younger one gets a
    condition.
-4. A node that is gone gives its blocks back.
+4. A node that is gone gives its blocks back. One whose object lost them (edited by hand) gets the same again: its pods
+   have addresses of them.
 """
 
 from __future__ import annotations
@@ -141,6 +142,9 @@ class BlockAllocator:
         return {str(p): (sum(b in p.network for b in self.held), p.count) for p in self.pools}
 
     def _take(self, pools: list[Pool], node: str) -> Prefix | None:
+        for block, holder in self.held.items():
+            if holder == node and block.v4 == pools[0].network.v4:
+                return block
         for pool in pools:
             start = self._cursor.get(pool, 0)
             for step in range(min(pool.count, len(self.held) + 1)):

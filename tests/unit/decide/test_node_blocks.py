@@ -102,3 +102,11 @@ def test_blocks_of_nodes_never_overlap() -> None:
             assert decision.problem
         every = [b for blocks in have.values() for b in blocks]
         assert not any(x in y for i, x in enumerate(every) for j, y in enumerate(every) if i != j)
+
+
+def test_a_node_that_lost_its_blocks_gets_the_same_again() -> None:
+    blocks = allocator("10.0.0.0/24/25", "fd00::/48/64")
+    first = blocks.assign("a", [])
+    for _ in range(5):
+        assert blocks.assign("a", []) == first
+    assert blocks.assign("b", []).problem == ""
