@@ -196,19 +196,28 @@ def pod_trouble(pod: AgentPod) -> str:
     if pod.ready:
         return ""
     for c in (*(pod.status.init_container_statuses or ()), *(pod.status.container_statuses or ())):
-        for state in ("waiting", "terminated"):
-            found = c.state.get(state)
-            if found and not (state == "terminated" and found.get("exitCode") == 0):
-                last = c.last_state.get("terminated") or {}
-                ended = f"; it ended before with exit code {last['exitCode']}" if "exitCode" in last else ""
-                words = ": ".join(str(found[k]) for k in ("reason", "message") if found.get(k)) or state
-                return f"container {c.name}: {words}{ended}"
+        trouble = _container_trouble(c)
+        if trouble:
+            return f"container {c.name}: {trouble}"
     for condition in pod.status.conditions or ():
         if condition.get("type") == "PodScheduled" and condition.get("status") == "False":
             return f"it can't be scheduled: {condition.get('message', '')}"
     unready = [c.name for c in pod.status.container_statuses or () if not c.ready]
     words = ": ".join(w for w in (pod.status.reason, pod.status.message) if w)
     return words or (f"container {', '.join(unready)} isn't ready yet" if unready else f"it is {pod.status.phase}")
+
+
+def _container_trouble(c: ContainerState) -> str:
+    waiting, ended = c.state.get("waiting"), c.state.get("terminated") or {}
+    last = c.last_state.get("terminated") or {}
+    if ended.get("exitCode") or (waiting and waiting.get("reason") == "CrashLoopBackOff"):
+        code = ended.get("exitCode", last.get("exitCode", "?"))
+        words = " ".join(str(ended.get("message") or last.get("message") or "").split())
+        often = f", {c.restart_count} times so far" if c.restart_count else ""
+        return f"it keeps ending, with exit code {code}{often}" + (f": {words[-300:]}" if words else "")
+    if not waiting:
+        return ""
+    return ": ".join(str(waiting[k]) for k in ("reason", "message") if waiting.get(k)) or "it waits"
 
 
 # --- options and errors of the commands -------------------------------------------------------------------------------

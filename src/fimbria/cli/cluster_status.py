@@ -19,7 +19,7 @@ from fimbria.cli.show import bad, count, dim, fields, good, table, warn
 from fimbria.sources.k8s.client import ApiClient
 from fimbria.sources.k8s.config import ClusterConfig
 from fimbria.sources.k8s.errors import ApiError
-from fimbria.sources.k8s.exec import ExecError, PodAccess
+from fimbria.sources.k8s.exec import ExecError, Limited, PodAccess
 from fimbria.sources.k8s.resources import LEASES
 
 POLL: Final = 1.0
@@ -44,14 +44,20 @@ class View:
 async def look(client: ApiClient, pods: PodAccess | None = None) -> View:
     """Reads it; agents that run but aren't ready are asked why, if `pods` says how. Raises NotInstalled, ApiError."""
     found, nodes = await asyncio.gather(cluster.find(client), client.list(cluster.NODES))
-    unready = [p for p in found.agents.values() if not p.ready and p.running(p.container().name)]
+    unready = [p for p in found.agents.values() if not p.ready]
     asked = await asyncio.gather(*(_ask(pods, p) for p in unready[:MOST_ASKED])) if pods is not None else ()
     said = {node: words for node, words in asked if words}
     return View(client.config.server, found, nodes.items, await _leader(client, found.namespace), said)
 
 
 async def _ask(pods: PodAccess, pod: AgentPod) -> tuple[str, list[str]]:
+    """What an agent says keeps it from being ready; of one that doesn't run, its last words."""
     try:
+        if not pod.running(pod.container().name):
+            said = Limited(1 << 16, cut=True)
+            await pods.logs(pod.container(), said.write, tail_lines=1)
+            _, _, words = said.data.decode(errors="replace").strip().partition(" ")
+            return pod.node, [f"{cluster.pod_trouble(pod)}; its last words: {words[:300]}"] if words else []
         done = await pods.capture(pod.container(), ["fimbria", "status", "-o", "json"], patience=PATIENCE)
         return pod.node, [str(p) for p in json.loads(done.stdout)["problems"]]
     except (ApiError, ExecError, ValueError, KeyError, TypeError):

@@ -43,10 +43,22 @@ def prepare(procfs: Path, mount_bpffs: Path | None, mount_cgroup: Path | None, c
 @click.option(
     "--stay", is_flag=True, help="Then wait to be stopped, with /tmp/clean as the sign that all went: for a container."
 )
-@click.option("--run-dir", default="/run/fimbria", show_default=True, type=click.Path(path_type=Path))
-@click.option("--bpffs", default="/sys/fs/bpf", show_default=True, type=click.Path(path_type=Path))
-@click.option("--cni-conf-dir", default="/etc/cni/net.d", show_default=True, type=click.Path(path_type=Path))
-@click.option("--cni-bin-dir", default="/opt/cni/bin", show_default=True, type=click.Path(path_type=Path))
+@click.option(
+    "--run-dir", default="/run/fimbria", show_default=True, type=click.Path(path_type=Path),
+    help="The agent's folder of sockets and journal.",
+)  # fmt: skip
+@click.option(
+    "--bpffs", default="/sys/fs/bpf", show_default=True, type=click.Path(path_type=Path),
+    help="Where the BPF file system is.",
+)  # fmt: skip
+@click.option(
+    "--cni-conf-dir", default="/etc/cni/net.d", show_default=True, type=click.Path(path_type=Path),
+    help="Where the runtime looks for CNI configuration.",
+)  # fmt: skip
+@click.option(
+    "--cni-bin-dir", default="/opt/cni/bin", show_default=True, type=click.Path(path_type=Path),
+    help="Where it looks for CNI plugins.",
+)  # fmt: skip
 def cleanup(*, yes: bool, stay: bool, run_dir: Path, bpffs: Path, cni_conf_dir: Path, cni_bin_dir: Path) -> None:
     """Remove everything of Fimbria from this node: programs, maps, devices, routes, CNI plugin and configuration.
 
