@@ -31,11 +31,11 @@ HEAD: Final = """\
 <!-- Written by scripts/chart_doc.py; a test compares. Change deploy/fimbria/values.yaml, then run the script. -->
 
 `deploy/fimbria` installs the agents (a DaemonSet), the operator (a Deployment), their roles and the custom resource
-definitions. [Installation](installation.md) leads through it. `helm` checks values before anything is touched: an unknown
-name or a value out of range is refused. Names are those of Cilium's chart where the meaning is the same.
+definitions. [Installation](installation.md) leads through it. `helm` checks values before anything is touched: an
+unknown name or a value out of range is refused. Names are those of Cilium's chart where the meaning is the same.
 
 ```console
-$ helm install fimbria deploy/fimbria --namespace kube-system --set k8sServiceHost=192.0.2.10
+$ helm install --namespace kube-system --set k8sServiceHost=192.0.2.10 fimbria ./deploy/fimbria
 ```
 
 Settings without a value of their own go into `extraConfig` (agents) and `operator.extraConfig`, by their names in
