@@ -218,10 +218,18 @@ class LeaderElection:
             self._version = lease.metadata.resource_version
 
     async def _release(self) -> None:
+        # One second, not zero, is the smallest duration the API accepts.
+        free = {"holderIdentity": "", "leaseDurationSeconds": 1}
         with contextlib.suppress(ApiError, TimeoutError):
             async with asyncio.timeout(2.0):
-                # One second, not zero, is the smallest duration the API accepts.
-                await self._patch({"holderIdentity": "", "leaseDurationSeconds": 1})
+                try:
+                    await self._patch(free)
+                except Conflict:
+                    # Most likely our own last renewal, whose answer we didn't wait for.
+                    lease = await self._client.get(LEASES, self._name, self._namespace)
+                    if lease.spec.holder_identity == self.identity:
+                        self._version = lease.metadata.resource_version
+                        await self._patch(free)
 
     # --- the object --------------------------------------------------------------------------------------------
 
