@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import Final
 
-from tests.bench import agent, api, changes, cni, datapath, ipvs, observer, programming, programs, services
+from tests.bench import agent, api, changes, cni, datapath, ipvs, kubelet, observer, programming, programs, services
 from tests.bench.measure import Settings
 from tests.bench.report import Figure
 
@@ -18,11 +18,12 @@ GROUPS: Final[Mapping[str, Callable[[Settings], list[Figure]]]] = {
     "cni": cni.add_and_delete,
     "agent": agent.agent,
     "crowd": agent.crowd,
+    "kubelet": kubelet.kubelet,
     "programs": programs.per_packet,
     "processes": observer.processes,
     "api": api.api,
 }
-OPTIONAL: Final = frozenset(("ipvs",))  # takes as long as all others together: only by its name
+OPTIONAL: Final = frozenset(("ipvs", "kubelet"))  # take long, or much of the machine: only by their names
 TITLES: Final[Mapping[str, str]] = {
     "pods": "Pod to pod",
     "services": "Services: connections",
@@ -32,6 +33,7 @@ TITLES: Final[Mapping[str, str]] = {
     "cni": "CNI plugin",
     "agent": "Agent: start, memory, enforcement, a large cluster",
     "crowd": "Agent: many pods on one node",
+    "kubelet": "Pods on the real kubelet, phase by phase",
     "programs": "Packet programs",
     "processes": "Operator and observer",
     "api": "API client: tens of thousands of objects",
@@ -74,6 +76,12 @@ WORDS: Final[Mapping[str, tuple[str, ...]]] = {
         "Enforcement is seen by a UDP echo a millisecond between two pods; the policy selects half of all identities.",
     ),
     "crowd": ("Pods by real CNI ADDs, each with a network namespace, veth, programs and policy row; no containers.",),
+    "kubelet": (
+        "A real cluster of two nodes, Fimbria on one, Debian's `bridge`, `host-local`, `portmap` and the real kube-proxy",
+        "(nftables) on the other, in turn. Pods of one `pause` container, their images there, put on their node by name.",
+        "Phases as kubelet and containerd log them, between what a watch of the API tells. Control plane, both nodes and",
+        "all pods share the machine's cores: the phases that aren't CNI say how busy those were.",
+    ),
     "programs": (
         "One packet in one program by the kernel's test runs, the empty run's time taken off; established connections.",
         "Redirecting, the pod's stack and the wire are not part of it.",
