@@ -22,7 +22,6 @@ from aiohttp import web
 from fimbria.sources.k8s import config
 
 
-
 def _openssl(*arguments: str) -> None:
     done = subprocess.run(["openssl", *arguments], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
@@ -237,9 +236,8 @@ class Webhook:
             "rules": [{"apiGroups": [group], "apiVersions": ["*"], "resources": [plural], "operations": [*operations]}],
             "failurePolicy": "Fail", "sideEffects": "None", "admissionReviewVersions": ["v1"], "timeoutSeconds": 5,
         }  # fmt: skip
-        return {
-            "apiVersion": "admissionregistration.k8s.io/v1", "kind": kind, "metadata": {"name": name}, "webhooks": [hook]
-        }  # fmt: skip
+        version = "admissionregistration.k8s.io/v1"
+        return {"apiVersion": version, "kind": kind, "metadata": {"name": name}, "webhooks": [hook]}
 
     async def _start(self) -> None:
         app = web.Application(client_max_size=64 << 20)

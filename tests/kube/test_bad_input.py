@@ -30,6 +30,7 @@ pytestmark = pytest.mark.timeout(900)
 ROOT = Path(__file__).parents[2]
 NAMESPACE = "kube-system"
 AGENT = "node1/agent"
+ALONE = "--no-leader-elect"  # a killed leader keeps the next one waiting
 SOON = 40.0  # seconds to recover: the longest pause between two tries is 30
 BASE = "/apis/cilium.io/v2"
 RBAC = "/apis/rbac.authorization.k8s.io/v1"
@@ -191,7 +192,8 @@ def _chart() -> list[dict[str, Any]]:
     parts = ("rbac-agent", "rbac-operator", "serviceaccounts")
     shown = [f"--show-only=templates/{part}.yaml" for part in parts]
     chart = str(ROOT / "deploy/fimbria")
-    done = subprocess.run([str(helm), "template", "fimbria", chart, "--namespace", NAMESPACE, *shown],
+    command = [str(helm), "template", "fimbria", chart, "--namespace", NAMESPACE, "--set"]
+    done = subprocess.run([*command, "ciliumEndpointSlice.enabled=true", *shown],
                           capture_output=True, text=True, check=False)  # fmt: skip
     assert done.returncode == 0, done.stderr
     return [m for m in yaml.safe_load_all(done.stdout) if m]
@@ -225,6 +227,7 @@ def operator(bed: Bed, *options: str) -> Iterator[Operator]:
     log = bed.folder / f"operator-{time.monotonic_ns()}.log"
     argv = [sys.executable, "-m", "fimbria.operator", "--kubeconfig", str(bed.kubeconfig("fimbria-operator"))]
     argv += ["--ipv4-pool", "10.200.0.0/23", "--ipv4-mask", "24", "--collect-interval", "1", "--identity-grace", "1"]
+    argv += ["--endpoint-slices", *(() if ALONE in options else ("--leader-elect",))]
     env = os.environ | {"PYTHONPATH": str(ROOT / "src")}
     with log.open("wb") as output:
         process = subprocess.Popen([*argv, *options], stdout=output, stderr=output, env=env,
@@ -313,8 +316,11 @@ def used(asked: list[str]) -> set[tuple[str, str, str]]:
     for line in asked:
         method, _, target = line.partition(" ")
         path, _, query = target.partition("?")
-        parts = path.strip("/").split("/")
-        group, rest = ("", parts[2:]) if parts[0] == "api" else (parts[1], parts[3:]) if parts[0] == "apis" else ("", [])
+        parts = [*path.strip("/").split("/"), ""]
+        group, rest = (
+            ("", parts[2:]) if parts[0] == "api" else (parts[1], parts[3:]) if parts[0] == "apis" else ("", [])
+        )
+        rest = [part for part in rest if part]
         if rest[:1] == ["namespaces"] and len(rest) > 2:
             rest = rest[2:]
         if not rest:
@@ -328,7 +334,7 @@ def used(asked: list[str]) -> set[tuple[str, str, str]]:
 def test_operator_without_one_of_its_rights(bed: Bed, crds: None) -> None:
     work, role = Work(bed), "fimbria-operator"
     bed.proxy.asked.clear()
-    with operator(bed) as whole:
+    with operator(bed, ALONE) as whole:
         work.make()
         works(bed)
         time.sleep(4.0)
@@ -339,7 +345,7 @@ def test_operator_without_one_of_its_rights(bed: Bed, crds: None) -> None:
     problems = []
     for group, plural, verb in needed:
         try:
-            with bed.without(role, group, plural, verb), operator(bed) as lacking:
+            with bed.without(role, group, plural, verb), operator(bed, ALONE) as lacking:
                 work.make()
                 resource = re.escape(plural.partition("/")[0]) + ".*"
                 lacking.log.line(f'(WARNING|ERROR).* cannot {verb} resource "{resource}"', 20.0)
@@ -377,7 +383,7 @@ def test_operator_and_a_webhook_that_refuses(bed: Bed, crds: None) -> None:
     def refuse(request: dict[str, Any]) -> tuple[bool, str, list[Any]]:
         return request["name"] != "unlucky", "not on a Monday", []
 
-    with operator(bed) as running:
+    with operator(bed, ALONE) as running:
         works(bed)
         with bed.webhook(refuse, "ValidatingWebhookConfiguration", "ciliumnetworkpolicies/status", "UPDATE"):
             time.sleep(1.0)
@@ -405,7 +411,7 @@ def test_objects_that_the_schema_lets_pass(bed: Bed, crds: None, spec: dict[str,
     answer = bed.admin.call("POST", path, policy("strange", **spec))
     if answer.code == 422:
         return  # the schema already refuses it, naming the field
-    with operator(bed):
+    with operator(bed, ALONE):
         assert answer.code == 201, answer.body
         status, why = until("it is judged", lambda: judged(bed, "strange") if judged(bed, "strange")[0] else None)
         found = bed.admin.get(f"{path}/strange")
@@ -419,7 +425,7 @@ def test_huge_objects(bed: Bed, crds: None) -> None:
     """A megabyte of policy, as large as etcd takes."""
     rules = [{"fromCIDR": [f"10.{n >> 8}.{n & 255}.{m}/32" for m in range(40)]} for n in range(1000)]
     path = f"{BASE}/namespaces/default/ciliumnetworkpolicies"
-    with operator(bed) as running:
+    with operator(bed, ALONE) as running:
         bed.admin.post(path, policy("huge", ingress=rules))
         until("it is judged", lambda: judged(bed, "huge")[0])
         works(bed)
@@ -428,9 +434,9 @@ def test_huge_objects(bed: Bed, crds: None) -> None:
 
 
 def test_conflicting_updates(bed: Bed, crds: None) -> None:
-    """Somebody writes what the operator writes, all the time: both get on, and the operator's word stands at the end."""
+    """Somebody writes what the operator writes, all the time: both get on; the operator's word stands."""
     path = f"{BASE}/ciliumnodes/contested"
-    with operator(bed) as running:
+    with operator(bed, ALONE) as running:
         bed.admin.post("/api/v1/nodes", {"metadata": {"name": "contested"}})
         bed.admin.post(f"{BASE}/ciliumnodes", cilium("CiliumNode", "contested", spec={}))
         blocks = until("it has a block", lambda: bed.admin.get(path)["spec"].get("ipam", {}).get("podCIDRs"))
@@ -446,9 +452,11 @@ def test_conflicting_updates(bed: Bed, crds: None) -> None:
 
 @pytest.mark.parametrize("status", [429, 500, 503])
 def test_server_that_fails_now_and_then(bed: Bed, crds: None, status: int) -> None:
-    with operator(bed) as running:
+    with operator(bed, ALONE) as running:
         works(bed)
-        with bed.proxy.fault("^(PATCH|POST) /apis/cilium", status=status, retry_after="1" if status == 429 else "") as fault:
+        with bed.proxy.fault(
+            "^(PATCH|POST) /apis/cilium", status=status, retry_after="1" if status == 429 else ""
+        ) as fault:
             name = f"late{status}"
             bed.admin.post(f"{BASE}/namespaces/default/ciliumnetworkpolicies", policy(name, ingress=[{}]))
             until("it is asked", lambda: fault.hits > 1)
@@ -461,7 +469,7 @@ def test_server_that_fails_now_and_then(bed: Bed, crds: None, status: int) -> No
 
 def test_token_authority_and_clock(bed: Bed, crds: None) -> None:
     """Credentials are rotated under a running process: by files, as kubelet does."""
-    with operator(bed, "--no-leader-elect") as running:
+    with operator(bed, ALONE) as running:
         works(bed)
         bed.revoke("fimbria-operator")
         bed.renew("fimbria-operator")
@@ -486,3 +494,214 @@ def test_token_authority_and_clock(bed: Bed, crds: None) -> None:
 
 
 # --- the agent -----------------------------------------------------------------------------------------------------
+
+
+@dataclass
+class Node:
+    """A node of a lab whose agent asks as its service account, through the proxy."""
+
+    bed: Bed
+    lab: Lab
+    log: Log
+
+    def restart(self) -> None:
+        self.lab.kill(AGENT)
+        self.log.mark()
+        self.lab.restart(AGENT)
+
+    def add(self, name: str, namespace: str = "default", **labels: str) -> None:
+        """A pod that sleeps."""
+        container = {"name": "main", "image": "fimbria/labtool", "command": ["labtool", "sleep"]}
+        meta = {"name": name, "namespace": namespace, "labels": labels or {"app": name}}
+        spec = {"nodeName": "node1", "terminationGracePeriodSeconds": 0, "containers": [container]}
+        self.bed.admin.post(f"/api/v1/namespaces/{namespace}/pods", {"metadata": meta, "spec": spec})
+
+    def remove(self, name: str, namespace: str = "default") -> None:
+        self.bed.admin.call("DELETE", f"/api/v1/namespaces/{namespace}/pods/{name}", gracePeriodSeconds=0)
+
+    def reported(self, name: str, namespace: str = "default") -> dict[str, Any] | None:
+        answer = self.bed.admin.call("GET", f"{BASE}/namespaces/{namespace}/ciliumendpoints/{name}")
+        return answer.body if answer.code == 200 else None
+
+    def works(self, seconds: float = SOON) -> None:
+        """A new pod is made, identified and reported, and its end too."""
+        name = f"probe{time.monotonic_ns()}"
+        self.add(name)
+        until(f"{name} is reported", lambda: self.reported(name), seconds)
+        self.remove(name)
+        until(f"{name} is gone", lambda: self.reported(name) is None, seconds)
+
+    def told(self, pod: str, reason: str, namespace: str = "default") -> str:
+        """The message of an event about a pod."""
+        return until(f"an event {reason} about {pod}", lambda: next(
+            (str(e["message"]) for e in self.bed.events(namespace, pod) if e["reason"] == reason), ""))  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def node(bed: Bed, crds: None) -> Iterator[Node]:
+    name = f"fimh5{os.getpid()}"
+    document = yaml.safe_load(bed.kubeconfig("fimbria").read_text())
+    agents_token = document["users"][0]["user"]["tokenFile"]
+    document["users"][0]["user"] = {"token": bed.admin.token}
+    admins = bed.folder / "admin.kubeconfig"
+    admins.write_text(yaml.safe_dump(document))
+    try:
+        cluster.up(LabSpec(name=name, nodes=1, kubeconfig=str(admins), controllers=True))
+        lab = Lab(name)
+        settings = yaml.safe_load(lab.paths.kubeconfig.read_text())
+        settings["users"][0]["user"] = {"tokenFile": agents_token}
+        lab.paths.kubeconfig.write_text(yaml.safe_dump(settings))
+        made = Node(bed, lab, Log(components.log_path(lab.paths, AGENT)))
+        made.restart()
+        made.works()
+        yield made
+    finally:
+        cluster.down(name)
+
+
+def test_agent_without_one_of_its_rights(node: Node) -> None:
+    bed, role = node.bed, "fimbria"
+    bed.proxy.asked.clear()
+    node.restart()
+    node.works()
+    assert " cannot " not in node.log.text(), node.log.text()[-3000:]
+    needed = sorted(used(bed.proxy.asked) & set(rights(bed.roles[role])) - {("", "nodes", "get")})
+    print("never needed here:", sorted(set(rights(bed.roles[role])) - set(needed)))
+    assert len(needed) > 20, needed
+    problems = []
+    for number, (group, plural, verb) in enumerate(needed):
+        pod = f"lacking{number}"
+        try:
+            with bed.without(role, group, plural, verb):
+                node.restart()
+                node.add(pod)
+                if (plural, verb) == ("ciliumendpoints", "delete"):
+                    until("it is reported", lambda pod=pod: node.reported(pod))  # type: ignore[misc]
+                    node.remove(pod)
+                line = node.log.line(f'cannot {verb} resource "{plural}"', 20.0)
+                assert " WARNING " in line or " ERROR " in line, line
+            if (plural, verb) != ("ciliumendpoints", "delete"):
+                until(f"{pod} is reported", lambda pod=pod: node.reported(pod))  # type: ignore[misc]
+                node.remove(pod)
+            until(f"{pod} is gone", lambda pod=pod: node.reported(pod) is None)  # type: ignore[misc]
+        except AssertionError as error:
+            problems.append(f"{verb} {plural}.{group}: {str(error)[:1500]}")
+            node.remove(pod)
+    assert not problems, "\n\n".join(problems)
+
+
+def test_webhook_that_refuses_reports(node: Node) -> None:
+    def refuse(request: dict[str, Any]) -> tuple[bool, str, list[Any]]:
+        return not request["name"].startswith("unlucky"), "not on a Monday", []
+
+    node.log.mark()
+    with node.bed.webhook(refuse, "ValidatingWebhookConfiguration", "ciliumendpoints", "CREATE", "UPDATE"):
+        time.sleep(1.0)
+        for n in range(12):  # more than the publisher has workers
+            node.add(f"unlucky{n}")
+        assert "fim-bad-input.test.invalid" in node.log.line("unlucky3 is not up to date.*not on a Monday")
+        assert "not on a Monday" in node.told("unlucky3", "NotReported")
+        node.works(10.0)
+        time.sleep(3.0)
+        assert node.log.text().count("unlucky3 is not up to date") == 1, "said once"
+    for n in range(12):
+        until(f"unlucky{n} is reported", lambda n=n: node.reported(f"unlucky{n}"))  # type: ignore[misc]
+        node.remove(f"unlucky{n}")
+
+
+def test_webhook_that_changes_reports(node: Node) -> None:
+    def change(request: dict[str, Any]) -> tuple[bool, str, list[Any]]:
+        if not request["name"].startswith("changed"):
+            return True, "", []
+        return True, "", [{"op": "replace", "path": "/status/identity/id", "value": 4711}]
+
+    with node.bed.webhook(change, "MutatingWebhookConfiguration", "ciliumendpoints", "CREATE"):
+        time.sleep(1.0)
+        node.log.mark()
+        node.add("changed")
+        node.log.line("ERROR.*changed: it was changed on its way.*4711 is stored|ERROR.*changed: it was changed.*4711")
+        assert "4711" in node.told("changed", "ReportChanged")
+        node.works()
+    node.remove("changed")
+
+
+def test_quota_full(node: Node) -> None:
+    admin, path = node.bed.admin, "/api/v1/namespaces/full/resourcequotas/none"
+    admin.post("/api/v1/namespaces", {"metadata": {"name": "full"}})
+    hard = {"count/ciliumendpoints.cilium.io": "0"}
+    admin.post(path.rpartition("/")[0], {"metadata": {"name": "none"}, "spec": {"hard": hard}})
+    admin.patch(f"{path}/status", {"status": {"hard": hard, "used": hard}})  # what a controller-manager would do
+    node.log.mark()
+    node.add("squeezed", "full")
+    assert "exceeded quota: none" in node.log.line("full/squeezed is not up to date")
+    assert "exceeded quota" in node.told("squeezed", "NotReported", "full")
+    node.works()
+    admin.delete(path)
+    until("it is reported", lambda: node.reported("squeezed", "full"))
+    node.remove("squeezed", "full")
+
+
+def test_namespace_that_stays_terminating(node: Node) -> None:
+    admin = node.bed.admin
+    admin.post("/api/v1/namespaces", {"metadata": {"name": "stuck"}})
+    node.add("late", "stuck")
+    until("it is reported", lambda: node.reported("late", "stuck"))
+    admin.delete("/api/v1/namespaces/stuck")  # nobody here empties it: it stays
+    admin.delete(f"{BASE}/namespaces/stuck/ciliumendpoints/late")
+    node.log.mark()
+    admin.patch("/api/v1/namespaces/stuck/pods/late", {"metadata": {"labels": {"app": "other"}}})
+    assert "is being terminated" in node.log.line("stuck/late is not up to date")
+    node.works()
+    assert node.log.text().count("stuck/late is not up to date") == 1
+    node.remove("late", "stuck")
+
+
+@pytest.mark.parametrize(
+    "fault",
+    [{"status": 429, "retry_after": "1"}, {"status": 500}, {"status": 503}, {"delay": 3.0}],
+    ids=["busy", "failing", "unavailable", "slow"],
+)
+def test_server_in_trouble(node: Node, fault: dict[str, Any]) -> None:
+    name = f"trouble{time.monotonic_ns()}"
+    with node.bed.proxy.fault(r"^(GET|POST|PATCH) (?!.*watch=true)", **fault) as trouble:
+        node.add(name)
+        until("it is felt", lambda: trouble.hits > 3)
+        time.sleep(5.0)
+    until(f"{name} is reported", lambda: node.reported(name), 60.0)
+    node.remove(name)
+    node.works()
+
+
+def test_objects_of_others_that_cannot_be_used(node: Node) -> None:
+    """Each is named in the log; whoever depends on nothing of it goes on."""
+    admin = node.bed.admin
+    networking = {"addressing": [{"ipv4": "10.244.99.9"}], "node": "172.31.9.9"}
+    bad: tuple[tuple[str, dict[str, Any], str], ...] = (
+        (f"{BASE}/namespaces/default/ciliumendpoints",
+         cilium("CiliumEndpoint", "impostor", status={"identity": {"id": 1}, "networking": networking}),
+         "1 is no pod's identity"),
+        (f"{BASE}/ciliumidentities", cilium("CiliumIdentity", "2", **{"security-labels": {"k8s:app": "x"}}),
+         "no identity's"),
+        (f"{BASE}/ciliumnodes", cilium("CiliumNode", "greedy", spec={
+            "addresses": [{"type": "InternalIP", "ip": "172.31.9.9"}], "ipam": {"podCIDRs": ["0.0.0.0/0"]}}),
+         "contains the node's own address"),
+        (f"{BASE}/namespaces/default/ciliumnetworkpolicies", policy("typo", ingress=[{"fromEndpoint": [{}]}]), "typo"),
+    )  # fmt: skip
+    node.log.mark()
+    for path, body, said in bad:
+        answer = admin.call("POST", path, body)
+        name = body["metadata"]["name"]
+        if answer.code == 422:
+            continue  # the schema refuses it already
+        assert answer.code == 201, answer.body
+        node.log.line(f"(WARNING|ERROR).*{name}.*{said}|(WARNING|ERROR).*{said}.*{name}")
+    node.works()
+    for path, body, _ in bad:
+        admin.call("DELETE", f"{path}/{body['metadata']['name']}")
+
+
+def test_agent_whose_token_is_revoked(node: Node) -> None:
+    node.bed.revoke("fimbria")
+    node.bed.renew("fimbria")
+    node.bed.proxy.cut()
+    node.works()
