@@ -87,20 +87,18 @@ class NodeHost:
         return processes.enter(self.layout, self.name, self.pid)
 
     def start_containerd(self) -> None:
-        """Returns when it answers."""
+        """Returns when kubelet can use it."""
         command = ["containerd", "--config", f"{config.KUBERNETES}/containerd.toml"]
         self._start(CONTAINERD, command)
 
-        def answers() -> bool:
+        def serves() -> bool:
+            # its socket answers earlier, but kubelet gives up for good if its part for Kubernetes isn't ready
             self._alive(CONTAINERD)
-            try:
-                processes.run([*self.enter(), "--", "ctr", "version"], env=processes.environment(), seconds=10)
-            except BedError:
-                return False
-            return True
+            log = self.layout.log(CONTAINERD, self.name).read_text(errors="replace")
+            return log.rfind('msg="Start streaming server"') > log.rfind('msg="starting containerd"')
 
         processes.wait(
-            f"{self.name}: containerd", answers, 60, lambda: processes.tail(self.layout, self.name, CONTAINERD)
+            f"{self.name}: containerd", serves, 60, lambda: processes.tail(self.layout, self.name, CONTAINERD)
         )
 
     def start_kubelet(self, at: Addresses | None = None) -> None:
