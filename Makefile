@@ -77,9 +77,24 @@ kube-down: ## remove every trace of it
 
 # --- tests ---
 
-.PHONY: test lint test-unit test-bpf test-lab test-kube test-cluster test-vm
-test: setup-test build lint test-unit test-bpf test-lab test-kube test-vm ## everything that CI runs
+.PHONY: test suites-here suites-elsewhere test-beds lint test-unit test-bpf test-lab test-kube test-cluster test-vm
+# Two lanes side by side, for most of the time is waiting: for the API server's build, for pods, for a kernel that boots.
+# Each suite's output appears when the suite has ended; all are run, whichever fail.
+test: setup-test build ## everything that CI runs
+	@$(MAKE) -s -j2 -Otarget --no-print-directory suites-here suites-elsewhere
 	@echo "all tests passed"
+
+suites-here:
+	@for suite in lint test-unit test-bpf test-lab test-kube; do $(MAKE) -s $$suite || failed+=" $$suite"; done; \
+	 [[ -z $$failed ]] || { echo "failed:$$failed" >&2; exit 1; }
+
+suites-elsewhere: test-beds
+	@for suite in test-cluster test-vm; do $(MAKE) -s $$suite || failed+=" $$suite"; done; \
+	 [[ -z $$failed ]] || { echo "failed:$$failed" >&2; exit 1; }
+
+test-beds: setup-test build ## what tests of a real cluster need: Kubernetes from its sources, images; once per version
+	@$(PY) tests/kube/build.py cluster e2e etcd
+	@$(PY) -m tests.cluster.images >/dev/null
 
 lint: venv
 	@$(PY) -m ruff check src tests scripts
