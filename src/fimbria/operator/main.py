@@ -6,6 +6,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import os
+import secrets
 import signal
 import sys
 from collections.abc import Sequence
@@ -66,7 +67,8 @@ class Operator:
             self._follow, slices=config.endpoint_slices, pods=config.identity_allocation == "operator"
         )
         if config.leader_elect:
-            me = f"{os.uname().nodename}_{os.getpid()}"
+            # In containers all have the number 1: one that is ending must not be taken for the one after it.
+            me = f"{os.uname().nodename}_{secrets.token_hex(8)}"
             self.election = LeaderElection(election_client, namespace=config.namespace, name=LEASE, identity=me)
             client.guard = self._fence
 
