@@ -12,8 +12,10 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Final, Self
 
+from tests.cluster.bed import BedError
 from tests.cluster.bed.layout import DNS_ADDRESS
-from tests.cluster.traffic.generator import DNS_NAME, PORT, Traffic, pod
+from tests.cluster.traffic.generator import DNS_NAME, NAMESPACE, PORT, Traffic, pod
+from tests.cluster.traffic.judge import clock
 
 REPOSITORY: Final = Path(__file__).resolve().parents[3]
 MOST: Final = 400
@@ -71,15 +73,27 @@ class Births:
         assert self._process is not None
         out, _ = self._process.communicate(timeout=2 * self.patience + 60)
         self.pods = [json.loads(line) for line in out.splitlines()]
+        for one in self.pods:
+            if one["ready"] is None:
+                self._take_away(one)
         if kind is None:
             assert self._process.returncode == 0, out
+
+    def _take_away(self, one: dict[str, Any]) -> None:
+        """A pod that has failed, with its last words."""
+        cluster = self.traffic.cluster
+        try:
+            one["said"] = cluster.kubectl("logs", "-n", NAMESPACE, one["name"])[-2000:]
+        except BedError as error:
+            one["said"] = str(error)
+        cluster.kubectl("delete", "pod", "-n", NAMESPACE, one["name"], "--ignore-not-found", "--wait=false")
 
     # --- what came of them --------------------------------------------------------------------------------------------
 
     def broken(self) -> list[str]:
         """Those that never became Ready: what fails at first never does."""
         return [
-            f"{p['name']}: {p['phase']}, {'' if p['ready'] else 'not '}Ready, {p['refusals'][-1:]}"
+            f"{p['name']}: {p['phase']}, never Ready; posted {clock(p['posted'])}; said {p['said']}; {p['refusals'][-1:]}"
             for p in self.pods
             if p["ready"] is None
         ]

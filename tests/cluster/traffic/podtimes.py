@@ -3,7 +3,7 @@
 ORDER is JSON in one line: {"pods": [MANIFEST...], "mode": "once" | "each" | "steady", "pause": SECONDS,
 "remove": BOOL, "patience": SECONDS}. "once" makes all at the same time, "each" the next one when the one before is
 Ready (and gone, if `remove`), "steady" one every `pause` seconds, whatever became of the others, until the standard
-input is closed.
+input is closed; of those it leaves the ones that never were Ready.
 
 Prints one JSON line for each pod: {"name", "uid", "posted", "created", "scheduled", "sandbox", "started", "ready",
 "removed", "gone", "phase", "refusals": [TEXT...]}, with times in seconds since 1970, null for what didn't happen. They
@@ -148,16 +148,17 @@ def steady(watcher: Watcher, order: Mapping[str, Any]) -> None:
         made.append(watcher.make(manifest))
         if order["remove"]:
             for old in made[:-4]:
-                if settled(old) and old.removed is None:
+                if old.ready is not None and old.removed is None:
                     watcher.remove(old)
         if over.wait(order["pause"]):
             break
     watcher.until(lambda: all(map(settled, made)), order["patience"])
+    good = [t for t in made if t.ready is not None]
     if order["remove"]:
-        for times in made:
+        for times in good:
             if times.removed is None:
                 watcher.remove(times)
-        watcher.until(lambda: all(t.gone for t in made), order["patience"])
+        watcher.until(lambda: all(t.gone for t in good), order["patience"])
 
 
 def refusals(api: Api, namespace: str, pods: Mapping[str, Times]) -> None:
