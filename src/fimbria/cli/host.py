@@ -34,7 +34,8 @@ def prepare(procfs: Path, mount_bpffs: Path | None, mount_cgroup: Path | None, c
             install_plugin(cni_bin_dir)
             click.echo(f"CNI plugin in {cni_bin_dir}")
     except OSError as error:
-        click.echo(f"fimbria prepare: {error.strerror or error}", err=True)
+        place = f"{error.filename}: " if error.filename else ""
+        click.echo(f"fimbria prepare: {place}{error.strerror or error}", err=True)
         sys.exit(1)
 
 

@@ -1,5 +1,6 @@
 """Installation of the CNI plugin and its configuration: atomic, repeatable, and clear about what it can't do."""
 
+import asyncio
 import errno
 import json
 import logging
@@ -10,7 +11,17 @@ from pathlib import Path
 
 import pytest
 
-from fimbria.agent.install import CONF_NAME, CONFIG, InstallError, install_cni
+from fimbria.agent import install
+from fimbria.agent.install import (
+    CONF_NAME,
+    CONFIG,
+    InstallError,
+    config_problem,
+    install_cni,
+    install_config,
+    keep_config,
+    remove_config,
+)
 from fimbria.sources.cni.spec import SUPPORTED
 
 
@@ -133,3 +144,79 @@ def test_something_else_in_the_way(tmp_path: Path, plugin: Path) -> None:
 def test_a_package_without_the_plugin(tmp_path: Path) -> None:
     with pytest.raises(InstallError, match="missing can't be read"):
         install_cni(tmp_path / "a", tmp_path / "b", tmp_path / "missing")
+
+
+# --- other plugins' configurations ------------------------------------------------------------------------------------
+
+
+def names(folder: Path) -> list[str]:
+    return sorted(os.listdir(folder))
+
+
+def test_taking_over_and_giving_back(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    for name, text in (("00-a.conf", "A"), ("10-b.conflist", "B"), ("99-loopback.json", "L"), ("notes.txt", "N")):
+        (tmp_path / name).write_text(text)
+    with caplog.at_level(logging.WARNING):
+        assert install_config(tmp_path, exclusive=True) == ()
+    assert caplog.text.count("is set aside") == 3
+    aside = ["00-a.conf.fimbria_bak", CONF_NAME, "10-b.conflist.fimbria_bak", "99-loopback.json.fimbria_bak"]
+    assert names(tmp_path) == [*aside, "notes.txt"]
+    assert config_problem(tmp_path, exclusive=True) == ""
+
+    # Its installer writes it again: the newer one counts.
+    (tmp_path / "10-b.conflist").write_text("B2")
+    assert "10-b.conflist" in config_problem(tmp_path, exclusive=True)
+    assert config_problem(tmp_path) == ""  # it sorts behind ours
+    install_config(tmp_path, exclusive=True)
+    assert names(tmp_path) == [*aside, "notes.txt"]
+
+    # One that is there again at the end is in force, and not overwritten.
+    (tmp_path / "00-a.conf").write_text("A2")
+    assert remove_config(tmp_path) == ("10-b.conflist", "99-loopback.json")
+    assert names(tmp_path) == ["00-a.conf", "00-a.conf.fimbria_bak", "10-b.conflist", "99-loopback.json", "notes.txt"]
+    assert (tmp_path / "10-b.conflist").read_text() == "B2"
+    assert (tmp_path / "00-a.conf").read_text() == "A2"
+
+
+def test_ours_is_there_before_theirs_goes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """At no moment is the folder without a configuration."""
+    (tmp_path / "10-b.conflist").write_text("B")
+    seen: list[list[str]] = []
+    rename = Path.rename
+
+    def spied(self: Path, target: Path) -> Path:
+        seen.append(names(tmp_path))
+        done = rename(self, target)
+        seen.append(names(tmp_path))
+        return done
+
+    monkeypatch.setattr(Path, "rename", spied)
+    install_config(tmp_path, exclusive=True)
+    remove_config(tmp_path)
+    seen.append(names(tmp_path))
+    assert len(seen) == 7
+    assert all(any(n.endswith(".conflist") and not n.startswith(".") for n in listed) for listed in seen), seen
+
+
+async def test_what_others_do_to_it_is_undone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(install, "KEEP_INTERVAL", 0.01)
+    install_config(tmp_path)
+    task = asyncio.create_task(keep_config(tmp_path, exclusive=True))
+    (tmp_path / CONF_NAME).unlink()
+    (tmp_path / "00-a.conf").write_text("A")
+    for _ in range(200):
+        await asyncio.sleep(0.01)
+        if names(tmp_path) == ["00-a.conf.fimbria_bak", CONF_NAME]:
+            break
+    assert names(tmp_path) == ["00-a.conf.fimbria_bak", CONF_NAME]
+    task.cancel()
+    await asyncio.gather(task, return_exceptions=True)
+
+
+def test_what_keeps_the_runtime_from_using_ours(tmp_path: Path) -> None:
+    assert config_problem(tmp_path) == f"{tmp_path / CONF_NAME} is missing"
+    install_config(tmp_path)
+    assert config_problem(tmp_path) == ""
+    (tmp_path / "00-a.conf").write_text("A")
+    assert config_problem(tmp_path) == f"{tmp_path} has 00-a.conf of other network plugins"
+    assert config_problem(tmp_path / "none").startswith(f"{tmp_path / 'none'}")
