@@ -46,8 +46,8 @@ def ensure(names: Sequence[str] = ()) -> dict[str, Path]:
     cache_dir().mkdir(parents=True, exist_ok=True)
     wanted = {name: known[name] for name in names or known}
     # archives appear whole: who needs nothing built needn't wait for who builds something else
-    found = {name: out for name, recipe in wanted.items() if (out := _archive(recipe)).exists()}
-    if len(found) == len(wanted):
+    found = {name: _archive(recipe) for name, recipe in wanted.items()}
+    if all(map(_kept, found.values())):
         return found
     with _locked(cache_dir() / "lock"):
         return {name: _ensure(recipe) for name, recipe in wanted.items()}
@@ -81,10 +81,18 @@ def _archive(recipe: Recipe) -> Path:
     return cache_dir() / f"{recipe.name}-{content_hash(recipe)}.tar"
 
 
+def _kept(archive: Path) -> bool:
+    """True if it is there. What is used last is kept longest."""
+    try:
+        os.utime(archive)
+    except FileNotFoundError:
+        return False
+    return True
+
+
 def _ensure(recipe: Recipe) -> Path:
     out = _archive(recipe)
-    if out.exists():
-        os.utime(out)  # what is used last is kept longest
+    if _kept(out):
         return out
     started = time.monotonic()
     with tempfile.TemporaryDirectory(prefix=f"{recipe.name}-", dir=cache_dir()) as scratch:
