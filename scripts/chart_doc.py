@@ -108,6 +108,7 @@ CONSTRAINTS: Final[Mapping[str, Mapping[str, Any]]] = {
     "securityContext.capabilities.observer": NAMES,
     "operator.replicas": {"type": "integer", "minimum": 1},
     "operator.healthPort": PORT,
+    "operator.prometheus.port": PORT,
     "operator.podDisruptionBudget.maxUnavailable": {"type": ["integer", "string"]},
     "terminationGracePeriodSeconds": {"type": "integer", "minimum": 0},
 }  # fmt: skip

@@ -35,7 +35,8 @@ ALL = {
     "podAnnotations": {"c": "d"},
     "operator": {
         "replicas": 3,
-        "extraConfig": {"identity-grace": 60, "metrics-listen": ":9963"},
+        "extraConfig": {"identity-grace": 60},
+        "prometheus": {"enabled": True},
         "podLabels": {"a": "b"},
         "podAnnotations": {"c": "d"},
         "affinity": {"podAntiAffinity": {}},
@@ -143,7 +144,7 @@ def test_components_take_their_arguments(case: str, tools: Path, home: dict[str,
     if case == "all":
         assert (found.conntrack_entries, found.fast_path, found.audit_interval) == (1000000, False, 2.5)
         assert (found.routing, found.xdp, found.forwarding) == ("native", "best-effort", "hybrid")
-        assert also.identity_grace == 60
+        assert (also.identity_grace, also.metrics_listen) == (60, ":9963")
     if case == "ipv6":
         assert [p.network.v4 for p in also.pools] == [False]
 

@@ -122,6 +122,7 @@ k8s-app: fimbria-operator
   "ipv6-pool" ($v.ipv6.enabled | ternary (join "," $pools.clusterPoolIPv6PodCIDRList) "")
   "ipv6-mask" $pools.clusterPoolIPv6MaskSize
   "healthz-listen" (printf "127.0.0.1:%d" (int $v.operator.healthPort))
+  "metrics-listen" ($v.operator.prometheus.enabled | ternary (printf ":%d" (int $v.operator.prometheus.port)) "")
   "agent-taint" $v.agentNotReadyTaintKey
   "remove-taints" $v.operator.removeNodeTaints
   "set-taints" $v.operator.setNodeTaints
