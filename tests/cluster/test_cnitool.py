@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import importlib.util
 import json
-import re
 import secrets
 import subprocess
 import sys
@@ -18,7 +17,7 @@ from typing import Any
 import pytest
 from tests.cluster.bed import BedError, Cluster
 
-NODE, OTHER = "node1", "node2"
+NODE = "node1"
 NETWORK = "fimbria"
 VERSION = "1.1.0"
 PLUGINS, CONFIGURATION = "/opt/cni/bin", "/etc/cni/net.d"
@@ -108,17 +107,6 @@ def pod_ranges(cluster: Cluster, node: str) -> list[Any]:
     return [ip_network(text) for text in cluster.get("ciliumnode", node)["spec"]["ipam"]["podCIDRs"]]
 
 
-def attachments(cluster: Cluster) -> list[dict[str, str]]:
-    """What libcni remembers of the node's network: containerd's pods, and ours."""
-    script = f"cat /var/lib/cni/results/{NETWORK}-* 2>/dev/null | sed 's/}}{{/}}\\n{{/g'"
-    found = []
-    decoder, text, at = json.JSONDecoder(), cluster.node(NODE).exec(["sh", "-c", script]), 0
-    while at < len(text.rstrip()):
-        entry, at = decoder.raw_decode(text, re.compile(r"\s*").match(text, at).end())  # type: ignore[union-attr]
-        found.append({"containerID": entry["containerId"], "ifname": entry["ifName"]})
-    return found
-
-
 def test_version(cluster: Cluster) -> None:
     """Section 2, VERSION: the answer has the request's cniVersion, and the list of what is supported."""
     status, answer = plugin(cluster, "VERSION", {"cniVersion": VERSION})
@@ -160,10 +148,10 @@ def test_add_check_del(cluster: Cluster, sandbox: Sandbox) -> None:
 
 
 def test_the_attachment_reaches_the_cluster(cluster: Cluster, sandbox: Sandbox) -> None:
-    """Pods on the other node, both families, and a Service; and it is forgotten after DEL."""
+    """A pod on another node, both families, and a Service; and it is forgotten after DEL."""
     result = json.loads(sandbox.call("add"))
     peers = cluster.get("pods", "-n", "kube-system", "-l", "k8s-app=kube-dns")["items"]
-    (peer,) = [p for p in peers if p["spec"]["nodeName"] == OTHER]
+    peer = next(p for p in peers if p["spec"]["nodeName"] != NODE)
     targets = [one["ip"] for one in peer["status"]["podIPs"]]
     service = cluster.get("service", "-n", "kube-system", "kube-dns")["spec"]["clusterIPs"]
     assert {ip_address(t).version for t in targets} == {ip_address(t).version for t in service} == {4, 6}
@@ -189,25 +177,30 @@ def test_del_without_the_namespace(cluster: Cluster, sandbox: Sandbox) -> None:
     assert status != 0 and answer["cniVersion"] == VERSION and answer["code"] and answer["msg"]
 
 
-def test_gc_takes_what_nobody_names(cluster: Cluster, sandbox: Sandbox) -> None:
-    """Section 2, GC: attachments to this network that the runtime doesn't name may go; those it names stay."""
-    container = f"fimct-{secrets.token_hex(6)}"
-    ids = {"CNI_CONTAINERID": container, "CNI_IFNAME": "eth0"}
-    status, result = plugin(cluster, "ADD", config(), CNI_NETNS=sandbox.path, **ids)
-    assert status == 0, result
-    valid = attachments(cluster)
-    assert valid and container not in {one["containerID"] for one in valid}
-    named = [*valid, {"containerID": container, "ifname": "eth0"}]
-    assert plugin(cluster, "GC", config(**{"cni.dev/valid-attachments": named})) == (0, None)
-    assert sandbox.interfaces().keys() == {"lo", "eth0"}
-    foreign = config(**{"name": "another", "cni.dev/valid-attachments": []})
-    assert plugin(cluster, "GC", foreign) == (0, None)
-    assert sandbox.interfaces().keys() == {"lo", "eth0"}
-    assert plugin(cluster, "GC", config(**{"cni.dev/valid-attachments": valid})) == (0, None)
-    assert sandbox.interfaces().keys() == {"lo"}
-    cluster.kubectl("-n", "kube-system", "exec", "deploy/coredns", "--", "/coredns", "-version")
-    status, answer = plugin(cluster, "GC", config())
-    assert status != 0 and "valid-attachments" in answer["msg"]
+def test_gc_takes_what_nobody_names(cluster: Cluster, cnitool: Path, sandbox: Sandbox) -> None:
+    """Section 2, GC: attachments to this network that the runtime doesn't name may go; those it names stay, and those
+    to other networks, as the node's pods have them."""
+    network, other = f"fimct-{secrets.token_hex(3)}", Sandbox(cluster, cnitool)
+    try:
+        names = {box: {"containerID": f"fimct-{secrets.token_hex(6)}", "ifname": "eth0"} for box in (sandbox, other)}
+        for box, one in names.items():
+            ids = {"CNI_CONTAINERID": one["containerID"], "CNI_IFNAME": one["ifname"], "CNI_NETNS": box.path}
+            status, result = plugin(cluster, "ADD", config(name=network), **ids)
+            assert status == 0, result
+
+        def collect(name: str, valid: list[dict[str, str]]) -> set[Sandbox]:
+            """Who is attached after a GC."""
+            assert plugin(cluster, "GC", config(name=name, **{"cni.dev/valid-attachments": valid})) == (0, None)
+            return {box for box in names if "eth0" in box.interfaces()}
+
+        assert collect(network, list(names.values())) == {sandbox, other}
+        assert collect("fimct-another", []) == {sandbox, other}
+        assert collect(network, [names[other]]) == {other}
+        assert collect(network, []) == set()
+        status, answer = plugin(cluster, "GC", config(name=network))
+        assert status != 0 and "valid-attachments" in answer["msg"]
+    finally:
+        other.close()
 
 
 @pytest.mark.parametrize(

@@ -10,7 +10,7 @@ from pathlib import Path
 from tests.cluster.bed import BedError, Cluster
 from tests.cluster.upstream import report
 from tests.cluster.upstream.results import FAILED, merge, summary
-from tests.cluster.upstream.runner import Bench, UpstreamError, binaries, run
+from tests.cluster.upstream.runner import Bench, UpstreamError, binaries, run, spread
 from tests.cluster.upstream.specs import CONFORMANCE, list_specs, load_skips, select
 
 
@@ -28,6 +28,7 @@ def main() -> int:
         if asked.list:
             print("\n".join([*selection.together, *selection.alone]))
             return 0
+        spread(cluster)
         signal.signal(signal.SIGTERM, signal.default_int_handler)
         found = run(Bench(cluster, asked.output or cluster.layout.logs / "upstream", asked.procs), selection)
     except (BedError, UpstreamError) as error:
