@@ -6,8 +6,10 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
+from conftest import install_ptp
 from traffic import TCP, Traffic, agent, cni, node_root, pod, ready, start_pods, wait_settled
 
+from fimbria.lab import state
 from fimbria.lab.handle import Lab
 
 ENDPOINTS = "/apis/cilium.io/v2/namespaces/default/ciliumendpoints"
@@ -190,3 +192,33 @@ def reported(lab: Lab, name: str) -> set[str]:
     found = report(lab, name)
     pairs = found["status"]["networking"]["addressing"] if found else []
     return {a for pair in pairs for a in pair.values()}
+
+
+def test_pods_of_another_plugin(make_lab: Callable[..., Lab]) -> None:
+    """They were there before Fimbria: they keep their network, and the status names them until they are restarted."""
+    lab = make_lab(nodes=1, agents=False, ipv4_pool="10.90.0.0/16", ipv6_pool="fd00:90::/104")
+    install_ptp(lab)
+    lab.apply(pod("old", "node1") + pod("beside", "node1"))
+    lab.wait_ready(["old", "beside"])
+    old = lab.addresses("old")
+    assert all(a.startswith(("10.244.", "fd00:244:")) for a in old)
+    spec = lab.spec.to_json() | {"agents": True}
+    state.write(lab.paths.spec, json.dumps(spec))
+    lab = Lab(lab.spec.name)
+    for process in ("control/operator", "node1/agent"):
+        lab.restart(process)
+    lab.wait("the agent is ready", lambda: ready(lab, "node1"))
+    assert agent(lab, "node1", "status")["unmanaged"] == ["default/beside", "default/old"]
+    assert agent(lab, "node1", "endpoints") == []
+    lab.apply(pod("new", "node1"))
+    lab.wait_ready(["new"])
+    assert set(lab.addresses("new")).isdisjoint(old) and endpoint(lab, "node1", "new")
+    for source, target in (("beside", old), ("old", lab.addresses("new")), ("new", old), ("node/node1", old)):
+        assert all(reaches(lab, source, a) for a in target), (source, target)
+    assert [i["metadata"]["name"] for i in lab.request("GET", ENDPOINTS)["items"]] == ["new"]
+    lab.delete(pod("old", "node1"))
+    lab.wait("it is gone", lambda: agent(lab, "node1", "status")["unmanaged"] == ["default/beside"])
+    lab.apply(pod("old", "node1"))
+    lab.wait_ready(["old"])
+    assert agent(lab, "node1", "status")["unmanaged"] == ["default/beside"]
+    assert endpoint(lab, "node1", "old")
