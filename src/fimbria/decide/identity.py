@@ -230,7 +230,8 @@ def displacing(existing: Mapping[int, Existing], size: int = SIZE) -> set[int]:
     blocking: set[int] = set()
     for number, one in existing.items():
         for earlier in probe(one.labels, size):
-            if earlier == number:
+            # Behind a free one it sits by somebody else's choice (a former plugin's, say): nothing rests on the rest.
+            if earlier == number or earlier not in existing:
                 break
             blocking.add(earlier)
-    return blocking & existing.keys()
+    return blocking

@@ -64,13 +64,13 @@ def reported(obj: CiliumEndpoint, *, entries: bool = True) -> Reported:
 def entry(obj: CiliumEndpoint) -> bytes:
     """An endpoint as slices hold it, in one canonical way."""
     s = obj.status
-    return msgspec.json.encode(
-        CoreCiliumEndpoint(
-            name=obj.metadata.name, id=s.identity.id, networking=s.networking, encryption=s.encryption,
-            named_ports=s.named_ports or None, service_account=s.service_account,
-            created=obj.metadata.creation_timestamp or "",
-        )
+    core = CoreCiliumEndpoint(
+        name=obj.metadata.name, id=s.identity.id, networking=s.networking, named_ports=s.named_ports or None,
+        service_account=s.service_account, created=obj.metadata.creation_timestamp or "",
     )  # fmt: skip
+    if s.encryption.key:  # an absent one and an empty one are the same, but not the same text
+        core = msgspec.structs.replace(core, encryption=s.encryption)
+    return msgspec.json.encode(core)
 
 
 def stored(obj: CiliumEndpointSlice) -> Stored[bytes]:

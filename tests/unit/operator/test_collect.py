@@ -1,0 +1,120 @@
+"""What is removed, and what isn't although it looks unused."""
+
+from typing import Any
+
+import msgspec
+
+from fimbria.decide.identity import Existing, IdentityCollector
+from fimbria.model.labels import Labels
+from fimbria.operator.collect import Collector
+from fimbria.operator.endpoint_slices import Reported
+from fimbria.sources.k8s.errors import NotFound
+from fimbria.sources.k8s.rows import UNUSED_ANNOTATION
+from fimbria.sources.k8s.types.cilium import CiliumNode
+from fimbria.sources.k8s.types.meta import ApiObject
+from fimbria.tables.table import Table
+
+
+class Server:
+    """Objects by (plural, namespace, name); identities' marks and deletions come back into the table."""
+
+    def __init__(self) -> None:
+        self.objects: set[tuple[str, str, str]] = set()
+        self.identities: Table[int, Existing] = Table("identities")
+        self.endpoints: Table[Any, Reported] = Table("endpoints")
+        self.nodes: Table[str, CiliumNode] = Table("nodes")
+        self.deleted: list[tuple[str, str, str]] = []
+        self.requests = 0
+        self.version = 0
+
+    def identity(self, number: int, *, marked: bool = False) -> None:
+        self.version += 1
+        self.identities.upsert(number, Existing(Labels({"k8s:n": str(number)}), marked, str(self.version)))
+
+    async def get(self, kind: Any, name: str, namespace: str = "") -> ApiObject:
+        self.requests += 1
+        if (kind.plural, namespace, name) not in self.objects:
+            raise NotFound("get", 404)
+        return msgspec.convert({"metadata": {"name": name, "uid": "u", "resourceVersion": "5"}}, ApiObject)
+
+    async def patch(self, _kind: Any, name: str, patch: Any) -> None:
+        self.requests += 1
+        assert patch["metadata"]["resourceVersion"] == self.identities[int(name)].version
+        self.identity(int(name), marked=patch["metadata"]["annotations"][UNUSED_ANNOTATION] is not None)
+
+    async def delete(self, kind: Any, name: str, namespace: str = "", **preconditions: str) -> None:
+        self.requests += 1
+        assert preconditions["resource_version"], "never without"
+        self.deleted.append((kind.plural, namespace, name))
+        if kind.plural == "ciliumidentities":
+            self.identities.delete(int(name))
+
+
+class World:
+    def __init__(self, grace: float = 100.0) -> None:
+        self.server = Server()
+        self.now = 0.0
+        self.up_to_date = True
+        client: Any = self.server
+        self.wanted: set[int] = set()
+        self.collector = Collector(
+            client, self.server.identities, self.server.endpoints, self.server.nodes, IdentityCollector(grace),
+            60.0, 1e6, lambda: self.up_to_date, lambda: self.wanted, lambda: self.now,
+        )  # fmt: skip
+
+    async def passes(self, *times: float) -> list[tuple[str, str, str]]:
+        self.server.deleted.clear()
+        for self.now in times:
+            await self.collector.collect()
+        return self.server.deleted
+
+
+async def test_identities_go_after_the_grace_and_used_ones_stay() -> None:
+    world = World()
+    for number in (300, 301, 302):
+        world.server.identity(number)
+    world.server.endpoints.upsert(("ns", "a"), Reported(300, True, b""))
+    world.wanted = {301}
+    assert await world.passes(0, 60, 120) == []
+    assert await world.passes(180) == [("ciliumidentities", "", "302")]
+    assert not world.server.identities[300].marked and not world.server.identities[301].marked
+    world.wanted = set()
+    assert await world.passes(200, 240) == []
+    world.server.endpoints.upsert(("ns", "b"), Reported(301, True, b""))
+    assert await world.passes(360) == []
+    assert not world.server.identities[301].marked, "used again: the mark is taken away"
+
+
+async def test_a_view_that_stood_still_proves_nothing() -> None:
+    world = World(grace=0.0)
+    world.server.identity(300)
+    world.up_to_date = False
+    assert await world.passes(0, 60, 120, 180) == []
+    assert world.server.requests == 0 and world.collector.put_off == 4
+    world.up_to_date = True
+    assert await world.passes(240, 300) == [("ciliumidentities", "", "300")]
+
+
+async def test_owned_objects_are_kubernetes_business_and_others_are_asked_for_twice() -> None:
+    world, server = World(), Server
+    del server
+    for name, owned in (("owned", True), ("dead", False), ("alive", False)):
+        world.server.endpoints.upsert(("ns", name), Reported(0, owned, b""))
+        world.server.objects.add(("ciliumendpoints", "ns", name))
+    world.server.objects.add(("pods", "ns", "alive"))
+    orphan = msgspec.convert({"metadata": {"name": "gone"}}, CiliumNode)
+    world.server.nodes.upsert("gone", orphan)
+    world.server.objects.add(("ciliumnodes", "", "gone"))
+    assert await world.passes(0) == [] and world.server.requests == 0
+    assert sorted(await world.passes(60)) == [("ciliumendpoints", "ns", "dead"), ("ciliumnodes", "", "gone")]
+    assert world.collector.deletions == {"ciliumendpoints": 1, "ciliumnodes": 1}
+
+
+async def test_a_pass_over_many_objects_asks_for_nothing() -> None:
+    world = World()
+    for n in range(2_000):
+        world.server.endpoints.upsert(("ns", f"pod{n}"), Reported(256 + n % 50, True, b""))
+    for number in range(256, 306):
+        world.server.identity(number)
+    await world.passes(0, 60, 120)
+    assert world.server.requests == 0
