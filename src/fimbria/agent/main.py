@@ -71,6 +71,8 @@ from fimbria.tables import Tables
 log = logging.getLogger("fimbria.agent")
 VERDICT_TARGETS: Final = frozenset(("policy_sets", "identities", "cidrs", "ipcache", "endpoints"))
 ICMP_PAUSE_MS: Final = "20"  # whole ticks at every HZ that kernels have: what is written is read back
+CNI_PATIENCE: Final = 20.0  # seconds for a request that comes while the agent starts
+CNI_PAUSE: Final = 0.05
 PROMOTE_PAUSE: Final = 0.5
 PROMOTE_WITHIN: Final = 30.0
 SAVE_PAUSE: Final = 1.0
@@ -493,7 +495,11 @@ def health_checks(agent: Agent) -> HealthChecks:
 
 
 async def _serve_cni(agent: Agent, request: Request) -> bytes:
-    """CNI requests from the first moment on: one that can't be served yet is told why. Raises CniError."""
+    """CNI requests from the first moment on: one that can't be served yet waits, and is told why at last: the runtime's
+    next attempt would come ten seconds later or more. Raises CniError."""
+    if request.command != "STATUS":
+        with suppress(TimeoutError):
+            await asyncio.wait_for(_can_serve(agent, request.command), CNI_PATIENCE)
     if agent.endpoints is not None:
         return await agent.endpoints.handle(request)
     code = Code.NOT_AVAILABLE if request.command == "STATUS" else Code.TRY_AGAIN_LATER
@@ -501,6 +507,14 @@ async def _serve_cni(agent: Agent, request: Request) -> bytes:
     raise CniError(
         code, "the Fimbria agent is still starting", f"node {agent.config.node_name} is waiting for {missing}"
     )
+
+
+async def _can_serve(agent: Agent, command: str) -> None:
+    """Until a request makes sense: pods are connected once everything is known, and leave as soon as pods are known."""
+    if command in ("ADD", "CHECK"):
+        await agent.ready.wait()
+    while agent.endpoints is None:  # noqa: ASYNC110
+        await asyncio.sleep(CNI_PAUSE)
 
 
 async def _after_ready(agent: Agent, work: Callable[[], Coroutine[Any, Any, None]]) -> None:

@@ -93,7 +93,7 @@ class Births:
     def broken(self) -> list[str]:
         """Those that never became Ready: what fails at first never does."""
         return [
-            f"{p['name']}: {p['phase']}, never Ready; posted {clock(p['posted'])}; said {p['said']}; {p['refusals'][-1:]}"
+            f"{p['name']}: {p['phase']}, posted {clock(p['posted'])}, never Ready: {p['said']}; {p['refusals'][-1:]}"
             for p in self.pods
             if p["ready"] is None
         ]

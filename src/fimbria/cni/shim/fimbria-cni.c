@@ -33,6 +33,8 @@
 #ifndef TIMEOUT_MILLISECONDS /* tests have no time for the real one; kubelet gives up after 120 s */
 #define TIMEOUT_MILLISECONDS 100000
 #endif
+#define AGENT_AWAY_MILLISECONDS (TIMEOUT_MILLISECONDS / 4) /* a restart takes a few seconds, kubelet's next try ten and more */
+#define PAUSE_MILLISECONDS 50
 
 enum cni_error { /* CNI specification, section "Error codes" */
 	CNI_INVALID_ENVIRONMENT = 4,
@@ -172,6 +174,20 @@ static int dial(const char *path)
 	return -1;
 }
 
+/* An agent that is just being restarted, or replaced, is waited for. */
+static int dial_patiently(const char *path, int milliseconds)
+{
+	const struct timespec pause = { .tv_nsec = PAUSE_MILLISECONDS * 1000000L };
+
+	for (;; milliseconds -= PAUSE_MILLISECONDS) {
+		int fd = dial(path);
+
+		if (fd >= 0 || milliseconds <= 0 || (errno != ECONNREFUSED && errno != ENOENT))
+			return fd;
+		nanosleep(&pause, NULL);
+	}
+}
+
 static int send_request(int fd, size_t length, int netns)
 {
 	union {
@@ -298,7 +314,8 @@ static int run(void)
 			return fail(CNI_INVALID_ENVIRONMENT, "cannot open CNI_NETNS", strerror(errno));
 	}
 	start_clock();
-	fd = dial(socket_path && *socket_path ? socket_path : DEFAULT_SOCKET);
+	fd = dial_patiently(socket_path && *socket_path ? socket_path : DEFAULT_SOCKET,
+			    strcmp(command, "STATUS") ? AGENT_AWAY_MILLISECONDS : 0);
 	if (fd < 0)
 		return fail(unavailable, "the Fimbria agent is not reachable on this node", strerror(errno));
 	if (send_request(fd, length, netns))
