@@ -33,6 +33,7 @@ kind: CiliumClusterwideNetworkPolicy
 metadata: {name: fimt-saboteur}
 spec:
   endpointSelector: {matchLabels: {fimbria.io/role: near}}
+  ingress: [{fromEntities: [all]}]
   ingressDeny: [{fromEndpoints: [{matchLabels: {fimbria.io/client: plain}}]}]
 """
 Command = Callable[..., "subprocess.CompletedProcess[str]"]

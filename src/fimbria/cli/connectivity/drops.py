@@ -15,7 +15,7 @@ from fimbria.sources.k8s.exec import ExecError, PodAccess
 
 Json = dict[str, Any]
 REMEMBERED: Final = "4095"
-PATIENCE: Final = 15.0
+PATIENCE: Final = 60.0
 PARTS: Final = ("-with", "-without")
 
 
