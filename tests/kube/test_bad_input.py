@@ -688,13 +688,19 @@ def test_objects_of_others_that_cannot_be_used(node: Node) -> None:
         (f"{BASE}/namespaces/default/ciliumnetworkpolicies", policy("typo", ingress=[{"fromEndpoint": [{}]}]), "typo"),
     )  # fmt: skip
     node.log.mark()
+    operators = Log(components.log_path(node.lab.paths, "control/operator"))
+    operators.mark()
     for path, body, said in bad:
         answer = admin.call("POST", path, body)
         name = body["metadata"]["name"]
         if answer.code == 422:
             continue  # the schema refuses it already
         assert answer.code == 201, answer.body
-        node.log.line(f"(WARNING|ERROR).*{name}.*{said}|(WARNING|ERROR).*{said}.*{name}")
+        pattern = re.compile(f"(WARNING|ERROR).*({name}.*{said}|{said}.*{name})")
+        logs = (node.log, operators)  # whoever follows the kind
+        until(f"{name} is named", lambda p=pattern, o=logs: any(p.search(one.text()) for one in o))  # type: ignore[misc]
+    events = until("an event about it", lambda: node.bed.events("default", "impostor"))
+    assert events[0]["reason"] == "Unusable", events
     node.works()
     for path, body, _ in bad:
         admin.call("DELETE", f"{path}/{body['metadata']['name']}")

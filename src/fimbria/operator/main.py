@@ -10,6 +10,7 @@ import secrets
 import signal
 import sys
 from collections.abc import Sequence
+from functools import partial
 from typing import Any, Final
 
 from fimbria.decide.identity import IdentityCollector
@@ -44,6 +45,7 @@ from fimbria.sources.k8s.redirects import local_redirect
 from fimbria.sources.k8s.resources import Resource
 from fimbria.sources.k8s.rows import object_key
 from fimbria.sources.k8s.types.cilium import CiliumNode
+from fimbria.sources.k8s.types.meta import ObjectMeta
 from fimbria.tables.table import Table
 
 log = logging.getLogger("fimbria.operator")
@@ -62,6 +64,7 @@ class Operator:
         self.election: LeaderElection | None = None
         self.working = False
         self.metrics = OperatorMetrics(lambda: self.working)
+        self.events = EventRecorder(client, component="fimbria-operator", host=os.uname().nodename)
         self.words = vocabulary(config)
         self.view = ClusterView(
             self._follow, slices=config.endpoint_slices, pods=config.identity_allocation == "operator"
@@ -161,12 +164,11 @@ class Operator:
             verdicts: Table[Any, Verdict] = Table(resource.plural)
             group.create_task(self._follow(resource, verdicts, judgement, key=object_key).run())
             group.create_task(PolicyStatusWriter(client, resource, verdicts).run())
-        events = EventRecorder(client, component="fimbria-operator", host=os.uname().nodename)
         findings: Table[Any, Finding] = Table("networkpolicies")
         follow_policies = self._follow(resources.NETWORK_POLICIES, findings, inspect(words), key=object_key)
         group.create_task(follow_policies.run())
-        group.create_task(NetworkPolicyEvents(events, findings).run())
-        group.create_task(events.run())
+        group.create_task(NetworkPolicyEvents(self.events, findings).run())
+        group.create_task(self.events.run())
 
     def _keep_taints(self, group: asyncio.TaskGroup, wishes: Wishes) -> None:
         nodes: Table[str, NodeState] = Table("cluster nodes")
@@ -185,7 +187,13 @@ class Operator:
     ) -> Informer[Any, Any, Any]:
         informer: Informer[Any, Any, Any] = Informer(self.client, resource, table, transform, **options)
         self.metrics.informers.append(informer)
+        informer.tell = partial(self._unusable, resource)
         return informer
+
+    def _unusable(self, resource: Resource[Any], meta: ObjectMeta, error: str) -> None:
+        """Every agent has it in its log; one of us tells whoever looks at the object."""
+        if self.working:
+            self.events.emit(resource, meta, "Warning", "Unusable", error)
 
 
 def vocabulary(config: OperatorConfig) -> Vocabulary:

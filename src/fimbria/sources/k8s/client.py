@@ -86,7 +86,8 @@ class ApiClient:
         self.config = config
         self.component = component
         self._bucket = TokenBucket(rate, burst)
-        self._timeout = aiohttp.ClientTimeout(total=timeout, connect=min(timeout, 10.0))
+        # `connect` would also bound the wait for a free connection, which says nothing about the server.
+        self._timeout = aiohttp.ClientTimeout(total=timeout, sock_connect=min(timeout, 10.0))
         self._retries = retries
         self._connections = connections
         self._clock = clock

@@ -33,7 +33,7 @@ from fimbria.sources.k8s.errors import ApiError, BadAnswer, Gone, from_status
 from fimbria.sources.k8s.pacing import Backoff
 from fimbria.sources.k8s.resources import Resource
 from fimbria.sources.k8s.types.meta import ApiObject, ObjectMeta
-from fimbria.sources.k8s.watch import Bad, Event, EventDecoder, Failed, PageDecoder, StreamError
+from fimbria.sources.k8s.watch import Bad, Event, EventDecoder, Failed, PageDecoder, StreamError, read_meta
 from fimbria.tables.table import Table
 
 T = TypeVar("T", bound=ApiObject)
@@ -125,6 +125,8 @@ class Informer(Generic[T, K, V]):
         self.events = 0
         self.errors = 0
         self.bad_total = 0
+        self.tell: Callable[[ObjectMeta, str], None] | None = None
+        """Asked to tell people, besides the log, about an object that is unusable, and why."""
 
     @property
     def table(self) -> Table[K, V]:
@@ -314,6 +316,8 @@ class Informer(Generic[T, K, V]):
         bad[key] = error
         self.bad_total += 1
         _log.warning('%s "%s" is unusable: %s', self._resource.kind, key, error)
+        if self.tell is not None:
+            self.tell(read_meta(raw), error)
         return self._on_bad(key, error, raw)
 
     def _nameless(self, item: T | Bad) -> None:
