@@ -71,8 +71,15 @@ def test_a_nodes_processes_are_in_its_part_of_the_cgroup_tree(cluster: Cluster) 
 def server(cluster: Cluster, namespace: str) -> str:
     """A namespace with a pod that serves HTTP at 8080, and a node port for it."""
     image = recipes()["agnhost"].references[0]
-    run = ["run", SERVER, f"--image={image}", "--port=8080", "--labels=app=bed", "--", "netexec"]
-    cluster.kubectl("-n", namespace, *run)
+    pod = {
+        "apiVersion": "v1",
+        "kind": "Pod",
+        "metadata": {"name": SERVER, "labels": {"app": "bed"}},
+        "spec": {
+            "containers": [{"name": "server", "image": image, "args": ["netexec"]}],
+            "terminationGracePeriodSeconds": 0,
+        },
+    }
     service = {
         "apiVersion": "v1",
         "kind": "Service",
@@ -84,7 +91,8 @@ def server(cluster: Cluster, namespace: str) -> str:
             "ipFamilyPolicy": "RequireDualStack",
         },
     }
-    cluster.kubectl("-n", namespace, "apply", "-f", "-", stdin=json.dumps(service))
+    for manifest in (pod, service):
+        cluster.kubectl("-n", namespace, "apply", "-f", "-", stdin=json.dumps(manifest))
     cluster.kubectl("-n", namespace, "wait", "--for=condition=Ready", f"pod/{SERVER}", "--timeout=60s")
     return namespace
 

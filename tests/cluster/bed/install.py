@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import time
 from collections.abc import Mapping, Sequence
@@ -75,7 +76,7 @@ def wait_rollout(cluster: Cluster, *workloads: str, seconds: float = ROLLOUT_SEC
         try:
             cluster.kubectl("-n", NAMESPACE, "rollout", "status", workload, f"--timeout={left}s", seconds=left + 30)
         except BedError as error:
-            raise BedError(f"{workload}: {error}\n{_pods(cluster)}") from None
+            raise BedError(f"{workload}: {error}\n{_state(cluster)}") from None
 
 
 def unready(cluster: Cluster) -> list[str]:
@@ -107,7 +108,7 @@ def _ask_from_pods(cluster: Cluster) -> None:
             phases.update({p["metadata"]["name"]: p["status"].get("phase", "") for p in items})
             return all(phases.get(name) == "Succeeded" for name in names)
 
-        processes.wait("names in pods", answered, 60, lambda: f": {phases}\n{_pods(cluster)}", pause=0.3)
+        processes.wait("names in pods", answered, 60, lambda: f": {phases}\n{_state(cluster)}", pause=0.3)
     finally:
         cluster.kubectl("-n", NAMESPACE, "delete", "pod", "-l", "app=bed-dns", "--wait=false", "--grace-period=0")
 
@@ -134,5 +135,20 @@ def _node_names(cluster: Cluster) -> Sequence[str]:
     return [node["metadata"]["name"] for node in cluster.get("nodes")["items"]]
 
 
-def _pods(cluster: Cluster) -> str:
-    return cluster.kubectl("-n", NAMESPACE, "get", "pods", "-o", "wide")
+def _state(cluster: Cluster) -> str:
+    """The pods, and the last words of those that aren't ready."""
+    said = [cluster.kubectl("-n", NAMESPACE, "get", "pods", "-o", "wide")]
+    for pod in cluster.get("-n", NAMESPACE, "pods")["items"]:
+        name, statuses = pod["metadata"]["name"], pod["status"].get("containerStatuses", [])
+        for container in (one["name"] for one in statuses if not one["ready"]):
+            with contextlib.suppress(BedError):  # it never ran
+                said.append(f"--- {name} {container}:\n{_last_words(cluster, name, container)}")
+    return "\n".join(said)
+
+
+def _last_words(cluster: Cluster, pod: str, container: str) -> str:
+    logs = ("-n", NAMESPACE, "logs", pod, "-c", container, "--tail=12")
+    try:
+        return cluster.kubectl(*logs, "--previous")
+    except BedError:
+        return cluster.kubectl(*logs)
