@@ -143,17 +143,38 @@ def test_version_needs_no_agent(shim: Path, stdin: bytes, version: str) -> None:
 
 
 @pytest.mark.parametrize(("command", "code"), [("ADD", 11), ("DEL", 11), ("CHECK", 11), ("GC", 11), ("STATUS", 50)])
-def test_no_agent(shim: Path, tmp_path: Path, command: str, code: int) -> None:
+def test_no_agent(checked: Path, tmp_path: Path, command: str, code: int) -> None:
+    """Not for some time, either."""
     dead = tmp_path / "dead.sock"
     with socket.socket(socket.AF_UNIX) as listener:
         listener.bind(str(dead))
     plain = tmp_path / "plain"
     plain.write_text("")
     for path in ("/nonexistent", dead, plain, "/" + "x" * 200):
-        status, body = run(shim, command, path)
+        status, body = run(checked, command, path)
         assert status == 1
         assert body.keys() == {"cniVersion", "code", "msg", "details"}
         assert (body["cniVersion"], body["code"]) == ("1.0.0", code)
+
+
+def test_an_agent_that_comes_back_in_time(builds: dict[str, Path], tmp_path: Path) -> None:
+    """It is being replaced: a runtime's next attempt would come much later."""
+    path = tmp_path / "back.sock"
+    for gone in (False, True):  # its socket is there without it, as after a crash, or isn't
+        if not gone:
+            with socket.socket(socket.AF_UNIX) as listener:
+                listener.bind(str(path))
+        env = {"CNI_COMMAND": "DEL", "CNI_CONTAINERID": "one", "FIMBRIA_CNI_SOCKET": str(path)}
+        process = subprocess.Popen([builds["shipped"]], stdin=subprocess.PIPE, stdout=subprocess.PIPE, env=env)
+        time.sleep(0.5)
+        path.unlink(missing_ok=True)
+        one = Agent(path, says(b"{}"))
+        try:
+            assert process.communicate(CONF, timeout=10)[0] == b"{}"
+            assert process.returncode == 0
+        finally:
+            one.close()
+            path.unlink(missing_ok=True)
 
 
 def test_no_command(shim: Path) -> None:
