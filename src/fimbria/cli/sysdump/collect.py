@@ -12,6 +12,7 @@ import tempfile
 import time
 import zlib
 from collections.abc import Awaitable, Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import IO, Any, Final, Protocol
@@ -253,16 +254,19 @@ class Collector:
         with tempfile.TemporaryFile(dir=self._o.folder) as file:
             try:
                 wrong = await reach.dump(facts.name, arguments, Sized(file, MOST_NODE))  # type: ignore[arg-type]
-                if wrong:
-                    facts.errors["the agent"] = wrong
-            finally:
-                file.seek(0)
-                if file.read(1):
-                    file.seek(0)
+            except BaseException:
+                # Whatever ended it (its time, usually) stays the reason, also if what came until then can't be read.
+                with suppress(Exception):
                     await asyncio.shield(asyncio.to_thread(self._take_over, file, facts, prefix))
+                raise
+            if wrong:
+                facts.errors["the agent"] = wrong
+            if not wrong or file.tell():
+                await asyncio.to_thread(self._take_over, file, facts, prefix)
 
     def _take_over(self, file: IO[bytes], facts: NodeFacts, prefix: str) -> None:
         name = ""
+        file.seek(0)
         for name, data in unpack(file):
             if name.endswith(".json"):
                 value = json.loads(data)
