@@ -125,6 +125,24 @@ def test_a_node_that_forwards_loses_its_taint(cluster: Cluster) -> None:
     assert conditions["NetworkUnavailable"]["status"] == "False"
 
 
+@pytest.mark.long
+@pytest.mark.timeout(600)
+def test_a_node_without_a_ready_agent_gets_the_taint_again(cluster: Cluster) -> None:
+    """A node that is away, and one that reboots: kubelet registers the taint only once."""
+
+    def tainted() -> bool:
+        return STARTUP_TAINT in {t["key"] for t in cluster.get("node", "node2")["spec"].get("taints", [])}
+
+    assert not tainted()
+    cluster.node("node2").stop_kubelet()
+    try:
+        # 40 s until Kubernetes notices, then the operator's minute.
+        processes.wait("the taint is back", tainted, 240, lambda: "", pause=2.0)
+    finally:
+        cluster.node("node2").start_kubelet()
+    processes.wait("the taint goes", lambda: not tainted(), 120, lambda: "", pause=1.0)
+
+
 @pytest.mark.parametrize(
     ("value", "said"),
     [
