@@ -106,7 +106,9 @@ def test_settings_page_is_current() -> None:
 
 
 def test_every_metric_is_documented_and_no_other() -> None:
-    sources = "".join(_source(f"agent/{name}.py") for name in ("metrics", "learned", "sockets"))
+    parts = [f"agent/{n}" for n in ("metrics", "learned", "sockets")]
+    parts += [f"operator/{n}" for n in ("metrics", "collect", "endpoint_slices", "identities")]
+    sources = "".join(_source(f"{name}.py") for name in parts)
     made = re.findall(r'(Counter|Gauge)MetricFamily\(\s*"(fimbria_\w+)"', sources)
     names = {name + ("_total" if kind == "Counter" else "") for kind, name in made}
     assert len(names) > 15

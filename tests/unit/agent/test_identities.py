@@ -8,8 +8,9 @@ import pytest
 from fimbria.agent import identities
 from fimbria.agent.identities import Identities
 from fimbria.decide.identity import IdentitiesExhausted
-from fimbria.model.endpoint import EndpointIdentity
+from fimbria.model.endpoint import ClusterIdentity, EndpointIdentity
 from fimbria.model.labels import DEFAULT_FILTER, Labels
+from fimbria.sources.k8s.errors import Unavailable
 from fimbria.tables import Tables
 
 
@@ -35,3 +36,22 @@ async def test_a_full_range_is_tried_again(monkeypatch: pytest.MonkeyPatch) -> N
     made.on_changed = lambda endpoint, identity: changed.set_result((endpoint, identity.number))
     made.labels_changed(7, {"k8s:app": "new"})
     assert await asyncio.wait_for(changed, 5) == (7, 301)
+
+
+async def test_without_the_right_to_allocate_it_waits_for_the_operator() -> None:
+    client: Any = None
+    tables = Tables()
+    made = Identities(client, tables, DEFAULT_FILTER, allocate=False, patience=5.0)
+    following = asyncio.create_task(made.run())
+    waiting = [asyncio.create_task(made.identify({"k8s:app": "web"})) for _ in range(3)]
+    await asyncio.sleep(0.02)
+    tables.identities.upsert(300, ClusterIdentity({"k8s:app": "other"}))
+    await asyncio.sleep(0.02)
+    assert not any(task.done() for task in waiting)
+    tables.identities.upsert(301, ClusterIdentity({"k8s:app": "web"}, marked=True))
+    found = await asyncio.wait_for(asyncio.gather(*waiting), 5)
+    assert [identity.number for identity in found] == [301] * 3
+    made.patience = 0.05
+    with pytest.raises(Unavailable, match=r"the operator has not made it within 0.05 s.*k8s:app=never"):
+        await made.identify({"k8s:app": "never"})
+    following.cancel()

@@ -1,0 +1,119 @@
+"""Which identities the operator makes for which pods."""
+
+import asyncio
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from typing import Any
+
+import msgspec
+
+from fimbria.decide.identity import Existing, IdentityAllocator
+from fimbria.model.labels import LabelFilter, Labels
+from fimbria.operator.endpoint_slices import NamespaceWords
+from fimbria.operator.identities import IdentityMaker, PodWords, SlimPod, pod_words
+from fimbria.sources.k8s.errors import Unavailable
+from fimbria.tables.table import Table
+
+
+class Search:
+    """Stands in for IdentitySearch: the first attempt for each set of labels fails."""
+
+    def __init__(self, identities: Table[int, Existing]) -> None:
+        self.allocator = IdentityAllocator()
+        self.identities = identities
+        self.asked: list[Labels] = []
+        self.created = 0
+
+    async def number(self, labels: Labels) -> int:
+        self.asked.append(labels)
+        if self.asked.count(labels) == 1:
+            raise Unavailable("create", 0)
+        number = self.allocator.number(labels) or 300 + len(self.identities)
+        self.allocator.on_seen(number, labels)
+        self.identities.upsert(number, Existing(labels, False, "1"))
+        return number
+
+
+class World:
+    def __init__(self) -> None:
+        self.pods: Table[Any, PodWords] = Table("pods")
+        self.namespaces: Table[str, NamespaceWords] = Table("namespaces")
+        self.identities: Table[int, Existing] = Table("identities")
+        for table in (self.pods, self.namespaces, self.identities):
+            table.mark_synced()
+        self.search = Search(self.identities)
+        search: Any = self.search
+        self.maker = IdentityMaker(
+            search, self.pods, self.namespaces, self.identities, LabelFilter.of(["!build"]), "default"
+        )
+
+    def pod(self, name: str, namespace: str = "ns", **labels: str) -> None:
+        self.pods.upsert((namespace, name), PodWords(Labels(labels), "default"))
+
+    def made(self) -> list[dict[str, str]]:
+        rows = (row.labels for row in self.identities.values())
+        return [{k: v for k, v in labels.items() if not k.startswith("k8s:io.cilium.k8s.policy")} for labels in rows]
+
+
+@asynccontextmanager
+async def making(world: World, monkeypatch: Any) -> AsyncIterator[None]:
+    monkeypatch.setattr("fimbria.operator.identities.RETRY", 0.001)
+    task = asyncio.create_task(world.maker.run())
+    try:
+        yield
+        assert not task.done()
+    finally:
+        task.cancel()
+        await asyncio.gather(task, return_exceptions=True)
+
+
+async def test_one_for_each_set_of_relevant_labels(monkeypatch: Any) -> None:
+    world = World()
+    async with making(world, monkeypatch):
+        world.pod("a", app="web", build="1")
+        world.pod("b", app="web", build="2")
+        await asyncio.sleep(0.02)
+        assert world.made() == [], "nothing is known of the namespace yet"
+        world.namespaces.upsert("ns", NamespaceWords({}, False))
+        await asyncio.sleep(0.05)
+        assert world.made() == [{"k8s:app": "web", "k8s:io.kubernetes.pod.namespace": "ns"}]
+        assert len(world.search.asked) == 2, "a failure is tried again, success isn't"
+        assert world.maker.wanted() == {300}
+        world.namespaces.upsert("ns", NamespaceWords({"team": "red"}, False))
+        await asyncio.sleep(0.05)
+        assert len(world.made()) == 2 and world.maker.wanted() == {301}
+        world.namespaces.upsert("ns", NamespaceWords({"team": "red"}, True))
+        await asyncio.sleep(0.02)
+        assert len(world.search.asked) == 4, "a namespace's priority is no label"
+        world.pods.delete(("ns", "a"))
+        world.pods.delete(("ns", "b"))
+        await asyncio.sleep(0.02)
+        assert world.maker.wanted() == set()
+
+
+async def test_what_is_deleted_or_marked_while_pods_have_it_is_made_again(monkeypatch: Any) -> None:
+    world = World()
+    async with making(world, monkeypatch):
+        world.namespaces.upsert("ns", NamespaceWords({}, False))
+        world.pod("a", app="web")
+        await asyncio.sleep(0.05)
+        asked = len(world.search.asked)
+        world.identities.delete(300)
+        await asyncio.sleep(0.02)
+        assert len(world.search.asked) == asked + 1 and len(world.identities) == 1
+        (number,) = world.identities
+        world.identities.upsert(number, Existing(world.identities[number].labels, True, "9"))
+        await asyncio.sleep(0.02)
+        assert len(world.search.asked) == asked + 2
+
+
+def test_pods_without_an_identity() -> None:
+    def words(**spec: Any) -> PodWords | None:
+        status = {"phase": spec.pop("phase", "Running")}
+        obj = {"metadata": {"name": "a", "labels": {"app": "x"}}, "spec": spec, "status": status}
+        return pod_words(msgspec.convert(obj, SlimPod))
+
+    assert words(serviceAccountName="sa") == PodWords(Labels({"app": "x"}), "sa")
+    assert words(phase="Pending") is not None
+    assert words(hostNetwork=True) is None
+    assert words(phase="Succeeded") is words(phase="Failed") is None
