@@ -28,7 +28,7 @@ from fimbria.sources.k8s.client import ApiClient
 
 ROOT: Final = Path(__file__).parents[2]
 CRDS: Final = ROOT / "src/fimbria/crds"
-TMPFS: Final = Path("/dev/shm")  # noqa: S108 - etcd's files: a disk would be measured otherwise
+TMPFS: Final = Path("/dev/shm")  # etcd's files: a disk would be measured otherwise
 BATCH: Final = 100  # operations of one etcd transaction; 128 is etcd's limit
 AT_ONCE: Final = 8
 STORED_AS: Final = {"nodes": "minions"}
@@ -113,8 +113,8 @@ class BigServer:
 def _operation(row: Row) -> dict[str, Any]:
     resource, namespace, name, body = row
     plural, _, group = resource.partition(".")
-    parts = ["/registry", *([group] if group else []), STORED_AS.get(plural, plural), *([namespace] if namespace else [])]
-    key, value = "/".join([*parts, name]).encode(), json.dumps(body, separators=(",", ":")).encode()
+    parts = ["/registry", group, STORED_AS.get(plural, plural), namespace, name]
+    key, value = "/".join(filter(None, parts)).encode(), json.dumps(body, separators=(",", ":")).encode()
     return {"requestPut": {"key": base64.b64encode(key).decode(), "value": base64.b64encode(value).decode()}}
 
 

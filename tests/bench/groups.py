@@ -5,7 +5,20 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import Final
 
-from tests.bench import agent, api, changes, cni, datapath, ipvs, kubelet, observer, programming, programs, services
+from tests.bench import (
+    agent,
+    api,
+    changes,
+    cni,
+    datapath,
+    ipvs,
+    kubelet,
+    observer,
+    programming,
+    programs,
+    scale,
+    services,
+)
 from tests.bench.measure import Settings
 from tests.bench.report import Figure
 
@@ -22,8 +35,9 @@ GROUPS: Final[Mapping[str, Callable[[Settings], list[Figure]]]] = {
     "programs": programs.per_packet,
     "processes": observer.processes,
     "api": api.api,
+    "scale": scale.scale,
 }
-OPTIONAL: Final = frozenset(("ipvs", "kubelet"))  # take long, or much of the machine: only by their names
+OPTIONAL: Final = frozenset(("ipvs", "kubelet", "scale"))  # take long, or much of the machine: only by their names
 TITLES: Final[Mapping[str, str]] = {
     "pods": "Pod to pod",
     "services": "Services: connections",
@@ -37,6 +51,7 @@ TITLES: Final[Mapping[str, str]] = {
     "programs": "Packet programs",
     "processes": "Operator and observer",
     "api": "API client: tens of thousands of objects",
+    "scale": "A cluster of thousands of nodes on a real API server",
 }
 WORDS: Final[Mapping[str, tuple[str, ...]]] = {
     "pods": (
@@ -88,7 +103,14 @@ WORDS: Final[Mapping[str, tuple[str, ...]]] = {
     ),
     "api": (
         "Replayed: pages and watch streams from files, in a process of its own; CPU seconds. The real API server is",
-        "Kubernetes 1.36 on this machine with etcd 3.6 in memory; each sample is a fresh process until its table is full.",
+        "Kubernetes 1.36 on this machine with etcd 3.6 in memory; a sample is a fresh process until its table is full.",
+    ),
+    "scale": (
+        "Nodes, pods, identities and CiliumEndpoints are put into etcd; then the real operator, simulated agents (the",
+        "allocator and publisher of real ones) and a few nodes with all informers of real agents work on it, on one",
+        "machine whose cores API server and etcd share: bytes, requests, events and CPU hold elsewhere, delays are",
+        "upper bounds. Thousands of nodes need what one needs, multiplied. `FIMBRIA_BENCH_SCALE=5000x100000` is the",
+        "full size.",
     ),
     "processes": ("PSS and CPU of processes in a small lab; a pod that floods a closed port.",),
 }
