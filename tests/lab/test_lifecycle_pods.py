@@ -222,3 +222,17 @@ def test_pods_of_another_plugin(make_lab: Callable[..., Lab]) -> None:
     lab.wait_ready(["old"])
     assert agent(lab, "node1", "status")["unmanaged"] == ["default/beside"]
     assert endpoint(lab, "node1", "old")
+
+
+def test_a_report_that_somebody_deleted(lab: Lab) -> None:
+    """It is written again, and not only at the pod's next change; a pod that changes nothing costs no request."""
+    lab.wait("its report", lambda: report(lab, "near"))
+    lab.request("DELETE", f"{ENDPOINTS}/near")
+    lab.wait("it is there again", lambda: report(lab, "near"))
+    assert reported(lab, "near") == set(lab.addresses("near"))
+    version = (report(lab, "near") or {})["metadata"]["resourceVersion"]
+    patch = {"metadata": {"annotations": {"example.com/nothing": "changed"}}}
+    path = "/api/v1/namespaces/default/pods/near"
+    lab.call(lambda c: c.request("PATCH", path, patch, "application/merge-patch+json"))
+    time.sleep(1)
+    assert (report(lab, "near") or {})["metadata"]["resourceVersion"] == version

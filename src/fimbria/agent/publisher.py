@@ -2,6 +2,7 @@
 
 Rules
 1. The object is written as a whole from what the tables say now; a change that arrives while writing is written next.
+   What says the same as what was written last isn't written again, unless the object is gone.
 2. An object is written over or removed only if it describes an endpoint of this node, or our pod is the one that the
    API server knows by that name: it may be another node's by now (StatefulSets), and a node that was away must not
    take the name back. An object is of this node if it names its address, or has a pod address of its blocks: a node
@@ -17,6 +18,7 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections.abc import Callable, Iterable
+from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Any, Final
 
@@ -60,6 +62,7 @@ class Publisher:
     _known: dict[int, LocalEndpoint] = field(default_factory=dict)
     _busy: set[ObjectKey] = field(default_factory=set)
     _troubles: dict[ObjectKey, _Trouble] = field(default_factory=dict)
+    _written: dict[ObjectKey, dict[str, Any]] = field(default_factory=dict)
     _wake: asyncio.Event = field(default_factory=asyncio.Event)
 
     async def run(self) -> None:
@@ -81,12 +84,16 @@ class Publisher:
         endpoints = self.tables.endpoints.subscribe()
         identities = self.tables.endpoint_identities.subscribe(endpoints.signal)
         pods = self.tables.pods.subscribe(endpoints.signal)
+        reports = self.tables.remote_endpoints.subscribe(endpoints.signal)
         self._note(self._stale())
         while True:
             await endpoints.wait()
             endpoints.signal.clear()
             for endpoint_id in endpoints.drain() | identities.drain():
                 self._changed(endpoint_id)
+            for gone in [key for key in reports.drain() if key not in self.tables.remote_endpoints]:
+                if self._written.pop(gone, None) is not None:
+                    self._note([gone])
             self._note(pod for pod in pods.drain() if self.tables.endpoints.by("pod", pod))
 
     def _changed(self, endpoint_id: int) -> None:
@@ -160,15 +167,33 @@ class Publisher:
             return  # the API server doesn't know it yet, and would have nothing to collect the report by
         status = self._status(endpoint, identity)
         body: dict[str, Any] = {"metadata": self._metadata(endpoint), "status": status}
+        if self._written.get(key) == body:
+            return
+        known = self._written.pop(key, None) is not None
         try:
-            self._compare(key, status, await self.client.create(CILIUM_ENDPOINTS, body, key[0]))
-        except AlreadyExists:
-            if self._is_the_pod(endpoint) or await self._describes_ours(key):
-                self._compare(key, status, await self.client.patch(CILIUM_ENDPOINTS, key[1], body, key[0]))
-            else:
-                log.info("pod %s/%s is another node's by now; its report is left alone", *key)
+            stored = await self._write(key, endpoint, body, known)
         except NotFound:
             log.debug("namespace %s is gone, and with it the report of pod %s", *key)
+            return
+        if stored is None:
+            log.info("pod %s/%s is another node's by now; its report is left alone", *key)
+            return
+        self._written[key] = body
+        self._compare(key, status, stored)
+
+    async def _write(
+        self, key: ObjectKey, endpoint: LocalEndpoint, body: dict[str, Any], known: bool
+    ) -> CiliumEndpoint | None:
+        """The object as stored; None if the name is another's. What is `known` to be there isn't made first."""
+        while True:
+            if not known:
+                with suppress(AlreadyExists):
+                    return await self.client.create(CILIUM_ENDPOINTS, body, key[0])
+            if not self._is_the_pod(endpoint) and not await self._describes_ours(key):
+                return None
+            with suppress(NotFound):
+                return await self.client.patch(CILIUM_ENDPOINTS, key[1], body, key[0])
+            known = False  # somebody was faster to delete it
 
     def _is_the_pod(self, endpoint: LocalEndpoint) -> bool:
         """Whether the API server has this very pod on this node."""
@@ -188,6 +213,7 @@ class Publisher:
         return not networking.node or self._ours(pack(networking.node), addrs)
 
     async def _remove(self, key: ObjectKey) -> None:
+        self._written.pop(key, None)
         namespace, name = key
         try:
             found = await self.client.get(CILIUM_ENDPOINTS, name, namespace)
