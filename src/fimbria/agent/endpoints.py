@@ -93,9 +93,6 @@ class EndpointManager:
     _locks: dict[str, asyncio.Lock] = field(default_factory=dict)
     _waiting: Counter[str] = field(default_factory=Counter)
 
-    def __post_init__(self) -> None:
-        self.pool.resting = self.engine.is_spoken_for
-
     async def handle(self, request: Request) -> bytes:
         """One CNI request. Raises CniError."""
         if request.command == "STATUS":

@@ -233,6 +233,7 @@ async def prepare(agent: Agent) -> None:
     assert agent.devices is not None
     agent.engine.set_devices(agent.devices)
     _restore_services(agent)
+    agent.pool.resting = agent.engine.is_spoken_for
     agent.endpoints = EndpointManager(
         agent.tables, agent.engine, agent.loop, agent.journal, agent.pool, agent.wiring, agent.identities.identify,
         agent.sources.fetch_pod, agent.next_endpoint_id,
