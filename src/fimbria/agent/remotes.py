@@ -131,7 +131,7 @@ class RemoteEndpoints:
         slices = self.tables.pod_slices
         covered = slices.synced and COVER in slices
         if not covered:
-            if self.covered is not False and (slices.synced or self.slices.errors):
+            if self.covered is not False and (slices.synced or self.slices.missing):
                 self._follow_pods(group)
         elif self.covered:
             for name in changed:

@@ -33,7 +33,7 @@ class Follower:
 
     table: Any
     rows: dict[Any, Any] = field(default_factory=dict)
-    errors: int = 0
+    missing: bool = False
     go: asyncio.Event = field(default_factory=asyncio.Event)
     running: bool = False
 
@@ -169,7 +169,7 @@ async def test_back_to_single_reports() -> None:
 
 async def test_a_server_without_the_kind() -> None:
     node = Node()
-    node.slices.errors = 1
+    node.slices.missing = True
     node.reported = {("ns", "a"): endpoint(300)}
     async with running(node):
         await rest()

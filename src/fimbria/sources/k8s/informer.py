@@ -29,7 +29,7 @@ from typing import Generic, Literal, TypeVar
 import msgspec
 
 from fimbria.sources.k8s.client import ApiClient
-from fimbria.sources.k8s.errors import ApiError, BadAnswer, Gone, from_status
+from fimbria.sources.k8s.errors import ApiError, BadAnswer, Forbidden, Gone, NotFound, from_status
 from fimbria.sources.k8s.pacing import Backoff
 from fimbria.sources.k8s.resources import Resource
 from fimbria.sources.k8s.types.meta import ApiObject, ObjectMeta
@@ -123,6 +123,8 @@ class Informer(Generic[T, K, V]):
         self.lists = 0
         self.watches = 0
         self.events = 0
+        self.missing = False
+        """The server doesn't know the kind, or doesn't let us read it, when asked last."""
         self.errors = 0
         self.bad_total = 0
         self.tell: Callable[[ObjectMeta, str], None] | None = None
@@ -169,6 +171,7 @@ class Informer(Generic[T, K, V]):
         self.connected = False
         self.error = str(error)
         self.errors += 1
+        self.missing = isinstance(error, NotFound | Forbidden)
         # What stays wrong is said again from time to time: nobody reads yesterday's log for why a policy isn't known.
         kind, attempts = _NUMBERS.sub("", self.error), max(self._backoff.attempts, self._hiccups.attempts)
         level = logging.WARNING if kind != self._told or attempts % TELL_EVERY == 1 else logging.DEBUG
@@ -240,7 +243,7 @@ class Informer(Generic[T, K, V]):
                 seconds=seconds,
             ) as chunks:
                 opened = self.last_contact = self._clock()
-                self.connected, self.error = True, ""
+                self.connected, self.missing, self.error = True, False, ""
                 self.watches += 1
                 decoder = EventDecoder(self._resource.type)
                 first = True
