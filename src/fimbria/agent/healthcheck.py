@@ -60,8 +60,8 @@ class Freshness:
 
 @dataclass(slots=True)
 class HealthChecks:
-    """Serves both kinds of questions. `local_ready(service, v4)` counts ready endpoints of this node in a family, that
-    of the question. `eligible()` says whether the node stays, `listen` is
+    """Serves both kinds of questions. `local_ready(service, v4)` counts ready endpoints of this node in a family: that
+    of the question, if the Service has it. `eligible()` says whether the node stays, `listen` is
     HOST:PORT for /healthz, empty for none; 0.0.0.0 means IPv6 as well."""
 
     services: Table[Any, Service]
@@ -108,7 +108,8 @@ class HealthChecks:
         service, before = self.services.get(key), self._wanted.pop(key, ())
         now: tuple[tuple[str, int], ...] = ()
         if service is not None and service.health_check_port:
-            now = tuple((ANY[v4], service.health_check_port) for v4 in families(service))
+            # Balancers ask at any of a node's addresses, also those of a family that the Service hasn't.
+            now = tuple((host, service.health_check_port) for host in ANY.values())
             self._wanted[key] = now
         return now != before
 
@@ -144,7 +145,7 @@ class HealthChecks:
         key = self._asked.get(port)
         if key is None:
             return Reply(404, b"")
-        count, healthy = self._count(key, ":" not in host), self.freshness.healthy()
+        count, healthy = self._count(key, self._family(key, ":" not in host)), self.freshness.healthy()
         body = {
             "service": {"namespace": key.namespace, "name": key.name},
             "localEndpoints": count,
@@ -152,6 +153,11 @@ class HealthChecks:
         }
         headers = {**JSON, "X-Load-Balancing-Endpoint-Weight": str(count)}
         return Reply(200 if count and healthy else 503, json.dumps(body, indent="\t").encode(), headers)
+
+    def _family(self, key: ServiceKey, asked_v4: bool) -> bool:
+        service = self.services.get(key)
+        served = families(service) if service is not None else ()
+        return asked_v4 if asked_v4 in served or not served else served[0]
 
     def _count(self, key: ServiceKey, v4: bool) -> int:
         now = time.monotonic()

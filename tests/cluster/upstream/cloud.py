@@ -25,7 +25,7 @@ from typing import Any
 import msgspec
 from tests.cluster.bed.layout import API_ADDRESS, API_PORT
 
-from fimbria.lab.balancers import CHECK_EVERY, CHECK_PATIENCE, Balancer, Health, ServiceObject, assign, balancer
+from fimbria.lab.balancers import CHECK_EVERY, CHECK_PATIENCE, POOLS, Balancer, Health, ServiceObject, assign, balancer
 
 FINALIZER = "service.kubernetes.io/load-balancer-cleanup"
 PROTO = "173"  # marks our routes
@@ -158,6 +158,8 @@ def _ip(verb: str, address: str, *words: str) -> None:
 
 
 def main(pki: Path) -> None:
+    # An address without a Service swallows packets, as a cloud's does: martians on lo are dropped without a word.
+    subprocess.run(["ip", "route", "replace", str(POOLS["IPv4"]), "dev", "lo", "proto", PROTO], check=True)
     # connections are spread, not addresses alone: one client is all there is
     for family in ("ipv4", "ipv6"):
         Path(f"/proc/sys/net/{family}/fib_multipath_hash_policy").write_text("1")

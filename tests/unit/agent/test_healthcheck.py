@@ -75,8 +75,8 @@ def quick(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     yield
 
 
-async def talk(port: int, request: bytes) -> bytes:
-    reader, writer = await asyncio.open_connection("127.0.0.1", port)
+async def talk(port: int, request: bytes, host: str = "127.0.0.1") -> bytes:
+    reader, writer = await asyncio.open_connection(host, port)
     try:
         writer.write(request)
         return await asyncio.wait_for(reader.read(), 5)
@@ -133,6 +133,15 @@ async def test_a_service_answers_as_kube_proxy_does(node: Node, quick: None) -> 
     status, headers, body = await ask(node.port)
     assert (status, headers["X-Load-Balancing-Endpoint-Weight"]) == (503, "3")
     assert json.loads(body)["serviceProxyHealthy"] is False
+
+
+async def test_a_service_of_one_family_answers_in_the_other(node: Node, quick: None) -> None:
+    """Upstream's specs ask each InternalIP of a node with two about a Service with IPv4 alone."""
+    node.serve()
+    node.ready[WEB] = 2
+    await until_open(node.port)
+    answer = await talk(node.port, b"GET /healthz HTTP/1.1\r\nHost: x\r\n\r\n", "::1")
+    assert b" 200 " in answer.splitlines()[0] and b'"localEndpoints": 2' in answer
 
 
 async def test_ports_come_and_go_with_their_services(node: Node, quick: None) -> None:
