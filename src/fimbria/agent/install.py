@@ -74,9 +74,10 @@ def install_config(conf_dir: Path, *, exclusive: bool = False) -> tuple[str, ...
 
 
 def config_problem(conf_dir: Path, *, exclusive: bool = False) -> str:
-    """Why the runtime would not use our configuration, "" if it does; with `exclusive` also if others are there."""
+    """What is wrong in the folder, "" for nothing. Without `exclusive` others may be there, and before ours, as that of a
+    plugin that calls ours."""
     try:
-        others = _others(conf_dir) if exclusive else rivals(conf_dir)
+        others = _others(conf_dir) if exclusive else ()
         if not (conf_dir / CONF_NAME).is_file():
             return f"{conf_dir / CONF_NAME} is missing"
     except OSError as error:

@@ -78,7 +78,7 @@ class Probes:
             yield name, "; ".join(sorted(map(str, failed.values()))[:3])
         config = agent.config
         if config.cni_conf_dir:
-            yield "cni", config_problem(Path(config.cni_conf_dir))
+            yield "cni", config_problem(Path(config.cni_conf_dir), exclusive=config.cni_exclusive)
 
 
 def _reply(checks: dict[str, str]) -> Reply:
