@@ -74,8 +74,8 @@ def install_config(conf_dir: Path, *, exclusive: bool = False) -> tuple[str, ...
 
 
 def config_problem(conf_dir: Path, *, exclusive: bool = False) -> str:
-    """What is wrong in the folder, "" for nothing. Without `exclusive` others may be there, and before ours, as that of a
-    plugin that calls ours."""
+    """What is wrong in the folder, "" for nothing. Without `exclusive` others may be there, and before ours, as that of
+    a plugin that calls ours."""
     try:
         others = _others(conf_dir) if exclusive else ()
         if not (conf_dir / CONF_NAME).is_file():
