@@ -107,6 +107,7 @@ class Informer(Generic[T, K, V]):
         self._random = random
         self._backoff = Backoff(0.2, 30.0, random)
         self._hiccups = Backoff(0.2, HICCUP, random)
+        self._away = False
         self._progress = False
         self._told = ""
         self._pages = PageDecoder(resource.type)
@@ -157,9 +158,14 @@ class Informer(Generic[T, K, V]):
                 await self._watch()
             except Gone as error:
                 self._version = ""
+                if self._away:
+                    # It answers again: how long it was away says nothing about how soon it can be asked.
+                    self._backoff.reset()
+                    self._away = False
                 spread = self._random() * min(len(self._table) * RELIST_ROW, RELIST_MOST)
                 await self._pause(error, self._backoff.next() + spread)
             except (ApiError, StreamError) as error:
+                self._away = isinstance(error, ApiError) and error.status in (0, 503)
                 self._refusals += isinstance(error, ApiError) and error.status in REFUSED
                 if self._refusals >= REFUSALS:
                     self._refusals, self._version = 0, ""

@@ -243,6 +243,15 @@ async def test_absent_server_leaves_the_table_serving(fix: Fixture) -> None:
         assert informer.lists == 1, "coming back needs no list"
 
 
+async def test_a_server_that_comes_back_without_its_history_is_soon_listed(fix: Fixture) -> None:
+    """As after a restart: the pause is not what ten minutes without an answer had made of it."""
+    fix.api.on("list", listing([pod("a", 1)], 10), listing([pod("b", 2)], 20))
+    fix.api.on("watch", *(fails(503, "") for _ in range(8)), fails(410, "Expired"))
+    async with fix.running() as informer:
+        await until(lambda: informer.lists == 2)
+    assert fix.pauses.asked[7] > 10 > 1 > fix.pauses.asked[8], fix.pauses.asked
+
+
 async def test_object_of_the_wrong_shape_spoils_no_other(fix: Fixture) -> None:
     broken = {**pod("bad", 2), "spec": {"nodeName": 5}}
     fix.api.on("list", listing([pod("a", 1), broken, pod("b", 3)], 10))
