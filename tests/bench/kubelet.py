@@ -44,7 +44,7 @@ def kubelet(settings: Settings) -> list[Figure]:
         pods = [p for i, n in turns for p in storm.pods(NAMESPACE, n, 1, tag=f"one-{n}-{i}")]
         found = figures("one at a time", phases(bed, storm.run(bed, pods, "each", pause=0.2, patience=PATIENCE)))
         lines: list[dict[str, Any]] = []
-        for i in range(settings.times(ROUNDS, 1)):
+        for i in range(min(settings.times(ROUNDS, 1), settings.rounds)):
             for node in (OURS, THEIRS)[:: -1 if i % 2 else 1]:
                 settings.say(f"{count} pods at once on {node}")
                 pods = storm.pods(NAMESPACE, node, count, tag=f"all-{node}-{i}")

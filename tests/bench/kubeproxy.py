@@ -11,6 +11,7 @@ import itertools
 import json
 import os
 import subprocess
+import sys
 import time
 import urllib.request
 from collections.abc import Callable
@@ -41,6 +42,7 @@ def binary() -> Path:
     spec = importlib.util.spec_from_file_location("fimbria_kube_build", BUILD)
     assert spec and spec.loader
     module: ModuleType = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module  # where dataclasses look for their module
     spec.loader.exec_module(module)
     try:
         found: Path = module.ensure(["kube-proxy"]) / "kube-proxy"
