@@ -8,6 +8,7 @@ from dataclasses import asdict, dataclass, field
 from xml.etree import ElementTree
 
 PASSED, FAILED, SKIPPED = "passed", "failed", "skipped"
+UNFINISHED = ("pending", "interrupted", "aborted")  # nothing was said about the cluster
 MESSAGE_LENGTH = 2000
 _PREFIX = "[It] "
 
@@ -49,7 +50,7 @@ def parse_junit(text: str) -> list[Result]:
                 state, message = FAILED, child.get("message") or (child.text or "")
             elif child.tag == "skipped":
                 state, message = SKIPPED, (child.get("message") or "").removeprefix("skipped - ")
-        if case.get("status") == "pending" or (state == SKIPPED and message in ("", "skipped")):
+        if case.get("status") in UNFINISHED or (state == SKIPPED and message in ("", "skipped")):
             continue
         if not name.startswith(_PREFIX) and state != FAILED:
             continue

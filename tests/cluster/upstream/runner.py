@@ -14,10 +14,11 @@ import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from tests.cluster.bed import Cluster
 from tests.cluster.images.recipes import ROOT, kube
-from tests.cluster.upstream.results import Result, Run, parse_junit
+from tests.cluster.upstream.results import FAILED, Result, Run, parse_junit
 from tests.cluster.upstream.specs import Selection, focus_of
 
 from fimbria.release import RELEASE
@@ -51,18 +52,21 @@ def binaries() -> Path:
 
 
 def run(bench: Bench, selection: Selection, seconds: float = 3 * HOUR) -> Run:
-    """All of a selection: first what may run together, then the rest by itself. Raises UpstreamError."""
+    """All of a selection: first what may run together, then the rest by itself. Who interrupts it gets what there is
+    until then. Raises UpstreamError."""
     results: list[Result] = []
     balanced = any(BALANCED in name for name in (*selection.together, *selection.alone))
+    whole = True
     with _cloud(bench) if balanced else contextlib.nullcontext():
         for label, names, processes in (
             ("together", selection.together, bench.processes),
             ("alone", selection.alone, 1),
         ):
-            if names:
-                results += _run(bench, bench.folder / label, names, min(processes, len(names)), seconds)
+            if names and whole:
+                found, whole = _run(bench, bench.folder / label, names, min(processes, len(names)), seconds)
+                results += found
     absent = {*selection.together, *selection.alone} - {one.name for one in results}
-    if absent and not any(one.state == "failed" for one in results):
+    if absent and whole and not any(one.state == FAILED for one in results):
         raise UpstreamError(f"no result of {len(absent)} specs, such as {min(absent)}; see {bench.folder}")
     return Run(
         tuple(results),
@@ -88,14 +92,8 @@ def _cloud(bench: Bench) -> Iterator[None]:
     module = [sys.executable, "-m", "tests.cluster.upstream.cloud", str(bench.cluster.layout.pki)]
     with (bench.folder / "cloud.log").open("w") as log:
         command = [*bench.cluster.enter("control"), "--", *module]
-        child = subprocess.Popen(
-            command,
-            cwd=ROOT,
-            env=bench.cluster.control_env,
-            stdout=log,
-            stderr=subprocess.STDOUT,
-            start_new_session=True,
-        )
+        options: dict[str, Any] = {"stdout": log, "stderr": subprocess.STDOUT, "start_new_session": True}
+        child = subprocess.Popen(command, cwd=ROOT, env=bench.cluster.control_env, **options)
         try:
             yield
         finally:
@@ -104,32 +102,40 @@ def _cloud(bench: Bench) -> Iterator[None]:
             child.wait()
 
 
-def _run(bench: Bench, folder: Path, names: Sequence[str], processes: int, seconds: float) -> list[Result]:
+def _run(bench: Bench, folder: Path, names: Sequence[str], processes: int, seconds: float) -> tuple[list[Result], bool]:
+    """Results, and whether they are all."""
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True)
     command = [*bench.cluster.enter("control"), "--", *_command(bench, folder, names, processes, seconds)]
-    started = time.monotonic()
+    started, whole = time.monotonic(), True
     with (folder / "log").open("w") as log:
-        child = subprocess.Popen(
-            command, env=bench.cluster.control_env, stdout=log, stderr=subprocess.STDOUT, start_new_session=True
-        )
+        options: dict[str, Any] = {"stdout": log, "stderr": subprocess.STDOUT, "start_new_session": True}
+        child = subprocess.Popen(command, env=bench.cluster.control_env, **options)
         try:
             child.wait(timeout=seconds + GRACE)
-        except BaseException:
-            os.killpg(child.pid, signal.SIGTERM)  # specs clean up behind themselves
-            try:
-                child.wait(timeout=GRACE)
-            finally:
-                with contextlib.suppress(ProcessLookupError):
-                    os.killpg(child.pid, signal.SIGKILL)
-            raise
+        except KeyboardInterrupt:
+            whole = False
+        finally:
+            _end(child)
     report = folder / REPORT
     if not report.exists():
         tail = (folder / "log").read_text(errors="replace")[-2000:]
-        raise UpstreamError(
-            f"no report after {time.monotonic() - started:.0f} s, exit status {child.returncode}:\n{tail}"
-        )
-    return parse_junit(report.read_text())
+        took = f"{time.monotonic() - started:.0f} s, exit status {child.returncode}"
+        raise UpstreamError(f"no report after {took}:\n{tail}")
+    return parse_junit(report.read_text()), whole
+
+
+def _end(child: subprocess.Popen[bytes]) -> None:
+    """Specs clean up behind themselves, if there is time."""
+    if child.poll() is not None:
+        return
+    os.killpg(child.pid, signal.SIGTERM)
+    try:
+        child.wait(timeout=GRACE)
+    finally:
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(child.pid, signal.SIGKILL)
+        child.wait()
 
 
 def _command(bench: Bench, folder: Path, names: Sequence[str], processes: int, seconds: float) -> list[str]:

@@ -77,6 +77,14 @@ def test_reports_are_read() -> None:
     ]
 
 
+def test_who_was_interrupted_has_no_result() -> None:
+    case = '<testcase name="[It] [sig-network] A" status="{}" time="1"><error message="x"></error></testcase>'
+    text = (
+        f"<testsuites>{''.join(case.format(status) for status in ('interrupted', 'aborted', 'timedout'))}</testsuites>"
+    )
+    assert [one.state for one in parse_junit(text)] == ["failed"]  # time that ran out is a verdict
+
+
 def test_a_failed_set_up_is_a_result() -> None:
     case = '<testcase name="[SynchronizedBeforeSuite]" time="1"><failure message="no node"/></testcase>'
     assert parse_junit(f"<testsuites>{case}</testsuites>") == [
