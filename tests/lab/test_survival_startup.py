@@ -46,7 +46,7 @@ def test_an_agent_without_capabilities(lab: Lab) -> None:
     code, lines = second(lab, "agent", "--node-name", "node1", prefix=("setpriv", "--bounding-set", "-all"))
     assert code == 1, lines
     assert [line.split(" is missing")[0] for line in lines] == [
-        "fimbria agent: CAP_BPF",
+        "fimbria agent: CAP_SYS_ADMIN",
         "fimbria agent: CAP_NET_ADMIN",
     ]
 
