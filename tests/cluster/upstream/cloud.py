@@ -104,6 +104,8 @@ class Cloud:
         addresses = assign(wanted)
         self._check(nodes, sorted({one.health_port for one in wanted.values()} - {0}))
         after = {key: [n for n in nodes if self._serves(n, one)] for key, one in wanted.items()}
+        # Nodes don't share whom they sent a client to: that it meets the same node is the balancer's part.
+        after |= {key: after[key][:1] for key in after if services[key]["spec"].get("sessionAffinity") == "ClientIP"}
         self._route(routes_of(addresses, after))
         for key, one in wanted.items():
             self._tell(services[key], one, addresses[key])
