@@ -57,7 +57,7 @@ class BigServer:
 
     def client(self, component: str = "bench", **options: Any) -> ApiClient:
         """Without a limit of its own: one process stands for thousands of agents."""
-        options = {"rate": 1e6, "burst": 1_000_000, "connections": 1000, "timeout": 300.0, **options}
+        options = {"rate": 1e6, "burst": 1_000_000, "connections": 200, "timeout": 300.0, **options}
         return ApiClient(config.load(self.kubeconfig), component=component, **options)
 
     def cpu(self) -> float:

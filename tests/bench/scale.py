@@ -130,6 +130,7 @@ class _Run:
             await self._pod_storm(fleet, operator)
             await self._namespace_label(fleet)
             await self._removal(fleet)
+            await self._deployment(fleet)
             await self._node_churn(client)
             await self._identities(fleet, client)
             self.found.values["operator PSS"] = pss(operator.pid)
@@ -234,6 +235,15 @@ class _Run:
             await asyncio.sleep(0.1)
         self.found.values["removal: seconds"] = time.monotonic() - began
         self.found.values["removal: bytes"] = ((await self._totals()).watched - before.watched) / self.size.burst
+
+    async def _deployment(self, fleet: Fleet) -> None:
+        """As many pods in one namespace, as fast as the server takes them."""
+        names = [f"{MARK}d{n:05}" for n in range(self.size.burst)]
+        before = await self._totals()
+        created = await fleet.storm(names, 10_000.0, {"app": "app7", "tier": "odd"}, namespaces=1)
+        await self._known(lambda key: key.split()[0] in created, len(names))
+        self.found.values["deployment: bytes"] = ((await self._totals()).watched - before.watched) / len(names)
+        await fleet.gone()
 
     async def _node_churn(self, client: ApiClient) -> None:
         """Nodes join, and leave."""
@@ -386,6 +396,7 @@ def _figures(size: Size, pods: Outcome, slices: Outcome) -> list[Figure]:
         one("storm: bytes", "bytes of watches a node receives for one new pod", "B", LESS),
         one("storm: bytes", f"bytes that {FULL:,} nodes receive for one new pod", "MB", LESS, FULL / 1e6, thousands),
         one("storm: events", "events a node receives for one new pod", "", LESS),
+        one("deployment: bytes", "the same if all are of one namespace and made at once", "B", LESS),
         one("storm: agent CPU", f"agent's API side while {RATE:.0f} pods a second are created", "% of a core"),
         one("storm: server CPU", "API server and etcd meanwhile", "% of a core"),
         one("storm: operator CPU", "operator meanwhile", "% of a core"),

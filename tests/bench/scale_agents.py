@@ -5,9 +5,11 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Awaitable, Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
-from typing import Any, Final
+from functools import partial
+from typing import Any, Final, TypeVar
 
 from tests.bench.bigserver import core_pod
 from tests.bench.cluster_data import NAMESPACES, node_addresses
@@ -19,12 +21,22 @@ from fimbria.model.endpoint import ClusterIdentity, LocalEndpoint
 from fimbria.model.labels import DEFAULT_FILTER, Labels, pod_labels
 from fimbria.sources.k8s import resources, rows
 from fimbria.sources.k8s.client import ApiClient
+from fimbria.sources.k8s.errors import AlreadyExists, Unavailable
 from fimbria.sources.k8s.informer import Informer
 from fimbria.tables import Tables
 from fimbria.tables.table import Table
 
 MAC: Final = b"\x02\0\0\0\0\1"
-DELETE: Final = {"grace_seconds": 0, "missing_ok": True}
+T = TypeVar("T")
+
+
+async def insist(ask: Callable[[], Awaitable[T]]) -> T:
+    """One process with the connections of thousands, on a busy machine: what wasn't answered is asked again."""
+    while True:
+        try:
+            return await ask()
+        except Unavailable:
+            await asyncio.sleep(0.5)
 
 
 @dataclass(slots=True)
@@ -106,18 +118,22 @@ class Fleet:
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)
 
-    async def storm(self, names: Sequence[str], rate: float, labels: Mapping[str, str]) -> dict[str, float]:
+    async def storm(
+        self, names: Sequence[str], rate: float, labels: Mapping[str, str], namespaces: int = NAMESPACES
+    ) -> dict[str, float]:
         """Create pods at a steady rate, one after the other on all nodes; when each was, just before its request."""
         created: dict[str, float] = {}
         began = time.monotonic()
 
         async def one(at: int, name: str) -> None:
             await asyncio.sleep(max(began + at / rate - time.monotonic(), 0))
-            agent, namespace = self.agents[at % len(self.agents)], f"ns{at % NAMESPACES}"
+            agent, namespace = self.agents[at % len(self.agents)], f"ns{at % namespaces}"
             body = core_pod(namespace, name, f"far{agent.node}", labels)
             created[name] = time.monotonic()
-            await self.client.create(resources.PODS, {k: body[k] for k in ("metadata", "spec")}, namespace)
-            await agent.add(namespace, name, f"10.127.{at >> 8}.{at & 255}")
+            pod = {k: body[k] for k in ("metadata", "spec")}
+            with suppress(AlreadyExists):  # a busy server may have made it without saying so
+                await insist(partial(self.client.create, resources.PODS, pod, namespace))
+            await insist(partial(agent.add, namespace, name, f"10.127.{at >> 8}.{at & 255}"))
 
         await asyncio.gather(*(one(at, name) for at, name in enumerate(names)))
         return created
@@ -127,7 +143,7 @@ class Fleet:
 
         async def one(agent: SimAgent, namespace: str, name: str) -> None:
             agent.remove(namespace, name)
-            await self.client.delete(resources.PODS, name, namespace, grace_seconds=0, missing_ok=True)
+            await insist(partial(self.client.delete, resources.PODS, name, namespace, grace_seconds=0, missing_ok=True))
 
         await asyncio.gather(*(one(a, *key) for a in self.agents for key in list(a.pods)))
 
@@ -136,7 +152,7 @@ class Fleet:
         told: set[tuple[Labels, int]] = set()
 
         async def one(agent: SimAgent, labels: Labels) -> None:
-            told.add((labels, (await agent.identities.identify(labels)).number))
+            told.add((labels, (await insist(partial(agent.identities.identify, labels))).number))
 
         await asyncio.gather(*(one(a, labels) for a in self.agents for labels in label_sets))
         return told

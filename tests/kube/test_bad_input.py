@@ -290,6 +290,11 @@ class Work:
         post(f"{BASE}/ciliumnodes", cilium("CiliumNode", f"n{mark}", spec={}))
         post(f"{BASE}/ciliumnodes", cilium("CiliumNode", f"gone{mark}", spec={}))
         post(f"{BASE}/namespaces/default/ciliumendpoints", cilium("CiliumEndpoint", f"gone{mark}"))
+        # A namespace of its own makes a slice of its own.
+        post("/api/v1/namespaces", {"metadata": {"name": f"ns{mark}"}})
+        networking = {"addressing": [{"ipv4": "10.200.9.9"}], "node": "192.0.2.9"}
+        status = {"id": 1, "identity": {"id": 4711}, "networking": networking}
+        post(f"{BASE}/namespaces/ns{mark}/ciliumendpoints", cilium("CiliumEndpoint", f"in{mark}", status=status))
         number = 1000 + int(mark) % 60000
         labels = {"k8s:app": mark}
         post(f"{BASE}/ciliumidentities", cilium("CiliumIdentity", str(number), **{"security-labels": labels}))
@@ -299,6 +304,10 @@ class Work:
         spec = {"podSelector": {}, "ingress": [{"from": [peer], "ports": [port]}]}
         path = "/apis/networking.k8s.io/v1/namespaces/default/networkpolicies"
         post(path, {"metadata": {"name": f"p{mark}"}, "spec": spec})
+
+    def anew(self) -> None:
+        self.clear()
+        self.make()
 
     def clear(self) -> None:
         for path in (f"{BASE}/ciliumnodes", "/api/v1/nodes", f"{BASE}/ciliumidentities",
@@ -331,34 +340,51 @@ def used(asked: list[str]) -> set[tuple[str, str, str]]:
     return found
 
 
+@contextmanager
+def provoked(bed: Bed, plural: str, verb: str) -> Iterator[None]:
+    """Watches begin again, for `list` from a list: rights are only looked at then."""
+    with ExitStack() as stack:
+        if verb == "list":
+            stack.enter_context(bed.proxy.fault(rf"^GET \S*/{plural}\?.*watch=true", status=410))
+        if verb in ("list", "watch"):
+            bed.proxy.cut()
+        yield
+
+
+def lacking(bed: Bed, role: str, needed: list[tuple[str, str, str]], log: Log, work: Callable[[], Any],
+            works: Callable[[], Any]) -> None:  # fmt: skip
+    """One right after the other is missing for a while: it is named, the rest goes on, and soon all is well again."""
+    problems = []
+    for group, plural, verb in needed:
+        log.mark()
+        try:
+            with bed.without(role, group, plural, verb):
+                time.sleep(0.5)  # the server learns of its own roles by a watch
+                with provoked(bed, plural, verb):
+                    work()
+                    resource = plural.partition("/")[0]
+                    log.line(f'(WARNING|ERROR).* cannot {verb} resource "{resource}', SOON)
+            works()
+        except AssertionError as error:
+            problems.append(f"{verb} {plural}.{group}: {str(error)[:1500]}")
+    assert not problems, "\n\n".join(problems)
+
+
 def test_operator_without_one_of_its_rights(bed: Bed, crds: None) -> None:
     work, role = Work(bed), "fimbria-operator"
     bed.proxy.asked.clear()
-    with operator(bed, ALONE) as whole:
+    with operator(bed, ALONE) as running:
         work.make()
         works(bed)
         time.sleep(4.0)
-        assert " forbidden" not in whole.log.text(), whole.log.text()[-3000:]
-    needed = sorted(used(bed.proxy.asked) & set(rights(bed.roles[role])))
-    print("never needed here:", sorted(set(rights(bed.roles[role])) - set(needed)))
-    assert len(needed) > 12, needed
-    problems = []
-    for group, plural, verb in needed:
+        assert " forbidden" not in running.log.text(), running.log.text()[-3000:]
+        needed = sorted(used(bed.proxy.asked) & set(rights(bed.roles[role])))
+        print("not needed here:", sorted(set(rights(bed.roles[role])) - set(needed)))
+        assert len(needed) > 12, needed
         try:
-            with bed.without(role, group, plural, verb), operator(bed, ALONE) as lacking:
-                work.make()
-                resource = re.escape(plural.partition("/")[0]) + ".*"
-                lacking.log.line(f'(WARNING|ERROR).* cannot {verb} resource "{resource}"', 20.0)
-                if (plural, verb) not in (("ciliumnetworkpolicies", "list"), ("ciliumnetworkpolicies", "watch"),
-                                          ("ciliumnetworkpolicies/status", "patch")):  # fmt: skip
-                    works(bed)
-                bed.admin.patch(f"{RBAC}/clusterroles/{role}", {"rules": bed.roles[role]["rules"]})
-                works(bed)
-        except AssertionError as error:
-            problems.append(f"{verb} {plural}.{group}: {str(error)[:1500]}")
+            lacking(bed, role, needed, running.log, work.anew, lambda: works(bed))
         finally:
             work.clear()
-    assert not problems, "\n\n".join(problems)
 
 
 def test_operator_without_its_lease(bed: Bed, crds: None) -> None:
@@ -565,29 +591,22 @@ def test_agent_without_one_of_its_rights(node: Node) -> None:
     node.restart()
     node.works()
     assert " cannot " not in node.log.text(), node.log.text()[-3000:]
-    needed = sorted(used(bed.proxy.asked) & set(rights(bed.roles[role])) - {("", "nodes", "get")})
-    print("never needed here:", sorted(set(rights(bed.roles[role])) - set(needed)))
-    assert len(needed) > 20, needed
-    problems = []
-    for number, (group, plural, verb) in enumerate(needed):
-        pod = f"lacking{number}"
-        try:
-            with bed.without(role, group, plural, verb):
-                node.restart()
-                node.add(pod)
-                if (plural, verb) == ("ciliumendpoints", "delete"):
-                    until("it is reported", lambda pod=pod: node.reported(pod))  # type: ignore[misc]
-                    node.remove(pod)
-                line = node.log.line(f'cannot {verb} resource "{plural}"', 20.0)
-                assert " WARNING " in line or " ERROR " in line, line
-            if (plural, verb) != ("ciliumendpoints", "delete"):
-                until(f"{pod} is reported", lambda pod=pod: node.reported(pod))  # type: ignore[misc]
-                node.remove(pod)
-            until(f"{pod} is gone", lambda pod=pod: node.reported(pod) is None)  # type: ignore[misc]
-        except AssertionError as error:
-            problems.append(f"{verb} {plural}.{group}: {str(error)[:1500]}")
-            node.remove(pod)
-    assert not problems, "\n\n".join(problems)
+    needed = used(bed.proxy.asked) & set(rights(bed.roles[role]))
+    print("not needed here:", sorted(set(rights(bed.roles[role])) - needed))
+    assert len(needed) > 18, needed
+    pods: list[str] = []
+
+    def work() -> None:
+        for old in pods:
+            node.remove(old)
+        pods[:] = [f"lacking{time.monotonic_ns()}"]
+        node.add(pods[0])
+
+    # Asked once in an agent's life, or by a race with the watch: not to be had at will.
+    once = {("", "nodes", "get"), ("", "pods", "get"), ("", "namespaces", "get")} | {
+        ("cilium.io", "ciliumnodes", verb) for verb in ("get", "create", "patch")
+    }  # fmt: skip
+    lacking(bed, role, sorted(needed - once), node.log, work, node.works)
 
 
 def test_webhook_that_refuses_reports(node: Node) -> None:
@@ -685,7 +704,11 @@ def test_objects_of_others_that_cannot_be_used(node: Node) -> None:
         (f"{BASE}/ciliumnodes", cilium("CiliumNode", "greedy", spec={
             "addresses": [{"type": "InternalIP", "ip": "172.31.9.9"}], "ipam": {"podCIDRs": ["0.0.0.0/0"]}}),
          "contains the node's own address"),
-        (f"{BASE}/namespaces/default/ciliumnetworkpolicies", policy("typo", ingress=[{"fromEndpoint": [{}]}]), "typo"),
+        (
+            f"{BASE}/namespaces/default/ciliumnetworkpolicies",
+            policy("vast", egress=[{"toCIDR": ["10.0.0.0/40"]}]),
+            "10.0.0.0/40",
+        ),
     )  # fmt: skip
     node.log.mark()
     operators = Log(components.log_path(node.lab.paths, "control/operator"))
