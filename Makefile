@@ -66,8 +66,7 @@ BED := $(PY) -m tests.cluster.bed
 
 .PHONY: kube-up kube-test kube-down
 kube-up: setup-test build ## a real Kubernetes with Fimbria by its chart; KUBE=NAME for another one beside it
-	@$(BED) up --name $(KUBE)
-	@$(BED) install --name $(KUBE)
+	@$(BED) up --install --name $(KUBE)
 
 kube-test: setup-test build ## everything that is judged on a real cluster, upstream's conformance too; a table at the end
 	@$(BED) test --name $(KUBE)

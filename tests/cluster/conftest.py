@@ -76,9 +76,7 @@ def cluster(request: pytest.FixtureRequest) -> Iterator[Cluster]:
     keep = bool(named) or os.environ.get("KUBE_KEEP") == "1"
     try:
         if not found.installed():
-            found.up(nodes=2)
-            found.install_fimbria()
-            found.install_dns()
+            found.up_with_fimbria()
         yield found
     finally:
         if keep:

@@ -16,7 +16,7 @@ from tests.cluster.bed.progress import say, step
 EXAMPLES = """examples:
   python -m tests.cluster.bed up --nodes 2
   python -m tests.cluster.bed exec control -- kubectl get nodes
-  python -m tests.cluster.bed exec node1 -- crictl ps
+  python -m tests.cluster.bed exec node1 -- ctr -n k8s.io containers ls
   python -m tests.cluster.bed exec world -- curl http://10.99.0.11:30080
   python -m tests.cluster.bed node reboot node2
   python -m tests.cluster.bed logs node1 kubelet
@@ -70,6 +70,7 @@ def _parser() -> argparse.ArgumentParser:
 
     up = command("up", _up, "bring up what isn't up yet")
     up.add_argument("--nodes", type=int, default=2)
+    up.add_argument("--install", action="store_true", help="install Fimbria and DNS as well, as `install` does")
     up.add_argument("--no-taint", action="store_true", help=f"nodes register without the taint {STARTUP_TAINT}")
     command("install", _install, "install or upgrade Fimbria by its chart, and the cluster's DNS")
     command("test", _test, "run all tests of a real cluster and upstream's conformance; print a table")
@@ -90,8 +91,17 @@ def _parser() -> argparse.ArgumentParser:
 
 def _up(options: argparse.Namespace) -> None:
     cluster = Cluster(options.name)
+    if options.install and options.no_taint:
+        raise BedError(
+            "--no-taint is for clusters without Fimbria, which needs the taint to be safe from the first pod"
+        )
     with step(f"cluster {options.name}"):
-        cluster.up(options.nodes, () if options.no_taint else (STARTUP_TAINT,))
+        if options.install:
+            cluster.up_with_fimbria(options.nodes)
+        else:
+            cluster.up(options.nodes, () if options.no_taint else (STARTUP_TAINT,))
+    if options.install:
+        _explain(options.name)
 
 
 def _install(options: argparse.Namespace) -> None:
@@ -99,8 +109,11 @@ def _install(options: argparse.Namespace) -> None:
     with step(f"Fimbria on cluster {options.name}"):
         cluster.install_fimbria()
         cluster.install_dns()
-    bed = "python -m tests.cluster.bed" + (f" --name {options.name}" if options.name != DEFAULT_NAME else "")
-    print(USE.format(bed=bed))
+    _explain(options.name)
+
+
+def _explain(name: str) -> None:
+    print(USE.format(bed="python -m tests.cluster.bed" + (f" --name {name}" if name != DEFAULT_NAME else "")))
 
 
 def _test(options: argparse.Namespace) -> int:

@@ -39,9 +39,12 @@ class Cluster:
 
     # --- up and down ---
 
-    def up(self, nodes: int = 2, taints: tuple[str, ...] = (STARTUP_TAINT,)) -> None:
-        """Brings up what isn't up yet: the control plane, `nodes` nodes with all images, the world outside. Nodes are
-        registered when this returns, and not Ready before a network is installed. Raises BedError."""
+    def up(
+        self, nodes: int = 2, taints: tuple[str, ...] = (STARTUP_TAINT,), images: Mapping[str, Path] | None = None
+    ) -> None:
+        """Brings up what isn't up yet: the control plane, `nodes` nodes, the world outside. Nodes have the bed's images
+        and those given (archives by name), are registered when this returns, and not Ready before a network is
+        installed. Raises BedError."""
         wanted = [self._host(node_name(number)) for number in range(1, nodes + 1)]
         self._prepare()
         with self.locked():
@@ -53,7 +56,7 @@ class Cluster:
                 network.ensure_member(self.layout, "world")
             with ThreadPoolExecutor(len(wanted) + 1) as pool:
                 work = [pool.submit(self._start_control)]
-                archives = self._stock()
+                archives = self._stock(images or {})
                 work += [pool.submit(self._start_host, host, taints, archives) for host in wanted]
                 for one in work:
                     one.result()
@@ -64,16 +67,22 @@ class Cluster:
 
     def load_images(self, *names: str) -> None:
         """Builds those images (tests.cluster.images) where they are outdated, and gives them to the nodes that run."""
-        archives = built(*names)
-        hosts = [self._host(name) for name in self.nodes() if self._host(name).booted]
-        with step(f"images {', '.join(names)}"), ThreadPoolExecutor(max(1, len(hosts))) as pool:
-            list(pool.map(lambda host: load(host, archives), hosts))
+        self._load(built(*names))
+
+    def up_with_fimbria(self, nodes: int = 2) -> None:
+        """Brings up what isn't up yet, Fimbria by its chart and the cluster's DNS too. Raises BedError."""
+        image = built(install.IMAGE)
+        self.up(nodes, images=image)
+        self._load(image)
+        install.fimbria(self, image[install.IMAGE], {})
+        self.install_dns()
 
     def install_fimbria(self, values: Mapping[str, Any] | None = None, chart: Path = install.CHART) -> None:
         """Installs or upgrades Fimbria from this tree by its chart; `values` are merged over the bed's own. Returns
         when nodes are Ready without the startup taint. Raises BedError."""
-        self.load_images(install.IMAGE)
-        install.fimbria(self, built(install.IMAGE)[install.IMAGE], values or {}, chart)
+        image = built(install.IMAGE)
+        self._load(image)
+        install.fimbria(self, image[install.IMAGE], values or {}, chart)
 
     def install_dns(self) -> None:
         """The cluster's DNS; returns when pods on every node get answers."""
@@ -95,7 +104,7 @@ class Cluster:
         number = next(n for n in range(1, 100) if node_name(n) not in self.nodes())
         host = self._host(node_name(number))
         with self.locked():
-            self._start_host(host, taints, self._stock())
+            self._start_host(host, taints, self._stock({}))
             host.start_kubelet()
             self._wait_registered([host])
         return Node(host)
@@ -232,10 +241,15 @@ class Cluster:
     def _store(self) -> Store:
         return Store(cache_dir() / "store")
 
-    def _stock(self) -> dict[str, Path]:
+    def _load(self, archives: Mapping[str, Path]) -> None:
+        hosts = [self._host(name) for name in self.nodes() if self._host(name).booted]
+        with step(f"images {', '.join(archives)}"), ThreadPoolExecutor(max(1, len(hosts))) as pool:
+            list(pool.map(lambda host: load(host, archives), hosts))
+
+    def _stock(self, more: Mapping[str, Path]) -> dict[str, Path]:
         """The images of the bed, and those that its nodes have got besides, in their contents if they are kept."""
         known = recipes()
-        archives = built(*(name for name in known if not name.startswith(install.IMAGE)))
+        archives = {**built(*(name for name in known if not name.startswith(install.IMAGE))), **more}
         for node in self.nodes():
             for name, file in marks(self._host(node)).archives().items():
                 if name in known and name not in archives:

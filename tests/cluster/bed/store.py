@@ -11,7 +11,6 @@ import fcntl
 import os
 import shutil
 import subprocess
-import tempfile
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -121,13 +120,14 @@ class Store:
         self._unfinished.unlink(missing_ok=True)
 
     def _import(self, archives: Iterable[Path]) -> None:
-        with (
-            tempfile.TemporaryDirectory(prefix="fimbria-store-") as scratch,
-            _daemon(self.root, Path(scratch)) as socket,
-        ):
+        scratch = self.folder / "scratch"
+        shutil.rmtree(scratch, ignore_errors=True)
+        scratch.mkdir()
+        with _daemon(self.root, scratch) as socket:
             for archive in archives:
                 command = ["ctr", "--address", str(socket), "--namespace", NAMESPACE, "image", "import", str(archive)]
                 processes.run(command, env=processes.environment(), seconds=IMPORT_SECONDS)
+        shutil.rmtree(scratch)
 
 
 def _config(root: Path, scratch: Path) -> str:
