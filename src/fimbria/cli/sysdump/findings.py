@@ -118,7 +118,7 @@ def findings(f: Facts) -> list[str]:
 
 
 def _first(errors: Mapping[str, str]) -> str:
-    return next(iter(errors.values()), "no answer")
+    return errors.get("the agent") or next(iter(errors.values()), "no answer")
 
 
 def _versions(nodes: Sequence[NodeFacts]) -> list[str]:
