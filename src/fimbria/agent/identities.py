@@ -103,7 +103,8 @@ class Identities:
         while (number := self._search.allocator.number(labels)) is None:
             appeared = self._waiting.setdefault(labels, asyncio.Event())
             try:
-                await asyncio.wait_for(appeared.wait(), deadline - time.monotonic())
+                async with asyncio.timeout(deadline - time.monotonic()):
+                    await appeared.wait()
             except TimeoutError:
                 shown = ", ".join(labels.texts())
                 text = f"the operator has not made it within {self.patience:g} s; is it running? ({shown})"

@@ -117,8 +117,10 @@ class RemoteEndpoints:
                 group.create_task(self.slices.run())
                 while True:
                     await self._step(group, subscription.drain())
+                    # Not wait_for: in Python 3.11 that forgets a cancellation that comes together with the signal.
                     with suppress(TimeoutError):
-                        await asyncio.wait_for(subscription.wait(), self._patience())
+                        async with asyncio.timeout(self._patience()):
+                            await subscription.wait()
         finally:
             self.informers.remove(self.slices)
 

@@ -159,8 +159,10 @@ class EndpointSliceWriter:
                     words = self.namespaces.get(namespace)
                     self.plan.set_priority(namespace, words is not None and words.priority)
                 wait = await self._advance(now)
+                # Not wait_for: in Python 3.11 that forgets a cancellation that comes together with the signal.
                 with suppress(TimeoutError):
-                    await asyncio.wait_for(self._wake.wait(), wait)
+                    async with asyncio.timeout(wait):
+                        await self._wake.wait()
         finally:
             for subscription in (endpoints, slices, namespaces):
                 subscription.close()

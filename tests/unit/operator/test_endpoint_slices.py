@@ -237,3 +237,17 @@ def test_names_and_priorities() -> None:
     notes = {"cilium.io/ces-namespace": "priority"}
     asked = msgspec.convert({"metadata": {"name": "x", "annotations": notes, "labels": {"a": "b"}}}, Namespace)
     assert namespace_words(asked) == NamespaceWords({"a": "b"}, True)
+
+
+async def test_a_cancellation_that_comes_with_news_is_heard() -> None:
+    for _ in range(200):
+        server = Server()
+        client: Any = server
+        writer = EndpointSliceWriter(client, server.endpoints, server.slices, server.namespaces, lambda: 1)
+        task = asyncio.create_task(writer.run())
+        await asyncio.sleep(0)
+        await asyncio.sleep(0)
+        server.report("a")
+        task.cancel()
+        _, pending = await asyncio.wait((task,), timeout=5)
+        assert not pending
