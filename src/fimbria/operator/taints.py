@@ -147,7 +147,8 @@ class TaintKeeper:
             due = min(self._wake_at.values(), default=None)
             pause = RETRY if pending else None if due is None else max(due - self.clock(), 0.0)
             try:
-                await asyncio.wait_for(signal.wait(), pause)
+                async with asyncio.timeout(pause):  # wait_for may forget a cancellation (Python 3.11)
+                    await signal.wait()
             except TimeoutError:
                 continue
 
