@@ -9,7 +9,7 @@ from pathlib import Path
 
 from tests.cluster.bed import BedError, Cluster
 from tests.cluster.upstream import report
-from tests.cluster.upstream.results import FAILED, merge, summary
+from tests.cluster.upstream.results import FAILED, PASSED, merge, summary
 from tests.cluster.upstream.runner import Bench, UpstreamError, binaries, run, spread
 from tests.cluster.upstream.specs import CONFORMANCE, list_specs, load_skips, select
 
@@ -22,7 +22,9 @@ def main() -> int:
             return 0
         cluster = Cluster(asked.name)
         focus = asked.focus if not asked.conformance else rf"(?=.*{asked.focus}).*\[{CONFORMANCE[1:-1]}\]"
-        selection = select(list_specs(binaries() / "e2e.test"), load_skips(), focus, asked.skip)
+        done = {one.name for one in report.load().of(PASSED)} if asked.missing else set()
+        names = [name for name in list_specs(binaries() / "e2e.test") if name not in done]
+        selection = select(names, load_skips(), focus, asked.skip)
         together, alone = len(selection.together), len(selection.alone)
         _say(f"{together} specs, {asked.procs} at a time, then {alone} alone; {len(selection.skipped)} not asked")
         if asked.list:
@@ -47,6 +49,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--conformance", action="store_true", help="only what a conformant cluster must pass")
     parser.add_argument("--focus", default="", help="only specs whose name meets this regular expression")
     parser.add_argument("--skip", default="", help="no specs whose name meets this regular expression")
+    parser.add_argument("--missing", action="store_true", help="no specs that have passed by the results that are kept")
     parser.add_argument("--procs", type=int, default=3, help="how many specs at a time (3)")
     parser.add_argument("--output", type=Path, help="folder for logs and reports")
     parser.add_argument("--list", action="store_true", help="print the specs instead of running them")
