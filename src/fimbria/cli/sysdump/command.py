@@ -63,7 +63,7 @@ Exit status: 0 there is an archive, also if something is missing in it; 2 nothin
 @socket_option("agent")
 def sysdump(*, agent: Local, output: str | None, local: bool, lab: str | None, **options: Any) -> None:
     """One archive with the state of the cluster, for those who help from afar."""
-    signal.signal(signal.SIGTERM, _interrupt)
+    before = signal.signal(signal.SIGTERM, _interrupt)
     try:
         if local:
             _local(agent, output, options)
@@ -74,6 +74,8 @@ def sysdump(*, agent: Local, output: str | None, local: bool, lab: str | None, *
         sys.exit(INTERRUPTED)
     except OSError as error:
         raise click.FileError(error.filename or str(output), error.strerror or str(error)) from None
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 def _interrupt(*_: object) -> None:
