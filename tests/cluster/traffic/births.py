@@ -57,8 +57,16 @@ class Births:
         probe = {"tcpSocket": {"port": PORT}, "periodSeconds": 1}
         command = ["born", f"tcp/{PORT}", f"udp/{PORT}", "--", *firsts]
         spec = {"restartPolicy": "Never"}
+        little = {"requests": {"cpu": "5m"}}  # those that wait for an agent add up, and a full node takes no more
         return [
-            pod(f"born-{self.tag}-{i}", nodes[i % len(nodes)], command, spec=spec, readinessProbe=probe)
+            pod(
+                f"born-{self.tag}-{i}",
+                nodes[i % len(nodes)],
+                command,
+                spec=spec,
+                readinessProbe=probe,
+                resources=little,
+            )
             for i in range(MOST)
         ]
 
@@ -93,7 +101,7 @@ class Births:
     def broken(self) -> list[str]:
         """Those that never became Ready: what fails at first never does."""
         return [
-            f"{p['name']}: {p['phase']}, posted {clock(p['posted'])}, never Ready: {p['said']}; {p['refusals'][-1:]}"
+            f"{p['name']}: {p['phase']} {p['reason']}, posted {clock(p['posted'])}, never Ready: {p['said']}; {p['refusals'][-1:]}"
             for p in self.pods
             if p["ready"] is None
         ]

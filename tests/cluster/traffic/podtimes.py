@@ -6,7 +6,7 @@ Ready (and gone, if `remove`), "steady" one every `pause` seconds, whatever beca
 input is closed; of those it leaves the ones that never were Ready.
 
 Prints one JSON line for each pod: {"name", "uid", "posted", "created", "scheduled", "sandbox", "started", "ready",
-"removed", "gone", "phase", "refusals": [TEXT...]}, with times in seconds since 1970, null for what didn't happen. They
+"removed", "gone", "phase", "reason", "refusals": [TEXT...]}, with times in seconds since 1970, null for what didn't happen. They
 are the moments at which a watch told it: Kubernetes' own stamps are whole seconds.
 """
 
@@ -43,6 +43,7 @@ class Times:
     removed: float | None = None
     gone: float | None = None
     phase: str = ""
+    reason: str = ""
     refusals: list[str] = field(default_factory=list)
 
     def see(self, kind: str, pod: Mapping[str, Any], now: float) -> None:
@@ -51,7 +52,7 @@ class Times:
         true = {c["type"] for c in status.get("conditions") or () if c["status"] == "True"}
         containers = status.get("containerStatuses") or ()
         self.uid = pod["metadata"]["uid"]
-        self.phase = status.get("phase", "")
+        self.phase, self.reason = status.get("phase", ""), status.get("reason", "")
         if (pod["spec"].get("nodeName") or "PodScheduled" in true) and self.scheduled is None:
             self.scheduled = now
         if "PodReadyToStartContainers" in true and self.sandbox is None:
