@@ -101,7 +101,8 @@ class Births:
     def broken(self) -> list[str]:
         """Those that never became Ready: what fails at first never does."""
         return [
-            f"{p['name']}: {p['phase']} {p['reason']}, posted {clock(p['posted'])}, never Ready: {p['said']}; {p['refusals'][-1:]}"
+            f"{p['name']}, posted {clock(p['posted'])}, was never Ready: {p['phase']} {p['reason']}, {p['said']}; "
+            f"{p['refusals'][-1:]}"
             for p in self.pods
             if p["ready"] is None
         ]

@@ -6,8 +6,8 @@ Ready (and gone, if `remove`), "steady" one every `pause` seconds, whatever beca
 input is closed; of those it leaves the ones that never were Ready.
 
 Prints one JSON line for each pod: {"name", "uid", "posted", "created", "scheduled", "sandbox", "started", "ready",
-"removed", "gone", "phase", "reason", "refusals": [TEXT...]}, with times in seconds since 1970, null for what didn't happen. They
-are the moments at which a watch told it: Kubernetes' own stamps are whole seconds.
+"removed", "gone", "phase", "reason", "refusals": [TEXT...]}, with times in seconds since 1970, null for what didn't
+happen. They are the moments at which a watch told it: Kubernetes' own stamps are whole seconds.
 """
 
 from __future__ import annotations
