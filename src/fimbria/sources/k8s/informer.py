@@ -85,7 +85,7 @@ class Informer(Generic[T, K, V]):
         labels: str = "",
         fields: str = "",
         on_bad: Callable[[K, str, bytes], V | Literal[Keep.PREVIOUS] | None] = lambda _key, _error, _json: KEEP,
-        page_size: int = 500,
+        page_size: int = 0,
         watch_seconds: int = 300,
         clock: Callable[[], float] = time.monotonic,
         sleep: Callable[[float], Awaitable[None]] = asyncio.sleep,
@@ -100,7 +100,7 @@ class Informer(Generic[T, K, V]):
         self._labels = labels
         self._fields = fields
         self._on_bad = on_bad
-        self._page_size = page_size
+        self._page_size = page_size or resource.page
         self._watch_seconds = watch_seconds
         self._clock = clock
         self._sleep = sleep

@@ -12,7 +12,9 @@ T = TypeVar("T", bound=ApiObject)
 
 @dataclass(frozen=True, slots=True)
 class Resource(Generic[T]):
-    """A kind of object: `group` is "" for core/v1. `type` may be any struct that names a subset of its fields."""
+    """A kind of object: `group` is "" for core/v1. `type` may be any struct that names a subset of its fields. `page`
+    objects are listed at once: a page is decoded as a whole, and what that needs for a moment stays with the process.
+    """
 
     group: str
     version: str
@@ -20,6 +22,7 @@ class Resource(Generic[T]):
     kind: str
     type: type[T]
     namespaced: bool = True
+    page: int = 500
 
     @property
     def api_version(self) -> str:
@@ -69,8 +72,9 @@ CILIUM_IDENTITIES = Resource(
 )
 CILIUM_ENDPOINTS = Resource("cilium.io", "v2", "ciliumendpoints", "CiliumEndpoint", cilium.CiliumEndpoint)
 CILIUM_ENDPOINT_SLICES = Resource(
-    "cilium.io", "v2alpha1", "ciliumendpointslices", "CiliumEndpointSlice", cilium.CiliumEndpointSlice, namespaced=False
-)
+    "cilium.io", "v2alpha1", "ciliumendpointslices", "CiliumEndpointSlice", cilium.CiliumEndpointSlice,
+    namespaced=False, page=50,
+)  # fmt: skip
 CILIUM_NETWORK_POLICIES = Resource(
     "cilium.io", "v2", "ciliumnetworkpolicies", "CiliumNetworkPolicy", cilium_policy.CiliumNetworkPolicy
 )
