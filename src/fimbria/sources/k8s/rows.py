@@ -45,6 +45,7 @@ def object_key(meta: ObjectMeta) -> tuple[str, str]:
 def node(obj: cilium.CiliumNode) -> Node:
     """A CiliumNode: InternalIP addresses are the node's own, CiliumInternalIP those on its pods' networks.
 
+    One of the latter that is in none of its blocks is left out: packets for it, whoever it is, would go to this node.
     Raises ValueError also for a pod block that contains the node's own address: every other node would route it, and
     with 0.0.0.0/0 everything, to pods.
     """
@@ -58,10 +59,11 @@ def node(obj: cilium.CiliumNode) -> Node:
     for block in blocks:
         if any(a in block for a in addrs):
             raise ValueError(f"spec.ipam.podCIDRs: {block} contains the node's own address")
+    routers = (pack(a.ip) for a in addresses if a.type == "CiliumInternalIP")
     return Node(
         name=obj.metadata.name,
         addrs=addrs,
-        routers=tuple(pack(a.ip) for a in addresses if a.type == "CiliumInternalIP"),
+        routers=tuple(a for a in routers if any(a in block for block in blocks)),
         pod_cidrs=blocks,
         problem=obj.status.ipam.operator_status.error,
     )

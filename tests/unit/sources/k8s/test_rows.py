@@ -6,6 +6,7 @@ from typing import Any
 import msgspec
 import pytest
 
+from fimbria.model.address import pack
 from fimbria.sources.k8s import rows
 from fimbria.sources.k8s.services import to_topology
 from fimbria.sources.k8s.types import cilium, core
@@ -57,6 +58,16 @@ def test_a_pod_block_contains_no_node(block: str) -> None:
     node = msgspec.convert({"metadata": {"name": "thief"}, "spec": spec}, cilium.CiliumNode)
     with pytest.raises(ValueError, match="contains the node's own address"):
         rows.node(node)
+
+
+@pytest.mark.parametrize("router", ["10.0.2.9", "8.8.8.8", "172.31.9.9", "fd00::9"])
+def test_a_router_is_on_its_nodes_own_network(router: str) -> None:
+    """An address of another node's pod, or of the world: its packets would go to this node."""
+    addresses = [{"type": "InternalIP", "ip": "172.31.2.10"}]
+    addresses += [{"type": "CiliumInternalIP", "ip": ip} for ip in (router, "10.0.1.1")]
+    spec = {"addresses": addresses, "ipam": {"podCIDRs": ["10.0.1.0/24"]}}
+    node = rows.node(msgspec.convert({"metadata": {"name": "thief"}, "spec": spec}, cilium.CiliumNode))
+    assert node.routers == (pack("10.0.1.1"),)
 
 
 def test_what_no_pod_and_no_node_has() -> None:
