@@ -94,7 +94,8 @@ class HealthChecks:
                 changed = False
                 pause = RETRY if self.problems else LATE / 4
                 try:
-                    await asyncio.wait_for(subscription.wait(), pause)
+                    async with asyncio.timeout(pause):
+                        await subscription.wait()
                 except TimeoutError:
                     self.freshness.look()
         finally:

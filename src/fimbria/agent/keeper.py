@@ -140,7 +140,8 @@ class Keeper:
                 while True:
                     loop.add_reader(monitor.fileno(), woken)
                     try:
-                        await asyncio.wait_for(readable.wait(), POLL)
+                        async with asyncio.timeout(POLL):
+                            await readable.wait()
                         await asyncio.sleep(GATHER)
                     except TimeoutError:
                         pass

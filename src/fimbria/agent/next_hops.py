@@ -52,7 +52,8 @@ class NextHops:
                     nodes.drain()
                     await self._look(netlink)
                     with suppress(TimeoutError):
-                        await asyncio.wait_for(nodes.wait(), AGAIN)
+                        async with asyncio.timeout(AGAIN):
+                            await nodes.wait()
                     await asyncio.sleep(GATHER)
                     with suppress(ResyncNeeded):
                         monitor.read()

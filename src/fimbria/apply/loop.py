@@ -196,7 +196,8 @@ class ApplyLoop:
         else:
             self._retry_at, self._retry_pause = 0.0, RETRY_MIN
         with suppress(TimeoutError):
-            await asyncio.wait_for(self._wake.wait(), max(until - time.monotonic(), 0.001))
+            async with asyncio.timeout(max(until - time.monotonic(), 0.001)):
+                await self._wake.wait()
         if self._retry_at and time.monotonic() >= self._retry_at:
             self._retry_at, self._retry_pause = 0.0, min(self._retry_pause * 2, RETRY_MAX)
             self._retry()

@@ -95,7 +95,8 @@ class Observer:
             while self._newest_map() == path:
                 loop.add_reader(ring.fd, woken)
                 with suppress(TimeoutError):
-                    await asyncio.wait_for(readable.wait(), 2.0)
+                    async with asyncio.timeout(2.0):
+                        await readable.wait()
                 readable.clear()
                 while records := ring.drain(BATCH):
                     await self._take(records)
