@@ -106,6 +106,21 @@ def test_an_agent_changes_no_identity(cluster: Cluster, as_agent: Callable[..., 
         as_agent(*patch("ciliumidentity", name, {"security-labels": {"k8s:app": "admin"}}))
 
 
+def test_an_agent_names_no_other_owner(cluster: Cluster, as_agent: Callable[..., str]) -> None:
+    """Kubernetes would delete the object, and it could be made anew with other labels or blocks."""
+    owner = {"apiVersion": "v1", "kind": "Node", "name": "gone", "uid": "00000000-0000-0000-0000-000000000000"}
+    name = cluster.get("ciliumidentities")["items"][0]["metadata"]["name"]
+    for kind, which in (("ciliumidentity", name), ("ciliumnode", "node1")):
+        with pytest.raises(BedError, match="may not change whose an object is"):
+            as_agent(*patch(kind, which, {"metadata": {"ownerReferences": [owner]}}))
+    made = {"apiVersion": "cilium.io/v2", "kind": "CiliumIdentity", "security-labels": {"k8s:app": "a"}}
+    told = json.dumps(made | {"metadata": {"name": "65000"}})
+    assert "created" in as_agent("create", "-f", "-", stdin=told)
+    told = json.dumps(made | {"metadata": {"name": "65000", "ownerReferences": [owner]}})
+    with pytest.raises(BedError, match="may not change whose an object is"):
+        as_agent("create", "-f", "-", stdin=told)
+
+
 # --- taint and values -------------------------------------------------------------------------------------------------
 
 
