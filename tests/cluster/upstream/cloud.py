@@ -28,6 +28,7 @@ from tests.cluster.bed.layout import API_ADDRESS, API_PORT
 from fimbria.lab.balancers import CHECK_EVERY, CHECK_PATIENCE, POOLS, Balancer, Health, ServiceObject, assign, balancer
 
 FINALIZER = "service.kubernetes.io/load-balancer-cleanup"
+CLIENT = "198.51.100.1"  # clients of load balancers are outside the nodes' network, as upstream's specs expect (RFC 5737)
 PROTO = "173"  # marks our routes
 Json = dict[str, Any]
 Routes = dict[str, tuple[str, ...]]
@@ -135,7 +136,8 @@ class Cloud:
     def _route(self, wanted: Routes) -> None:
         for address, via in wanted.items():
             if via and self._routed.get(address) != via:
-                _ip("replace", address, *(word for one in via for word in ("nexthop", "via", one)))
+                source = () if ":" in address else ("src", CLIENT)
+                _ip("replace", address, *source, *(word for one in via for word in ("nexthop", "via", one)))
         for address in self._routed:
             if not wanted.get(address):
                 _ip("delete", address)
@@ -160,6 +162,7 @@ def _ip(verb: str, address: str, *words: str) -> None:
 
 
 def main(pki: Path) -> None:
+    subprocess.run(["ip", "address", "replace", f"{CLIENT}/32", "dev", "lo"], check=True)
     # An address without a Service swallows packets, as a cloud's does: martians on lo are dropped without a word.
     subprocess.run(["ip", "route", "replace", str(POOLS["IPv4"]), "dev", "lo", "proto", PROTO], check=True)
     # connections are spread, not addresses alone: one client is all there is
