@@ -28,7 +28,8 @@ from tests.cluster.bed.layout import API_ADDRESS, API_PORT
 from fimbria.lab.balancers import CHECK_EVERY, CHECK_PATIENCE, POOLS, Balancer, Health, ServiceObject, assign, balancer
 
 FINALIZER = "service.kubernetes.io/load-balancer-cleanup"
-CLIENT = "198.51.100.1"  # clients of load balancers are outside the nodes' network, as upstream's specs expect (RFC 5737)
+# Where clients of load balancers call from: outside of the nodes' network, as upstream's specs expect (RFC 5737).
+CLIENT = "198.51.100.1"
 PROTO = "173"  # marks our routes
 Json = dict[str, Any]
 Routes = dict[str, tuple[str, ...]]
