@@ -144,12 +144,17 @@ static __always_inline __u32 ct_service_of(const struct packet *p)
 static __always_inline void ct_follow(const struct packet *p, struct ct_entry *e)
 {
 	__u32 service = ct_service_of(p);
+	__u32 bound = service && p->flags & PACKET_BOUND ? CT_BOUND : 0;
 
-	if (e->service == service || p->t.proto != IPPROTO_UDP || p->flags & PACKET_FRAGMENT)
+	if (p->t.proto != IPPROTO_UDP || p->flags & PACKET_FRAGMENT)
+		return;
+	if (e->service == service && (!service || (e->flags & CT_BOUND) == bound))
 		return;
 	e->frontend = p->frontend.addr;
 	e->frontend_port = p->frontend.port;
 	e->service = service;
+	/* A port that a binding took may be one that the pod used itself, and the other way round. */
+	e->flags = (e->flags & ~CT_BOUND) | bound;
 }
 
 /* Who is on the other side? A node that calls a pod for a client outside says so by the tunnel; the answer only has its

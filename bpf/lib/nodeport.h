@@ -50,8 +50,8 @@ static __always_inline enum known nodeport_known(struct packet *p)
 		return p->t.proto != IPPROTO_TCP || tcp_attempt(p) ? KNOWN_NOT : KNOWN_LOST;
 	p->backend.addr = backend->addr;
 	p->backend.port = backend->port;
-	if (e->flags & CT_BOUND)
-		p->flags |= PACKET_BOUND;
+	/* As it began, whatever is set today: its backend knows the client by that. */
+	p->flags |= (e->flags & CT_BOUND ? PACKET_BOUND : 0) | (e->flags & CT_DIRECT ? PACKET_DIRECT : 0);
 	note_client_end(p, e, now);
 	return KNOWN_BACKEND;
 }
@@ -94,6 +94,8 @@ __noinline int nodeport_remember(struct packet *p, __u32 backend)
 		p->flags |= PACKET_BOUND;
 		e.flags |= CT_BOUND;
 	}
+	if (p->flags & PACKET_DIRECT)
+		e.flags |= CT_DIRECT;
 	e.expires = now + (p->t.proto == IPPROTO_UDP ? CT_BOTH_WAYS_NS : CT_TCP_SYN_NS);
 	e.service = p->service;
 	e.frontend = p->t.daddr;
@@ -161,9 +163,9 @@ __noinline int nodeport_choose(struct packet *p, __u32 owner, __u32 *chosen)
 		*chosen = q.backend;
 		if (backend_is_tunnel(p))
 			return DROP_INVALID_IDENTITY;
+		if (q.frontend.flags & FRONTEND_DIRECT_RETURN && may_return_directly(p))
+			p->flags |= PACKET_DIRECT;
 	}
-	if (q.frontend.flags & FRONTEND_DIRECT_RETURN && may_return_directly(p))
-		p->flags |= PACKET_DIRECT;
 	return 0;
 }
 

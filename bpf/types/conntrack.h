@@ -29,6 +29,7 @@ enum ct_flag {
 	CT_FIN_REPLY = 1 << 3,
 	CT_RST = 1 << 4,
 	CT_BOUND = 1 << 5,           /* a client outside has another port towards the backend: see `nat` */
+	CT_DIRECT = 1 << 6,          /* CT_SCOPE_SERVICE, endpoint 0: the backend's node answers the client itself */
 };
 
 struct ct_entry {

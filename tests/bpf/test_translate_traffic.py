@@ -107,6 +107,30 @@ def test_udp_in_fragments(net: Lab, twins: Twins, family: int) -> None:
                 assert answered(c, s, bytes([n]) * size) or answered(c, s, bytes([n]) * size)
 
 
+@pytest.mark.parametrize(("family", "backend"), [(f, b) for f in (4, 6) for b in ("b", "c")])
+def test_the_other_port_is_one_that_the_pod_has_used(net: Lab, twins: Twins, family: int) -> None:
+    """A datagram's binding takes a port by which the pod itself called the same backend a moment ago."""
+    server, address, fronts = twins
+    pod = net.pod("a")
+    with contextlib.ExitStack() as stack:
+        s = stack.enter_context(server.socket(family, UDP))
+        s.bind((address, PORT))
+        first, second = [stack.enter_context(dial(pod.space, family, UDP, pod.addr[family], front)) for front in fronts]
+        assert answered(first, s, b"first")
+        second.send(b"whose port?")
+        other = s.recvfrom(64)[1][1]
+        assert other != CLIENT_PORT
+        conntrack = net.node_of("a").dp.maps["conntrack"]
+        keys, _ = conntrack.dump()
+        conntrack.delete_batch(keys, len(keys) // conntrack.key_size)
+        with pod.space.socket(family, UDP) as direct:
+            direct.bind((pod.addr[family], other))
+            direct.connect((address, PORT))
+            assert answered(direct, s, b"directly")
+        assert answered(first, s, b"first again")
+        assert answered(second, s, b"second")
+
+
 @pytest.mark.parametrize(("family", "backend"), [(4, "c"), (6, "c"), (4, "a"), (6, "a")])
 def test_an_error_finds_its_socket(net: Lab, twins: Twins, family: int) -> None:
     """Nobody listens: each of the two sockets is told so, though the backend knows them by other ports."""
