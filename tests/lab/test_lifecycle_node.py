@@ -75,9 +75,7 @@ def streaming(lab: Lab, source: str, *targets: str) -> Iterator[dict[str, dict[s
     """Long connections while the body runs; afterwards what is yielded has their outcomes by target."""
     options = ("--interval", "20000", "--stall", "1000", "--timeout", "20000")
     found: dict[str, dict[str, Any]] = {}
-    running = {
-        t: lab.start(source, kernel.binary("labtool"), "stream", "tcp", t, str(TCP), *options) for t in targets
-    }
+    running = {t: lab.start(source, kernel.binary("labtool"), "stream", "tcp", t, str(TCP), *options) for t in targets}
     for process in running.values():
         assert process.stdout is not None and json.loads(process.stdout.readline())["event"] == "connected"
     try:

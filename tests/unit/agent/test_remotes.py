@@ -1,4 +1,4 @@
-"""Slices or single reports: nobody is lost on the way from one to the other, and of several tales the right one counts."""
+"""Slices or single reports: nobody is lost between one and the other, and of several tales the right one counts."""
 
 import asyncio
 import random
