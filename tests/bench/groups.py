@@ -94,8 +94,8 @@ WORDS: Final[Mapping[str, tuple[str, ...]]] = {
     "kubelet": (
         "A real cluster of two nodes, Fimbria on one, Debian's `bridge`, `host-local`, `portmap` and kube-proxy",
         "(nftables) on the other, in turn. Pods of one `pause` container, the image there, put on their node by name.",
-        "Phases as kubelet and containerd log them, between what a watch of the API tells. Control plane, both nodes and",
-        "all pods share the machine's cores: the phases that aren't CNI say how busy those were.",
+        "Phases as kubelet and containerd log them, between what a watch of the API tells. Control plane, both nodes",
+        "and all pods share the machine's cores: the phases that aren't CNI say how busy those were.",
     ),
     "programs": (
         "One packet in one program by the kernel's test runs, the empty run's time taken off; established connections.",
