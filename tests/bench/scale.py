@@ -329,8 +329,9 @@ async def _operator(server: BigServer, *, slices: bool) -> AsyncIterator[_Operat
     argv += ["--endpoint-slices" if slices else "--no-endpoint-slices"]
     argv += ["--no-remove-taints", "--no-set-taints", "--no-set-network-status"]
     env = {**components.ENVIRONMENT, "PYTHONPATH": str(ROOT / "src")}
+    die = bigserver.realserver().die_with_parent
     with log.open("wb") as output:
-        process = await asyncio.create_subprocess_exec(*argv, stdout=output, stderr=output, env=env)
+        process = await asyncio.create_subprocess_exec(*argv, stdout=output, stderr=output, env=env, preexec_fn=die)
     try:
         yield _Operator(process.pid, log, process)
         if process.returncode is not None:
@@ -344,7 +345,13 @@ async def _watcher(server: BigServer, node: str) -> AsyncIterator[Watcher]:
     argv = [sys.executable, "-m", "tests.bench.scale_watcher", str(server.kubeconfig), node]
     env = {**components.ENVIRONMENT, "PYTHONPATH": f"{ROOT}:{ROOT / 'src'}"}
     process = await asyncio.create_subprocess_exec(
-        *argv, stdin=subprocess.PIPE, stdout=subprocess.PIPE, cwd=ROOT, env=env, limit=1 << 26
+        *argv,
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        cwd=ROOT,
+        env=env,
+        limit=1 << 26,
+        preexec_fn=bigserver.realserver().die_with_parent,
     )
     try:
         watcher = Watcher(process)
