@@ -295,19 +295,19 @@ class Engine:
         if self.node in keys:
             # Which addresses are our own decides about every report of a pod, and every route's source.
             own = self.own_node()
-            known = self.ipcache.own_addrs
+            known, place = self.ipcache.own_addrs, self.ipcache.place(self.node)
             self._put_ipcache(self.ipcache.set_node(self.node, own))
-            if known != self.ipcache.own_addrs:
+            if (known, place) != (self.ipcache.own_addrs, self.ipcache.place(self.node)):
                 self._reports(None)
             keys |= set(self.tables.nodes)
             self._locals(set(self.tables.endpoints))
             self._api_servers()
         for name in keys:
             node = self.own_node() if name == self.node else self.tables.nodes.get(name)
-            way = self.ipcache.tunnel(name)
+            place = self.ipcache.place(name)
             changed = self.ipcache.set_node(name, node)
             self._put_ipcache(changed)
-            if way != self.ipcache.tunnel(name):
+            if place != self.ipcache.place(name):
                 moved |= changed
             self._networks_of(("node", name), tuple(self._node_routes(node)))
         if moved:

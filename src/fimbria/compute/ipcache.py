@@ -5,8 +5,10 @@ Rules
    the highest rank wins: an endpoint of this node, this node itself, other nodes, then the youngest report of a pod.
    So no object of the cluster takes a node's address away from it. When a claim goes the next one takes its place.
 2. In overlay mode addresses of other nodes' pods carry the node to encapsulate to: the one whose block they are in, by
-   the address it has now; the one that the report names for an address that is in no block. So a node that changes its
-   address is followed at once, not when its last pod's report has been written anew.
+   the address it has now; the one that the report names while the block's node is gone, which somebody may have deleted
+   by mistake. So a node that changes its address is followed at once, not when its last pod's report has been written
+   anew. An address that was in no block yet is no pod's, whatever a report says: it is NOBODY's and goes the way that
+   it would go without, so that nobody gets the packets, or the rights, of an address outside.
 3. An address of a pod block that nobody reports is UNMANAGED: policies don't allow it by accident.
 4. Of two reports of the same second that name different identities neither can be preferred: until one goes the address
    is NOBODY's, which every pod with a policy drops, so that neither's rights are given to the other.
@@ -73,6 +75,10 @@ class IpcacheCompute:
         claims = self._claims.get(("node", name), ())
         return next((row.tunnel for row in claims[3::2] if row.flags & REMOTE_TUNNEL), NO_ADDR)
 
+    def place(self, name: str) -> tuple[bytes, frozenset[PrefixKey]]:
+        """What decides about reports of a node's pods: `tunnel` and its blocks."""
+        return self.tunnel(name), frozenset(k for k in self._claims.get(("node", name), ())[2::2] if k.prefixlen < 128)
+
     def known_pods(
         self, blocks: Iterable[PrefixKey] | None, reports: Iterable[tuple[tuple[str, str], RemoteEndpoint]]
     ) -> list[tuple[tuple[str, str], RemoteEndpoint]]:
@@ -97,20 +103,28 @@ class IpcacheCompute:
         """A pod was reported, or its report went."""
         if endpoint is None:
             return self._set(("pod", key), (POD_RANK, ""), ())
-        # One row for all addresses of a pod, which are all of one node.
-        remote = self._remote(endpoint.identity, REMOTE_POD, self._way(endpoint) if self.overlay else NO_ADDR)
-        claims = tuple((PrefixKey(128, a), remote) for a in endpoint.addrs)
+        # One row for all addresses of a pod, which are nearly always of one node.
+        made: dict[bytes | None, Remote] = {None: self._remote(NOBODY, 0, NO_ADDR)}
+        claims = []
+        for addr in endpoint.addrs:
+            way = self._way(addr, endpoint.node)
+            if way not in made:
+                made[way] = self._remote(endpoint.identity, REMOTE_POD, way or NO_ADDR)
+            claims.append((PrefixKey(128, addr), made[way]))
         return self._set(("pod", key), (POD_RANK, endpoint.created), claims)
 
-    def _way(self, endpoint: RemoteEndpoint) -> bytes:
-        for addr in endpoint.addrs:
-            number = int.from_bytes(addr)
-            for length in self._lengths:
-                block = self._blocks.get((length, number >> (128 - length)))
-                row = self.get(block) if block is not None else None
-                if row is not None:
-                    return row.tunnel
-        return endpoint.node if endpoint.node not in self.own_addrs else NO_ADDR
+    def _way(self, addr: bytes, reported: bytes) -> bytes | None:
+        """The address to encapsulate to, NO_ADDR if that isn't done; None for an address that was never in a block."""
+        number, known = int.from_bytes(addr), False
+        for length in self._lengths:
+            block = self._blocks.get((length, number >> (128 - length)))
+            row = self.get(block) if block is not None else None
+            if row is not None:
+                return row.tunnel
+            known |= block is not None
+        if not known:
+            return None
+        return reported if self.overlay and reported not in self.own_addrs else NO_ADDR
 
     def set_apiserver(self, addrs: Iterable[bytes]) -> set[PrefixKey]:
         """The API servers' addresses, wherever they run, but for this node's own: those stay HOST.

@@ -1,5 +1,6 @@
 """Who owns an address, against a reference that looks at every claim each time."""
 
+import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -126,10 +127,8 @@ def test_a_pod_is_where_its_block_is() -> None:
     pod, block = pack("10.0.7.3"), Prefix.parse("10.0.7.0/24")
     cache.set_remote(("a", "b"), remote(300, (pod,), "", OTHER))
 
-    def tunnel() -> bytes:
-        row = cache.get(PrefixKey(128, pod))
-        assert row is not None
-        return row.tunnel
+    def row() -> Remote | None:
+        return cache.get(PrefixKey(128, pod))
 
     def node(addr: bytes | None) -> None:
         changed = cache.set_node("other", Node("other", (addr,), (), (block,)) if addr else None)
@@ -138,17 +137,34 @@ def test_a_pod_is_where_its_block_is() -> None:
         for key, report in found:
             cache.set_remote(key, report)
 
-    assert tunnel() == OTHER
+    assert row() == Remote(NOBODY, 0, NO_ADDR), "its node is not known yet"
     moved = pack("172.31.2.77")
     for addr in (moved, OTHER, moved):
         node(addr)
-        assert tunnel() == addr == cache.tunnel("other")
+        found = row()
+        assert found is not None and found.identity == 300
+        assert found.tunnel == addr == cache.tunnel("other")
     node(None)
-    assert tunnel() == OTHER and cache.tunnel("other") == NO_ADDR
+    found = row()
+    assert found is not None and (found.identity, found.tunnel) == (300, OTHER), "deleted by mistake, perhaps"
+    assert cache.tunnel("other") == NO_ADDR
+
+
+@pytest.mark.parametrize("overlay", [True, False])
+def test_a_report_gets_nothing_of_an_address_outside(overlay: bool) -> None:
+    """Neither its packets nor its identity's rights, also if the pod has another address, which is in a block."""
+    cache = IpcacheCompute("own", overlay=overlay)
+    cache.set_node("other", Node("other", (OTHER,), (), (Prefix.parse("10.0.7.0/24"), Prefix.parse("fd00:7::/64"))))
+    inside, inside6, outside = pack("10.0.7.3"), pack("fd00:7::3"), pack("203.0.113.9")
+    cache.set_remote(("evil", "pod"), remote(300, (outside, inside, inside6), "", OTHER))
+    assert cache.get(PrefixKey(128, outside)) == Remote(NOBODY, 0, NO_ADDR)
+    found, found6 = (cache.get(PrefixKey(128, a)) for a in (inside, inside6))
+    assert found is not None and found is found6
+    assert (found.identity, found.tunnel) == (300, OTHER if overlay else NO_ADDR)
 
 
 def test_two_reports_of_one_second_give_nobody_the_others_rights() -> None:
-    """An address that is used again while both reports are there: the younger counts; if neither is, no identity does."""
+    """An address is used again while both reports are there: the younger counts; if neither is, no identity does."""
     cache, day = ipcache(), "2026-01-01T00:00:0"
 
     def owner() -> int:
