@@ -41,6 +41,8 @@ RETRY: Final = 1.0
 LARGE: Final = 100  # nodes
 RATE_SMALL: Final = (10.0, 20)
 RATE_LARGE: Final = (50.0, 100)
+NAMED_PORTS: Final = 128
+"""Of one endpoint in a slice: a hundred endpoints with as many stay well below what etcd takes as one object."""
 ALPHABET: Final = "bcdfghjklmnpqrstvwxz2456789"
 
 
@@ -62,10 +64,12 @@ def reported(obj: CiliumEndpoint, *, entries: bool = True) -> Reported:
 
 
 def entry(obj: CiliumEndpoint) -> bytes:
-    """An endpoint as slices hold it, in one canonical way."""
+    """An endpoint as slices hold it, in one canonical way. Named ports beyond NAMED_PORTS are left out: a rule that
+    names one doesn't allow it from other nodes, but the neighbours in its slice can be written."""
     s = obj.status
     core = CoreCiliumEndpoint(
-        name=obj.metadata.name, id=s.identity.id, networking=s.networking, named_ports=s.named_ports or None,
+        name=obj.metadata.name, id=s.identity.id, networking=s.networking,
+        named_ports=(s.named_ports or ())[:NAMED_PORTS] or None,
         service_account=s.service_account, created=obj.metadata.creation_timestamp or "",
     )  # fmt: skip
     if s.encryption.key:  # an absent one and an empty one are the same, but not the same text

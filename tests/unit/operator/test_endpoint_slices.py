@@ -231,6 +231,16 @@ def test_what_is_kept_of_a_report() -> None:
     assert stored(back).endpoints == {"a": entry(endpoint("a"))}
 
 
+def test_a_pod_with_very_many_ports_leaves_its_neighbours_room() -> None:
+    """etcd takes 1.5 MiB as one object: a slice that is larger could never be written again."""
+    ports = [{"name": f"port-number-{n:03d}"[:15], "port": n + 1, "protocol": "TCP"} for n in range(3000)]
+    raw = msgspec.to_builtins(endpoint("many"))
+    raw["status"]["named-ports"] = ports
+    written = endpoint_slices.entry(msgspec.convert(raw, CiliumEndpoint))
+    assert len(json.loads(written)["named-ports"]) == endpoint_slices.NAMED_PORTS
+    assert 100 * len(written) < 1 << 20
+
+
 def test_names_and_priorities() -> None:
     name = slice_name()
     assert len(name) == 19 and [len(p) for p in name.split("-")] == [3, 9, 5]
