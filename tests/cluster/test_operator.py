@@ -85,6 +85,7 @@ def test_leader_killed(cluster: Cluster, namespace: str, release: Release) -> No
     print(f"taken over {wait_taken_over(cluster, before):.1f} s after pods had started")
 
 
+@pytest.mark.long
 def test_leader_deleted(cluster: Cluster, namespace: str, release: Release) -> None:
     """In good order: the lease is given up, and the other one has it at once."""
     before, pod = leader(cluster), leading_pod(cluster)

@@ -46,6 +46,7 @@ def test_hundred_pods_of_a_hundred_kinds(cluster: Cluster, namespace: str) -> No
     assert {value: names for value, names in found.items() if len(names) != 1} == {}
 
 
+@pytest.mark.long
 def test_twenty_pods_on_each_node(cluster: Cluster, namespace: str) -> None:
     """The same, small: for CI."""
     began = time.time()

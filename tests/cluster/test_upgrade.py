@@ -110,6 +110,7 @@ def test_settings_change_and_change_back(traffic: Traffic, release: Release, cha
     undisturbed(traffic, change, there_and_back)
 
 
+@pytest.mark.long
 def test_restarted(traffic: Traffic, release: Release, cluster: Cluster) -> None:
     def restart(seen: Watched) -> None:
         cluster.kubectl("-n", NAMESPACE, "rollout", "restart", AGENTS, OPERATORS)
@@ -135,6 +136,7 @@ def test_killed_and_deleted(traffic: Traffic, release: Release, cluster: Cluster
     undisturbed(traffic, "kill -9, delete --force", kill)
 
 
+@pytest.mark.long
 def test_image_that_cannot_start(traffic: Traffic, release: Release, cluster: Cluster) -> None:
     """The rollout stops at the first node; the other one goes on with its agent, both with their traffic."""
     before = release.revision()
