@@ -197,14 +197,16 @@ class TcxTarget(PinnedLinks[DeviceHook]):
         self.on_provisional: Callable[[], None] = lambda: None
 
     def read(self) -> dict[DeviceHook, str]:
-        """Links, and provisional filters where there is no link yet."""
+        """Links, and provisional filters where there is no link yet. A hook may be promoted meanwhile, by the loop:
+        before its filter goes its link is in `_links`."""
+        provisional = dict(self._provisional)
         found = super().read()
         if not self._searched:
             # A crash between a link and the end of its filter leaves both.
             self._filters.write(Delta(deletes=frozenset(found)), order="out")
             self._searched = True
-        for hook, name in list(self._provisional.items()):
-            if hook not in found and self._filters.guards(hook):
+        for hook, name in provisional.items():
+            if hook not in found and (self._filters.guards(hook) or hook in self._links):
                 found[hook] = name
         return found
 

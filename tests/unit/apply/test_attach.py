@@ -168,3 +168,38 @@ def test_one_that_cannot_be_attached_fails_alone(make: Callable[[], Hooks], monk
     failed = hooks.write(Delta({"bad": "from_pod", "good": "to_pod"}), order="in")
     assert list(failed) == ["bad"] and "no such device" in failed["bad"]
     assert hooks.read() == {"good": "to_pod"}
+
+
+class FakeFilters:
+    """Filters that guard hooks."""
+
+    def __init__(self) -> None:
+        self.hooks: set[attach.DeviceHook] = set()
+
+    def guard(self, hook: attach.DeviceHook, _program: Any) -> None:
+        self.hooks.add(hook)
+
+    def guards(self, hook: attach.DeviceHook) -> bool:
+        return hook in self.hooks
+
+    def write(self, delta: Delta[attach.DeviceHook, str], *, order: str) -> dict[attach.DeviceHook, str]:
+        assert order == "out"
+        self.hooks -= delta.deletes
+        return {}
+
+
+def test_a_hook_that_is_promoted_while_it_is_read_is_no_drift(
+    tmp_path: Path, log: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Read in a thread: pins are listed before the link is pinned, filters asked for when its filter is gone."""
+    target = attach.TcxTarget(cast(Datapath, FakeDatapath(tmp_path, log)), cast(Any, FakeFilters()))
+    hook = attach.DeviceHook(8, attach.INGRESS)
+    target.write(Delta({hook: "from_pod"}), order="in")
+    assert target.read() == {hook: "from_pod"}, "guarded by its filter"
+
+    def listed_before(_self: object) -> dict[attach.DeviceHook, str]:
+        target.promote(hook, cast(Link, FakeLink(1, log)))
+        return {}
+
+    monkeypatch.setattr(PinnedLinks, "read", listed_before)
+    assert target.read() == {hook: "from_pod"}
