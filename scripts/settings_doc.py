@@ -73,7 +73,7 @@ def help_rows(main: Callable[[list[str]], Any], variables: bool) -> Iterator[Seq
         switch = "--no-" in line
         name = f"`{found[1]}`, `--no-{found[1][2:]}`" if switch else f"`{found[1]}`"
         variable = f"`FIMBRIA_{found[1][2:].upper().replace('-', '_')}`" if variables and not switch else ""
-        yield name, variable, "off" if switch else shown(text[2] or ""), text[1]
+        yield name, variable, shown(text[2] or "") or ("off" if switch else ""), text[1]
 
 
 def help_text(main: Callable[[list[str]], Any]) -> str:

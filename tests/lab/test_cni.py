@@ -13,9 +13,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import MakeLab
 from traffic import agent, node_root, ready, wait_settled
 
+from conftest import MakeLab
 from fimbria.kernel.bpf import AttachType, prog_info, program_by_id, query_device
 from fimbria.lab import cluster, components, kernel, state
 from fimbria.lab.handle import Lab

@@ -6,9 +6,9 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
-from conftest import install_ptp
 from traffic import TCP, Traffic, agent, cni, node_root, pod, ready, start_pods, wait_settled
 
+from conftest import install_ptp
 from fimbria.lab import state
 from fimbria.lab.handle import Lab
 

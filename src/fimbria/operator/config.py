@@ -79,7 +79,7 @@ def parse(argv: Sequence[str], environ: Mapping[str, str] | None = None) -> Oper
     ):
         p.add_argument(switch, action=argparse.BooleanOptionalAction, default=False, help=text)
     given = env.get("FIMBRIA_ENDPOINT_SLICES", "on").lower()
-    text = "batch CiliumEndpoints into CiliumEndpointSlices, which agents follow instead"
+    text = "batch CiliumEndpoints into CiliumEndpointSlices, which agents follow instead (default: on)"
     p.add_argument("--endpoint-slices", action=argparse.BooleanOptionalAction, default=given in ON, help=text)
     a = p.parse_args(list(argv))
     try:
