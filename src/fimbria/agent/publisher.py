@@ -133,7 +133,9 @@ class Publisher:
 
     def _refused(self, key: ObjectKey, error: ApiError) -> None:
         trouble = self._troubles.setdefault(key, _Trouble())
-        if error.message != trouble.why:
+        if error.namespace_ends:
+            log.debug("namespace %s ends, and with it the report of pod %s", *key)
+        elif error.message != trouble.why:
             trouble.why = error.message
             log.warning("CiliumEndpoint %s/%s is not up to date: %s", *key, error)
             self._tell(key, "NotReported", f"other nodes may not know this pod: {error}")

@@ -17,7 +17,7 @@ from fimbria.model.address import pack
 from fimbria.model.endpoint import EndpointIdentity, LocalEndpoint, Pod
 from fimbria.sources.k8s.errors import Forbidden
 from fimbria.sources.k8s.types.cilium import CiliumEndpoint
-from fimbria.sources.k8s.types.meta import Status
+from fimbria.sources.k8s.types.meta import Status, StatusCause, StatusDetails
 from fimbria.tables import Tables
 
 NODE = (pack("192.0.2.1"),)
@@ -29,11 +29,16 @@ class Server:
     def __init__(self) -> None:
         self.stored: dict[tuple[str, str], Any] = {}
         self.refused: set[str] = set()
+        self.ending: set[str] = set()
         self.tries = 0
         self.identity = 0
 
     async def create(self, _resource: Any, body: Any, namespace: str) -> CiliumEndpoint:
         await asyncio.sleep(0)
+        if namespace in self.ending:
+            self.tries += 1
+            cause = StatusDetails(causes=(StatusCause(reason="NamespaceTerminating"),))
+            raise Forbidden("create", 403, Status(message="is being terminated", reason="Forbidden", details=cause))
         if namespace in self.refused:
             self.tries += 1
             raise Forbidden("create", 403, Status(message=f"exceeded quota in {namespace}", reason="Forbidden"))
@@ -101,6 +106,16 @@ async def test_a_refused_namespace_delays_no_other(monkeypatch: pytest.MonkeyPat
             assert caplog.text.count("full/p7 is not up to date") == 1
             server.refused = set()
             await until(lambda: len(server.stored) == 31)
+
+
+async def test_a_namespace_that_ends_is_no_news(caplog: Any) -> None:
+    server, told = Server(), Told()
+    server.ending.add("ending")
+    with caplog.at_level(logging.WARNING):
+        async with running(server, told) as tables:
+            add(tables, 1, "ending")
+            await until(lambda: server.tries)
+    assert (told.events, caplog.text) == ([], "")
 
 
 async def test_what_is_stored_otherwise_is_said(caplog: Any) -> None:

@@ -18,6 +18,12 @@ class ApiError(Exception):
         code = f"{status} {self.reason}".strip() if status else "no answer"
         super().__init__(f"{what}: {code}: {self.message}" if self.message else f"{what}: {code}")
 
+    @property
+    def namespace_ends(self) -> bool:
+        """Nothing can be made in the namespace any more: it is being deleted."""
+        causes = self.details.causes if self.details else None
+        return any(cause.reason == "NamespaceTerminating" for cause in causes or ())
+
 
 class Unavailable(ApiError):
     """No (complete) answer: connection refused, reset or timed out. A write may or may not have happened."""

@@ -125,6 +125,8 @@ class EventRecorder:
                 self._complained = ""
             except ApiError as error:
                 self.failed += 1
+                if error.namespace_ends:
+                    continue
                 # Whoever may not post one may post none: once is enough, in a log that people read.
                 level = logging.INFO if error.reason == self._complained else logging.WARNING
                 self._complained = error.reason
