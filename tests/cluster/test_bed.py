@@ -116,7 +116,9 @@ def test_the_world_reaches_node_ports_of_both_families(cluster: Cluster, server:
     for name in cluster.nodes():
         at = addresses(name)
         for host in (str(at.ipv4), f"[{at.ipv6}]"):
-            assert cluster.world(["curl", "-sf", "-m5", "--retry", "3", f"http://{host}:{port}/hostname"]) == SERVER
+            # The pod may be Ready a moment before all nodes have heard of it: until then the port is refused.
+            patient = ["--retry", "20", "--retry-connrefused", "--retry-delay", "1"]
+            assert cluster.world(["curl", "-sf", "-m30", *patient, f"http://{host}:{port}/hostname"]) == SERVER
 
 
 def test_a_second_up_changes_nothing(cluster: Cluster) -> None:

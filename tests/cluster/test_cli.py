@@ -64,9 +64,10 @@ def interrupted(
     cluster: Cluster, cwd: Path, begun: Callable[[], bool], *words: str
 ) -> subprocess.CompletedProcess[str]:
     """Starts it, and presses Ctrl-C as soon as it has `begun`."""
+    # What a shell runs in the background, as CI may, ignores the signal, and its children do.
     process = subprocess.Popen(
-        argv(cluster, *words), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=cwd,
-        env=environment(cluster), start_new_session=True,
+        ["env", "--default-signal=INT", *argv(cluster, *words)], stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+        text=True, cwd=cwd, env=environment(cluster), start_new_session=True,
     )  # fmt: skip
     try:
         deadline = time.monotonic() + PATIENCE
