@@ -58,7 +58,7 @@ class SimAgent:
 
     async def run(self) -> None:
         """Until cancelled."""
-        publisher = Publisher(self.client, self.tables, (pack(node_addresses(self.node)[0]),))
+        publisher = Publisher(self.client, self.tables, f"n{self.node}", (pack(node_addresses(self.node)[0]),))
         async with asyncio.TaskGroup() as group:
             group.create_task(self.identities.run())
             group.create_task(publisher.run())

@@ -4,13 +4,15 @@ nobody without a network."""
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
 from tests.cluster.bed import BedError, Cluster, processes
 from tests.cluster.bed.install import CHART, NAMESPACE, RELEASE, wait_rollout
 from tests.cluster.bed.layout import STARTUP_TAINT
+
+from fimbria.sources.k8s.rows import NODE_ANNOTATION
 
 AGNHOST = "registry.k8s.io/e2e-test-images/agnhost:2.63.0"
 OURS, THEIRS, ASIDE = "05-fimbria.conflist", "10-ptp.conflist", "10-ptp.conflist.fimbria_bak"
@@ -97,6 +99,10 @@ def test_an_agent_writes_its_own_node_only(as_agent: Callable[..., str]) -> None
         as_agent("create", "-f", "-", stdin=json.dumps(other))
     with pytest.raises(BedError, match=r"may not change spec\.ipam"):
         as_agent(*patch("ciliumnode", "node1", {"spec": {"ipam": {"podCIDRs": ["10.244.77.0/24"]}}}))
+    # As if somebody had deleted the object of a running node.
+    mine = other | {"metadata": {"name": "node1"}, "spec": {"ipam": {"podCIDRs": ["10.99.0.0/24"]}}}
+    with pytest.raises(BedError, match="may ask for blocks out of the pools only"):
+        as_agent("create", "-f", "-", stdin=json.dumps(mine))
 
 
 def test_an_agent_changes_no_identity(cluster: Cluster, as_agent: Callable[..., str]) -> None:
@@ -119,6 +125,45 @@ def test_an_agent_names_no_other_owner(cluster: Cluster, as_agent: Callable[...,
     told = json.dumps(made | {"metadata": {"name": "65000", "ownerReferences": [owner]}})
     with pytest.raises(BedError, match="may not change whose an object is"):
         as_agent("create", "-f", "-", stdin=told)
+
+
+@pytest.mark.usefixtures("reported_everywhere")
+def test_an_agent_reports_pods_of_its_node_only(cluster: Cluster, as_agent: Callable[..., str]) -> None:
+    by_node = {}
+    for node in ("node1", "node2"):
+        meta = cluster.get("ciliumendpoint", f"reported-{node}")["metadata"]
+        assert meta["annotations"] == {NODE_ANNOTATION: node}, "every agent says which node it writes for"
+        by_node[node] = meta
+    identity = {"status": {"identity": {"id": 1}}}
+    for node, meta in by_node.items():
+        where = ("-n", meta["namespace"])
+        for words in (patch("ciliumendpoint", meta["name"], identity), ("delete", "ciliumendpoint", meta["name"])):
+            if node == "node1":
+                as_agent(*where, *words)
+                continue
+            with pytest.raises(BedError, match=f"node node1 may write CiliumEndpoints of its own node only.*{node}"):
+                as_agent(*where, *words)
+    made = {"apiVersion": "cilium.io/v2", "kind": "CiliumEndpoint", "status": {}}
+    for node, refused in (("node2", True), ("node1", False)):
+        mark = {"metadata": {"name": "made-up", "namespace": "default", "annotations": {NODE_ANNOTATION: node}}}
+        if refused:
+            with pytest.raises(BedError, match="not made-up of node2"):
+                as_agent("create", "-f", "-", stdin=json.dumps(made | mark))
+        else:
+            assert "created" in as_agent("create", "-f", "-", stdin=json.dumps(made | mark))
+
+
+@pytest.fixture
+def reported_everywhere(cluster: Cluster) -> Iterator[None]:
+    """A pod on each node."""
+    nodes = ("node1", "node2")
+    try:
+        for node in nodes:
+            start(cluster, f"reported-{node}", node)
+            cluster.kubectl("wait", "--for=create", f"ciliumendpoint/reported-{node}", "--timeout=30s")
+        yield
+    finally:
+        cluster.kubectl("delete", "pod", *(f"reported-{n}" for n in nodes), "--ignore-not-found", "--wait=false")
 
 
 # --- taint and values -------------------------------------------------------------------------------------------------
@@ -177,9 +222,10 @@ def test_a_bad_value_touches_nothing(cluster: Cluster, value: str, said: str) ->
 # --- coming and going -------------------------------------------------------------------------------------------------
 
 
-def start(cluster: Cluster, name: str) -> str:
-    """A pod that answers HTTP at port 8080; its address."""
-    cluster.kubectl("run", name, f"--image={AGNHOST}", "--", "netexec")
+def start(cluster: Cluster, name: str, node: str = "") -> str:
+    """A pod that answers HTTP at port 8080, on a node if it is named; its address."""
+    where = [f"--overrides={json.dumps({'spec': {'nodeName': node}})}"] if node else []
+    cluster.kubectl("run", name, f"--image={AGNHOST}", *where, "--", "netexec")
     cluster.kubectl("wait", "--for=condition=Ready", f"pod/{name}", "--timeout=90s")
     return str(cluster.get("pod", name)["status"]["podIP"])
 

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import importlib.util
+import json
 import subprocess
 import sys
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -15,8 +17,11 @@ import yaml
 
 from fimbria.agent import config as agent
 from fimbria.operator import config as operator
+from fimbria.sources.k8s.rows import NODE_ANNOTATION
 
 CHART = Path(__file__).resolve().parents[2] / "deploy" / "fimbria"
+AGENT = "system:serviceaccount:kube-system:fimbria"
+POLICY = "ValidatingAdmissionPolicy"
 ALL = {
     "k8sServiceHost": "fd00::1",
     "image": {"digest": f"sha256:{'0' * 64}"},
@@ -110,7 +115,8 @@ def helm(tools: Path, env: dict[str, str], *arguments: str, stdin: str = "", cod
 
 def render(tools: Path, env: dict[str, str], values: dict[str, Any], chart: Path = CHART) -> str:
     told = yaml.safe_dump(values)
-    return helm(tools, env, "template", "fimbria", str(chart), "-n", "kube-system", "-f", "-", stdin=told)
+    has = ("--api-versions", "admissionregistration.k8s.io/v1/ValidatingAdmissionPolicy")
+    return helm(tools, env, "template", "fimbria", str(chart), "-n", "kube-system", *has, "-f", "-", stdin=told)
 
 
 def objects(text: str) -> dict[tuple[str, str], dict[str, Any]]:
@@ -229,3 +235,130 @@ def test_what_is_switched_off_is_not_granted(tools: Path, home: dict[str, str]) 
     assert prepare["securityContext"]["capabilities"] == {"drop": ["ALL"]}
     assert [c["name"] for c in spec["containers"]] == ["agent"]
     assert not {v["name"] for v in spec["volumes"]} & {"proc", "cni-conf", "cni-bin"}
+
+
+def _kubectl(tools: Path, env: dict[str, str], kubeconfig: Path, *words: str, stdin: str = "") -> tuple[int, str]:
+    command = [str(tools / "kubectl"), "--kubeconfig", str(kubeconfig), *words]
+    done = subprocess.run(command, env=env, input=stdin, text=True, capture_output=True, check=False, timeout=60)
+    return done.returncode, done.stdout + done.stderr
+
+
+def _as_agent(kubeconfig: Path, node: str, path: Path) -> Path:
+    """The same server as the agent of a node; of none, if empty."""
+    config = yaml.safe_load(kubeconfig.read_text())
+    config["users"][0]["user"] |= {"as": AGENT}
+    if node:
+        config["users"][0]["user"]["as-user-extra"] = {"authentication.kubernetes.io/node-name": [node]}
+    path.write_text(yaml.safe_dump(config))
+    path.chmod(0o600)
+    return path
+
+
+def _report(name: str, node: str, identity: int = 1000) -> str:
+    meta: dict[str, Any] = {"name": name, "namespace": "default"}
+    if node:
+        meta["annotations"] = {NODE_ANNOTATION: node}
+    body = {"apiVersion": "cilium.io/v2", "kind": "CiliumEndpoint", "metadata": meta}
+    return yaml.safe_dump(body | {"status": {"identity": {"id": identity}}})
+
+
+@pytest.fixture(scope="module")
+def admission(
+    tools: Path, kubeconfig: Path, tmp_path_factory: pytest.TempPathFactory
+) -> Callable[..., tuple[int, str]]:
+    """The chart's rights and policy at work: kubectl as the agent of a node."""
+    folder = tmp_path_factory.mktemp("agents")
+    env = {"HOME": str(folder), "PATH": "/usr/bin:/bin"}
+    rights = (("ClusterRole", "fimbria"), ("ClusterRoleBinding", "fimbria"))
+    chart = objects(render(tools, env, {"ipv6": {"enabled": True}}))
+    made = [o for key, o in chart.items() if key in rights or key[0].startswith(POLICY)]
+    assert len(made) == 4
+    for words, stdin in (
+        (("apply", "-f", str(CHART.parents[1] / "src" / "fimbria" / "crds")), ""),
+        (("wait", "--for=condition=Established", "crd", "--all"), ""),
+        (("apply", "-f", "-"), yaml.safe_dump_all(made)),
+    ):
+        code, said = _kubectl(tools, env, kubeconfig, *words, stdin=stdin)
+        assert code == 0, said
+
+    def run(node: str, *words: str, stdin: str = "") -> tuple[int, str]:
+        config = kubeconfig if node == "admin" else _as_agent(kubeconfig, node, folder / f"{node}.kubeconfig")
+        return _kubectl(tools, env, config, *words, stdin=stdin)
+
+    # The API server takes a moment to learn about policies.
+    deadline = time.monotonic() + 30
+    while run("node1", "create", "--dry-run=server", "-f", "-", stdin=_report("early", "node2"))[0] == 0:
+        assert time.monotonic() < deadline, "the policy isn't at work"
+        time.sleep(0.1)
+    return run
+
+
+def test_an_agent_reports_pods_of_its_node_only(admission: Callable[..., tuple[int, str]]) -> None:
+    told = "may write CiliumEndpoints of its own node only"
+
+    def allowed(node: str, *words: str, stdin: str = "") -> None:
+        code, said = admission(node, *words, stdin=stdin)
+        assert code == 0, said
+
+    def refused(node: str, *words: str, stdin: str = "", why: str = told) -> None:
+        code, said = admission(node, *words, stdin=stdin)
+        assert code != 0 and why in said and f"agent of node {node or '?'} " in said, said
+
+    def change(body: dict[str, Any]) -> tuple[str, ...]:
+        return ("patch", "ciliumendpoint", "p", "--type=merge", "--patch", json.dumps(body))
+
+    make = ("create", "-f", "-")
+    mark = {"metadata": {"annotations": {NODE_ANNOTATION: "node2"}}}
+    identity = {"status": {"identity": {"id": 2000}}}
+    refused("node1", *make, stdin=_report("p", "node2"), why=f"{told}, not p of node2")
+    refused("node1", *make, stdin=_report("p", ""))
+    refused("", *make, stdin=_report("p", "node1"))
+    refused("", *make, stdin=_report("p", ""))
+    allowed("node1", *make, stdin=_report("p", "node1"))
+    allowed("admin", *change({"metadata": {"labels": {"somebody": "else"}, "annotations": {"his": "own"}}}))
+    refused("node2", *change(identity), why=f"{told}, not p of node1")
+    refused("node2", *change(identity | mark), why=f"{told}, not p of node1")
+    refused("node2", "delete", "ciliumendpoint", "p", why=f"{told}, not p of node1")
+    refused("", "delete", "ciliumendpoint", "p")
+    refused("node1", *change(mark))
+    refused("node1", *change({"metadata": {"annotations": None}}))
+    owner = {"apiVersion": "v1", "kind": "Pod", "name": "p", "uid": "00000000-0000-0000-0000-000000000001"}
+    allowed("node1", *change(identity | {"metadata": {"ownerReferences": [owner]}}))
+    code, said = admission("admin", "get", "ciliumendpoint", "p", "-o", "json")
+    meta = json.loads(said)["metadata"]
+    assert code == 0 and meta["labels"] == {"somebody": "else"}
+    assert meta["annotations"] == {"his": "own", NODE_ANNOTATION: "node1"}
+    allowed("node1", "delete", "ciliumendpoint", "p")
+    # Nobody's, as what another plugin left: whose pod it is may take it over.
+    allowed("admin", *make, stdin=_report("p", ""))
+    refused("node1", *change(identity))
+    allowed("node2", *change(mark | identity))
+    refused("node1", *change(identity))
+    allowed("admin", "delete", "ciliumendpoint", "p")
+
+
+def test_an_agent_asks_for_blocks_of_the_pools_only(admission: Callable[..., tuple[int, str]]) -> None:
+    """The object of a running node was deleted; the chart's pools are 10.244.0.0/16 and fd00:10:244::/56."""
+
+    def ask(*blocks: str, node: str = "node1", user: str = "node1") -> tuple[int, str]:
+        spec = {"ipam": {"podCIDRs": list(blocks)} if blocks else {}}
+        body = {"apiVersion": "cilium.io/v2", "kind": "CiliumNode", "metadata": {"name": node}, "spec": spec}
+        return admission(user, "create", "--dry-run=server", "-f", "-", stdin=yaml.safe_dump(body))
+
+    for blocks in (
+        (),
+        ("10.244.7.0/24",),
+        ("10.244.7.0/24", "10.244.255.0/24"),
+        ("10.244.7.0/24", "fd00:10:244:7::/64"),
+    ):
+        code, said = ask(*blocks)
+        assert code == 0, said
+    inside = "10.244.0.0/16 10.244.7.0/25 10.244.0.0/23 fd00:10:244::/56 fd00:10:244::/65"
+    outside = "10.245.0.0/24 10.99.0.0/24 fd00:10:244:100::/64 0.0.0.0/0 ::/0"
+    odd = "10.244.7.1/24 fd00:10:244:7::1/64 ::ffff:10.244.7.0/120 10.244.7.0 moon"
+    for block in (*inside.split(), *outside.split(), *odd.split(), ""):
+        for blocks in ((block,), ("10.244.7.0/24", block)):
+            code, said = ask(*blocks)
+            assert code != 0 and "may ask for blocks out of the pools only" in said, (blocks, said)
+    code, said = ask("10.245.0.0/24", user="admin")
+    assert code == 0, said

@@ -5,12 +5,16 @@ Rules
    What says the same as what was written last isn't written again, unless the object is gone.
 2. An object is written over or removed only if it describes an endpoint of this node, or our pod is the one that the
    API server knows by that name: it may be another node's by now (StatefulSets), and a node that was away must not
-   take the name back. An object is of this node if it names its address, or has a pod address of its blocks: a node
-   may have come back with another address.
+   take the name back. An object says by an annotation which node wrote it (no label: those have 63 characters, a node's
+   name has up to 253). One that doesn't is of this node if it names its address, or has a pod address of its blocks: a
+   node may have come back with another address.
 3. On start, objects of this node that describe no endpoint of ours are removed: a crash loses no cleaning up.
 4. What the API server refuses is tried again later and later, each object by itself: one namespace's full quota delays
    no other's. The log says why once, and an Event tells the pod's owner. So it is with an object that was stored other
    than written (a webhook changed it): other nodes believe what is stored, and we don't fight over it.
+5. With the chart's admission policy the API server lets no agent change another node's object. That of a pod that
+   moved here (StatefulSets) goes with the pod it was of: the other agent removes it, or the garbage collector. That is
+   no trouble unless it lasts; ours is made as soon as the watch says that it is gone.
 """
 
 from __future__ import annotations
@@ -26,10 +30,11 @@ from fimbria.model.address import Prefix, is_v4, pack, unpack
 from fimbria.model.endpoint import EndpointIdentity, LocalEndpoint, is_static
 from fimbria.model.protocol import protocol_name
 from fimbria.sources.k8s.client import ApiClient
-from fimbria.sources.k8s.errors import AlreadyExists, ApiError, Conflict, NotFound
+from fimbria.sources.k8s.errors import AlreadyExists, ApiError, Conflict, Forbidden, NotFound
 from fimbria.sources.k8s.events import EventRecorder
 from fimbria.sources.k8s.pacing import Backoff
 from fimbria.sources.k8s.resources import CILIUM_ENDPOINTS, PODS
+from fimbria.sources.k8s.rows import NODE_ANNOTATION
 from fimbria.sources.k8s.types.cilium import CiliumEndpoint
 from fimbria.sources.k8s.types.meta import ObjectMeta
 from fimbria.tables import ObjectKey, Tables
@@ -38,6 +43,7 @@ log = logging.getLogger(__name__)
 WORKERS: Final = 8
 RETRY: Final = 1.0
 RETRY_MAX: Final = 30.0
+MOVES: Final = 5  # tries, of half a minute together, in which another node's report is expected to go
 
 
 @dataclass(slots=True)
@@ -50,11 +56,12 @@ class _Trouble:
 
 @dataclass(slots=True)
 class Publisher:
-    """Writes CiliumEndpoints. `node_addrs` are this node's own addresses, `blocks()` its pod blocks; `events` tell
-    about pods whose report is refused."""
+    """Writes CiliumEndpoints of `node`. `node_addrs` are this node's own addresses, `blocks()` its pod blocks; `events`
+    tell about pods whose report is refused."""
 
     client: ApiClient
     tables: Tables
+    node: str
     node_addrs: tuple[bytes, ...]
     blocks: Callable[[], tuple[Prefix, ...]] = tuple
     events: EventRecorder | None = None
@@ -92,7 +99,7 @@ class Publisher:
             for endpoint_id in endpoints.drain() | identities.drain():
                 self._changed(endpoint_id)
             for gone in [key for key in reports.drain() if key not in self.tables.remote_endpoints]:
-                if self._written.pop(gone, None) is not None:
+                if self._written.pop(gone, None) is not None or gone in self._troubles:
                     self._note([gone])
             self._note(pod for pod in pods.drain() if self.tables.endpoints.by("pod", pod))
 
@@ -126,15 +133,25 @@ class Publisher:
                 await self._publish(key)
                 self._troubles.pop(key, None)
             except ApiError as error:
-                self._refused(key, error)
+                self._refused(key, error, await self._holder(key) if isinstance(error, Forbidden) else "")
             finally:
                 self._busy.discard(key)
                 self._note(())
 
-    def _refused(self, key: ObjectKey, error: ApiError) -> None:
+    async def _holder(self, key: ObjectKey) -> str:
+        """The other node whose report has the name; empty if there is none."""
+        with suppress(ApiError):
+            wrote = _writer(await self.client.get(CILIUM_ENDPOINTS, key[1], key[0]))
+            return wrote if wrote != self.node else ""
+        return ""
+
+    def _refused(self, key: ObjectKey, error: ApiError, holder: str) -> None:
         trouble = self._troubles.setdefault(key, _Trouble())
         if error.namespace_ends:
             log.debug("namespace %s ends, and with it the report of pod %s", *key)
+        elif holder and trouble.pause.attempts < MOVES:
+            level = logging.DEBUG if trouble.pause.attempts else logging.INFO
+            log.log(level, "pod %s/%s was on node %s; it is reported once that node's report is gone", *key, holder)
         elif error.message != trouble.why:
             trouble.why = error.message
             log.warning("CiliumEndpoint %s/%s is not up to date: %s", *key, error)
@@ -193,9 +210,20 @@ class Publisher:
                     return await self.client.create(CILIUM_ENDPOINTS, body, key[0])
             if not self._is_the_pod(endpoint) and not await self._describes_ours(key):
                 return None
-            with suppress(NotFound):
+            try:
                 return await self.client.patch(CILIUM_ENDPOINTS, key[1], body, key[0])
+            except NotFound:
+                pass
+            except Forbidden:
+                if await self._exists(key):
+                    raise
             known = False  # somebody was faster to delete it
+
+    async def _exists(self, key: ObjectKey) -> bool:
+        with suppress(NotFound):
+            await self.client.get(CILIUM_ENDPOINTS, key[1], key[0])
+            return True
+        return False
 
     def _is_the_pod(self, endpoint: LocalEndpoint) -> bool:
         """Whether the API server has this very pod on this node."""
@@ -210,6 +238,8 @@ class Publisher:
 
     def _reported_here(self, found: CiliumEndpoint) -> bool:
         """Whether a report is of this node, or of none."""
+        if wrote := _writer(found):
+            return wrote == self.node
         networking = found.status.networking
         addrs = [pack(ip) for pair in networking.addressing or () for ip in (pair.ipv4, pair.ipv6) if ip]
         return not networking.node or self._ours(pack(networking.node), addrs)
@@ -232,7 +262,11 @@ class Publisher:
         pod = self.tables.pods.get((endpoint.namespace, endpoint.pod))
         # Of a static pod the runtime knows another uid than the API server, whose collector goes by its own.
         uid = pod.uid if pod else endpoint.uid
-        meta: dict[str, Any] = {"name": endpoint.pod, "namespace": endpoint.namespace}
+        meta: dict[str, Any] = {
+            "name": endpoint.pod,
+            "namespace": endpoint.namespace,
+            "annotations": {NODE_ANNOTATION: self.node},
+        }
         if uid:
             meta["ownerReferences"] = [{"apiVersion": "v1", "kind": "Pod", "name": endpoint.pod, "uid": uid}]
         return meta
@@ -255,3 +289,8 @@ class Publisher:
             },
             "named-ports": [{"name": p.name, "port": p.port, "protocol": protocol_name(p.proto)} for p in ports],
         }
+
+
+def _writer(report: CiliumEndpoint) -> str:
+    """The node whose agent wrote it, empty if it doesn't say."""
+    return (report.metadata.annotations or {}).get(NODE_ANNOTATION, "")

@@ -22,6 +22,7 @@ from fimbria.sources.k8s.types.meta import ObjectMeta
 T = TypeVar("T")
 SOCKET_SERVICES: Final = "fimbria.io/socket-services"
 MIRROR: Final = "kubernetes.io/config.mirror"  # of a static pod's mirror: the uid that kubelet gave the pod
+NODE_ANNOTATION: Final = "fimbria.io/node"  # of a CiliumEndpoint: the node whose agent wrote it
 UNUSED_ANNOTATION: Final = "fimbria.io/unused-since"
 COVER: Final = "fimbria-covers-all-endpoints"
 """A CiliumEndpointSlice without endpoints: while it is there the others hold everybody. Written after them, so that who
