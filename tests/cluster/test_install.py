@@ -225,6 +225,7 @@ def test_a_bad_value_touches_nothing(cluster: Cluster, value: str, said: str) ->
 def start(cluster: Cluster, name: str, node: str = "") -> str:
     """A pod that answers HTTP at port 8080, on a node if it is named; its address."""
     where = [f"--overrides={json.dumps({'spec': {'nodeName': node}})}"] if node else []
+    cluster.kubectl("wait", "--for=create", "serviceaccount/default", "--timeout=60s")
     cluster.kubectl("run", name, f"--image={AGNHOST}", *where, "--", "netexec")
     cluster.kubectl("wait", "--for=condition=Ready", f"pod/{name}", "--timeout=90s")
     return str(cluster.get("pod", name)["status"]["podIP"])

@@ -107,7 +107,7 @@ class Informer(Generic[T, K, V]):
         self._random = random
         self._backoff = Backoff(0.2, 30.0, random)
         self._hiccups = Backoff(0.2, HICCUP, random)
-        self._away = False
+        self._away_since: float | None = None
         self._progress = False
         self._told = ""
         self._pages = PageDecoder(resource.type)
@@ -158,20 +158,28 @@ class Informer(Generic[T, K, V]):
                 await self._watch()
             except Gone as error:
                 self._version = ""
-                if self._away:
-                    # It answers again: how long it was away says nothing about how soon it can be asked.
-                    self._backoff.reset()
-                    self._away = False
+                self._note_absence(error)
                 spread = self._random() * min(len(self._table) * RELIST_ROW, RELIST_MOST)
                 await self._pause(error, self._backoff.next() + spread)
             except (ApiError, StreamError) as error:
-                self._away = isinstance(error, ApiError) and error.status in (0, 503)
+                self._note_absence(error)
                 self._refusals += isinstance(error, ApiError) and error.status in REFUSED
                 if self._refusals >= REFUSALS:
                     self._refusals, self._version = 0, ""
                 if self._progress:
                     self._backoff.reset()
                 await self._pause(error, (self._hiccups if self._progress else self._backoff).next())
+
+    def _note_absence(self, error: Exception) -> None:
+        """How long the server was away says nothing about how soon it can be asked when it answers again, whatever it
+        answers: one that has just started may refuse everybody for a moment. One that comes and goes is spared."""
+        if isinstance(error, ApiError) and error.status in (0, 503):
+            if self._away_since is None:
+                self._away_since = self._clock()
+            return
+        if self._away_since is not None and self._clock() - self._away_since >= STABLE:
+            self._backoff.reset()
+        self._away_since = None
 
     async def _pause(self, error: Exception, delay: float) -> None:
         self.connected = False

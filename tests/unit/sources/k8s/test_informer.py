@@ -252,6 +252,23 @@ async def test_a_server_that_comes_back_without_its_history_is_soon_listed(fix: 
     assert fix.pauses.asked[7] > 10 > 1 > fix.pauses.asked[8], fix.pauses.asked
 
 
+async def test_a_server_that_comes_back_and_refuses_everybody_first_is_soon_asked_again(fix: Fixture) -> None:
+    """As one that hasn't read its roles yet."""
+    fix.api.on("list", listing([pod("a", 1)], 10), listing([pod("b", 2)], 20))
+    fix.api.on("watch", *(fails(503, "") for _ in range(8)), fails(403, "Forbidden"), fails(410, "Expired"))
+    async with fix.running() as informer:
+        await until(lambda: informer.lists == 2)
+    assert fix.pauses.asked[7] > 10 > 1 > max(fix.pauses.asked[8:]), fix.pauses.asked
+
+
+async def test_a_server_that_comes_and_goes_is_spared(fix: Fixture) -> None:
+    fix.api.on("list", listing([pod("a", 1)], 10))
+    fix.api.on("watch", *(fails(*how) for _ in range(4) for how in ((503, ""), (403, "Forbidden"))))
+    async with fix.running() as informer:
+        await until(lambda: informer.connected)
+    assert fix.pauses.asked[5] > 3, fix.pauses.asked
+
+
 async def test_object_of_the_wrong_shape_spoils_no_other(fix: Fixture) -> None:
     broken = {**pod("bad", 2), "spec": {"nodeName": 5}}
     fix.api.on("list", listing([pod("a", 1), broken, pod("b", 3)], 10))
