@@ -41,7 +41,8 @@ def traces(name: str) -> dict[str, list[str]]:
     """Everything on the machine that carries the lab's name or belongs to it."""
     mounts = Path("/proc/self/mountinfo").read_text().splitlines()
     links = json.loads(subprocess.run(["ip", "-j", "link"], capture_output=True, text=True, check=True).stdout)
-    groups = [str(p) for p in kernel.cgroup_root().rglob("*") if name in p.name]
+    # not by walking all of it: others' groups come and go
+    groups = [path for path, _, _ in os.walk(kernel.cgroup_root()) if name in Path(path).name]
     processes = []
     for proc in Path("/proc").glob("[0-9]*"):
         try:

@@ -46,8 +46,8 @@ def cable_lines(spec: LabSpec, paths: Paths, m: Member) -> list[str]:
     return [
         f"link add {m.name} mtu {spec.mtu} type veth peer name eth0 mtu {spec.mtu} netns {paths.netns_name(m.name)}",
         f"link set {m.name} up",
-        f"address add {m.gateway4}/{m.ipv4_prefix} dev {m.name}",
-        f"-6 address add {m.gateway6}/{m.ipv6_prefix} dev {m.name} nodad",
+        f"address replace {m.gateway4}/{m.ipv4_prefix} dev {m.name}",
+        f"-6 address replace {m.gateway6}/{m.ipv6_prefix} dev {m.name} nodad",
     ]
 
 

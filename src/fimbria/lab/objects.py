@@ -117,8 +117,9 @@ class Objects(ApiClient):
         """A list or object as the server would have it shown (meta.k8s.io/v1 Table)."""
         url = yarl.URL(self.config.server + path, encoded=True).with_query({k: v for k, v in params.items() if v})
         async with self._open().get(
-            url, headers={**self._authorization(), "Accept": TABLE}, server_hostname=self.config.tls_server_name or None
-        ) as response:
+            url, headers={**self._authorization(), "Accept": TABLE}, ssl=self._tls(),
+            server_hostname=self.config.tls_server_name or None,
+        ) as response:  # fmt: skip
             if response.status != 200:
                 raise await self._refusal(f"get {path}", response)
             value: dict[str, Any] = json.loads(await response.read())
