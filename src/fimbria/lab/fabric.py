@@ -5,7 +5,6 @@ hold for both families, and unlike rp_filter let several nodes answer from a loa
 pods, unless native routing made their ranges known.
 """
 
-import time
 from collections.abc import Iterable, Mapping
 from functools import partial
 from ipaddress import ip_address, ip_network
@@ -46,8 +45,8 @@ def cable_lines(spec: LabSpec, paths: Paths, m: Member) -> list[str]:
     return [
         f"link add {m.name} mtu {spec.mtu} type veth peer name eth0 mtu {spec.mtu} netns {paths.netns_name(m.name)}",
         f"link set {m.name} up",
-        f"address replace {m.gateway4}/{m.ipv4_prefix} dev {m.name}",
-        f"-6 address replace {m.gateway6}/{m.ipv6_prefix} dev {m.name} nodad",
+        f"address add {m.gateway4}/{m.ipv4_prefix} dev {m.name}",
+        f"-6 address add {m.gateway6}/{m.ipv6_prefix} dev {m.name} nodad",
     ]
 
 
@@ -98,17 +97,11 @@ def _namespace(paths: Paths, m: Member) -> None:
 
 def replace_member(spec: LabSpec, paths: Paths, m: Member) -> None:
     """A namespace and cable as new, for a node that boots again. Raises LabError."""
+    # taken out first: the kernel may keep the old namespace for minutes, for orphaned connections that nobody ends
+    kernel.ip("-n", paths.netns_name(ROUTER), "link", "delete", m.name)
     kernel.ip("netns", "delete", paths.netns_name(m.name))
     _namespace(paths, m)
-    for _ in range(200):  # the kernel takes the old cable away when it gets round to it
-        try:
-            kernel.ip_batch(paths.netns_name(ROUTER), cable_lines(spec, paths, m)[:1])
-            break
-        except LabError as e:
-            if "File exists" not in str(e):
-                raise
-            time.sleep(0.02)
-    kernel.ip_batch(paths.netns_name(ROUTER), cable_lines(spec, paths, m)[1:])
+    kernel.ip_batch(paths.netns_name(ROUTER), cable_lines(spec, paths, m))
     kernel.ip_batch(paths.netns_name(m.name), member_lines(spec, m))
 
 

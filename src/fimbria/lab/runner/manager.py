@@ -51,7 +51,8 @@ class Manager:
         for sandbox in known.values():
             if sandbox.uid not in listed:
                 self._spawn(self._end_orphan(sandbox))
-        self._spawn(self._collect_garbage([s for s in known.values() if s.uid in listed]))
+        # before the first ADD: what is attached after the list was made isn't garbage
+        await self._collect_garbage([s for s in known.values() if s.uid in listed])
         while True:
             for key in subscription.drain():
                 self._look(key, known)
