@@ -39,7 +39,8 @@ def check(found: Storm, sets: int) -> None:
 def test_all_nodes_get_one_number(server: Any, spreading: bool) -> None:
     found = run(server, 200, 3, spreading=spreading)
     check(found, 3)
-    assert sum(found.sent.values()) <= 3 * 200 * 2
+    # who spreads looks first; on a slow machine all may look, create and look again
+    assert sum(found.sent.values()) <= 3 * 200 * (3 if spreading else 2)
 
 
 def test_where_others_have_the_first_number(server: Any) -> None:

@@ -6,6 +6,8 @@ each other's addresses, as direct server return through node ports needs it.
 """
 
 from collections.abc import Callable, Iterator
+from functools import partial
+from itertools import cycle
 
 import pytest
 from balance import (
@@ -27,6 +29,7 @@ from balance import (
 from cards import far_ends
 from traffic import pod, set_options, wait_settled
 
+from fimbria.lab import kernel
 from fimbria.lab.handle import Lab
 
 PROTOCOLS = {"tcp": TCP, "udp": UDP}
@@ -105,6 +108,7 @@ def test_settings_with_native_routing(lab: Lab, setting: str) -> None:
 
 def serves_everybody(lab: Lab, options: tuple[str, ...], kept: tuple[str, ...]) -> None:
     restart(lab, options)
+    fresh_ports(lab)
     front = Front(lab, "both")
     nodes = {n: node_addresses(lab, n) for n in lab.spec.node_names}
     for family in FAMILIES:
@@ -126,6 +130,17 @@ def serves_everybody(lab: Lab, options: tuple[str, ...], kept: tuple[str, ...]) 
                 for way in (*ways, (front.balancer(family), port), (EXTERNAL[family], port)):
                     got = ask(lab, client, proto, *way)
                     assert got.ok and set(got.names) == {"near", "far"}, (client, proto, way, got)
+
+
+def fresh_ports(lab: Lab) -> None:
+    """Clients outside use no port that one had under other settings: a datagram of such a flow goes where it went."""
+    first = next(_ports)
+    work = partial(kernel.write_sysctls, {"net/ipv4/ip_local_port_range": f"{first} {first + PORTS - 1}"})
+    kernel.in_netns(lab.paths.netns("world"), work)
+
+
+PORTS = 4000
+_ports = cycle(range(10000, 62000, PORTS))
 
 
 @once
