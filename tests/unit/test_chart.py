@@ -15,7 +15,7 @@ import pytest
 import yaml
 
 from fimbria.agent.config import AgentConfig
-from fimbria.operator.taints import AGENT_PODS
+from fimbria.operator.taints import AGENT_PODS, AGENTS
 from fimbria.release import RELEASE
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -103,6 +103,9 @@ def test_each_rule_of_the_roles_says_what_it_is_for() -> None:
 def test_the_operator_looks_for_the_agents_that_the_chart_makes() -> None:
     key, _, value = AGENT_PODS.partition("=")
     assert f"{key}: {value}\n" in (TEMPLATES / "_helpers.tpl").read_text()
+    group, kind, name = AGENTS
+    made = (TEMPLATES / "daemonset.yaml").read_text()
+    assert made.startswith(f"apiVersion: {group}/v1\nkind: {kind}\nmetadata:\n  name: {name}\n")
 
 
 def test_values_are_valid_by_their_own_schema() -> None:

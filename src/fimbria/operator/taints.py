@@ -7,8 +7,10 @@ Rules
    for kubelet registers taints only once. Pods that run there stay; that is why the effect is NoSchedule. An upgrade is
    over sooner.
 3. A node without an agent's pod is left alone: nobody wants one there, or it is just being replaced.
-4. Time is measured from when we first saw it, on our own clock. A new leader begins anew.
-5. Every write is guarded by what it was decided on, so that no taint of somebody else is lost.
+4. A pod counts as the agent's if the agents' DaemonSet made it: its label may be given by anybody who may make pods
+   there.
+5. Time is measured from when we first saw it, on our own clock. A new leader begins anew.
+6. Every write is guarded by what it was decided on, so that no taint of somebody else is lost.
 """
 
 from __future__ import annotations
@@ -30,6 +32,7 @@ from fimbria.tables.table import Signal, Table
 
 log = logging.getLogger(__name__)
 AGENT_PODS: Final = "k8s-app=fimbria"
+AGENTS: Final = ("apps", "DaemonSet", "fimbria")
 GRACE: Final = 60.0
 RETRY: Final = 1.0
 EFFECT: Final = "NoSchedule"
@@ -94,10 +97,15 @@ def node_state(node: Node) -> NodeState:
 
 
 def agent_pod(pod: Pod) -> AgentPod | None:
-    """The row of an agent's pod; none before it has a node, or once it is ending."""
-    if not pod.spec.node_name or pod.metadata.deletion_timestamp:
+    """The row of an agent's pod; none before it has a node, or once it is ending, and none of others' (rule 4)."""
+    if not pod.spec.node_name or pod.metadata.deletion_timestamp or not _of_agents(pod):
         return None
     return AgentPod(pod.spec.node_name, _condition(pod.status.conditions, "Ready") == "True")
+
+
+def _of_agents(pod: Pod) -> bool:
+    controllers = [o for o in pod.metadata.owner_references or () if o.controller]
+    return [(o.api_version.partition("/")[0], o.kind, o.name) for o in controllers] == [AGENTS]
 
 
 def _condition(conditions: Iterable[Condition] | None, kind: str) -> str:

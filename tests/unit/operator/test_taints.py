@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 from typing import Any
 
+import msgspec
 import pytest
 
 from fimbria.operator.taints import (
@@ -21,7 +22,7 @@ from fimbria.operator.taints import (
 )
 from fimbria.sources.k8s.errors import Invalid
 from fimbria.sources.k8s.types.core import Node, NodeSpec, NodeStatus, Pod, PodSpec, PodStatus, Taint
-from fimbria.sources.k8s.types.meta import Condition, ObjectMeta
+from fimbria.sources.k8s.types.meta import Condition, ObjectMeta, OwnerReference
 from fimbria.tables.table import Table
 
 KEY = "node.cilium.io/agent-not-ready"
@@ -47,6 +48,16 @@ FRESH, WELL = NodeState((KEY,), ""), NodeState((), "False")
 )
 def test_decisions(wishes: Wishes, node: NodeState, ready: list[bool], silent: float, expected: Decision) -> None:
     assert decide(wishes, node, ready, silent) == expected
+
+
+def owner(**different: Any) -> OwnerReference:
+    return OwnerReference(
+        **{"api_version": "apps/v1", "kind": "DaemonSet", "name": "fimbria", "controller": True} | different
+    )
+
+
+OURS = ObjectMeta(owner_references=(owner(),))
+READY = PodStatus(conditions=(Condition(type="Ready", status="True"),))
 
 
 def node(*taints: str, version: str = "7", network: str = "") -> Node:
@@ -86,12 +97,30 @@ def test_patches_keep_the_taints_of_others(others: list[str]) -> None:
 def test_rows() -> None:
     assert node_state(node("x", KEY, network="True")) == NodeState(("x", KEY), "True")
     assert node_state(node(version="8")) == node_state(node(version="9"))  # a heartbeat is no change
-    ready = PodStatus(conditions=(Condition(type="Ready", status="True"),))
-    assert agent_pod(Pod(spec=PodSpec(node_name="a"), status=ready)) == AgentPod("a", True)
-    assert agent_pod(Pod(spec=PodSpec(node_name="a"))) == AgentPod("a", False)
-    assert agent_pod(Pod(status=ready)) is None
-    ending = ObjectMeta(deletion_timestamp="2026-01-01T00:00:00Z")
-    assert agent_pod(Pod(metadata=ending, spec=PodSpec(node_name="a"), status=ready)) is None
+    assert agent_pod(Pod(metadata=OURS, spec=PodSpec(node_name="a"), status=READY)) == AgentPod("a", True)
+    assert agent_pod(Pod(metadata=OURS, spec=PodSpec(node_name="a"))) == AgentPod("a", False)
+    assert agent_pod(Pod(metadata=OURS, status=READY)) is None
+    ending = msgspec.structs.replace(OURS, deletion_timestamp="2026-01-01T00:00:00Z")
+    assert agent_pod(Pod(metadata=ending, spec=PodSpec(node_name="a"), status=READY)) is None
+
+
+@pytest.mark.parametrize(
+    "owners",
+    [
+        None,
+        (),
+        (owner(controller=None),),
+        (owner(controller=False),),
+        (owner(kind="ReplicaSet"),),
+        (owner(name="fimbria-other"),),
+        (owner(api_version="apps.example.org/v1"),),
+        (owner(controller=False), owner(kind="Job", name="x")),
+    ],
+)
+def test_a_pod_with_the_agents_label_that_its_daemonset_didnt_make(owners: tuple[OwnerReference, ...] | None) -> None:
+    """It is Ready, but whoever made it says nothing about the node."""
+    labelled = ObjectMeta(name="x", labels={"k8s-app": "fimbria"}, owner_references=owners)
+    assert agent_pod(Pod(metadata=labelled, spec=PodSpec(node_name="a"), status=READY)) is None
 
 
 class Server:
