@@ -5,6 +5,7 @@ Everything here is synchronous: a step sees all tables at one instant and leaves
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Final
@@ -25,8 +26,8 @@ from fimbria.compute.service import ServiceCompute
 from fimbria.compute.service_frontends import Defaults
 from fimbria.compute.service_rows import MAPS
 from fimbria.decide.numbers import Numbers
-from fimbria.model.address import Prefix
-from fimbria.model.endpoint import EndpointIdentity, LocalEndpoint, NamedPort
+from fimbria.model.address import Prefix, unpack
+from fimbria.model.endpoint import EndpointIdentity, LocalEndpoint, NamedPort, RemoteEndpoint
 from fimbria.model.identity import MIN_ALLOCATED, RESERVED_LABELS, SCOPE_CIDR, Reserved
 from fimbria.model.labels import Labels, pod_labels
 from fimbria.model.network import DeviceSet, NeighbourKey, Route
@@ -36,6 +37,8 @@ from fimbria.model.rows import Cidr, Endpoint, ExemptKey, FrontendKey, LocalAddr
 from fimbria.model.service import NodeTopology, ServiceKey, TableContent
 from fimbria.tables import ObjectKey, Tables
 from fimbria.tables.table import Changes
+
+log = logging.getLogger(__name__)
 
 ENDPOINT_READY: Final = 1
 ENFORCE_BOTH: Final = sum(ENFORCE.values())
@@ -285,9 +288,19 @@ class Engine:
 
     def _remotes(self, keys: Iterable[ObjectKey]) -> None:
         for key in keys:
-            remote = self.tables.remote_endpoints.get(key)
-            self._put_ipcache(self.ipcache.set_remote(key, remote))
-            self._identity_ports(key, remote.identity if remote else 0, remote.named_ports if remote else ())
+            self._report(key, self.tables.remote_endpoints.get(key))
+
+    def _report(self, key: ObjectKey, remote: RemoteEndpoint | None) -> None:
+        told = self.ipcache.foreign.get(key)
+        self._put_ipcache(self.ipcache.set_remote(key, remote))
+        stranger = self.ipcache.foreign.get(key)
+        if stranger is not None and remote is not None and stranger != told:
+            log.warning(
+                "CiliumEndpoint %s/%s is ignored: %s is in no pod block of node %s, whose agent wrote it",
+                *key, unpack(stranger), remote.writer,
+            )  # fmt: skip
+        counts = remote if stranger is None else None
+        self._identity_ports(key, counts.identity if counts else 0, counts.named_ports if counts else ())
 
     def _nodes(self, keys: Iterable[str]) -> None:
         keys = set(keys)
@@ -317,7 +330,7 @@ class Engine:
         """What is known of pods in these blocks, or of all, is taken anew: their nodes are elsewhere now."""
         known = self.ipcache.known_pods(blocks, self.tables.remote_endpoints.items())
         for key, remote in known:
-            self._put_ipcache(self.ipcache.set_remote(key, remote))
+            self._report(key, remote)
 
     def host_addresses_changed(self) -> None:
         """`ipcache.host_addrs` are others than before."""

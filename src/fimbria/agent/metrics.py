@@ -99,6 +99,8 @@ class _Collector:
         agent: Any = self._agent
         yield GaugeMetricFamily("fimbria_endpoints", "Pods of this node", value=len(agent.tables.endpoints))
         yield GaugeMetricFamily("fimbria_identities", "Identities known", value=len(agent.tables.identities))
+        ignored = len(agent.engine.ipcache.foreign)
+        yield GaugeMetricFamily("fimbria_reports_ignored", "CiliumEndpoints with other nodes' addresses", value=ignored)
         policies = sum(len(t) for t in views.policy_tables(agent))
         yield GaugeMetricFamily("fimbria_policies", "Policies known", value=policies)
         yield GaugeMetricFamily("fimbria_ready", "Whether the agent is ready", value=int(agent.ready.is_set()))

@@ -12,6 +12,8 @@ Rules
 3. An address of a pod block that nobody reports is UNMANAGED: policies don't allow it by accident.
 4. Of two reports of the same second that name different identities neither can be preferred: until one goes the address
    is NOBODY's, which every pod with a policy drops, so that neither's rights are given to the other.
+5. A report that names an address outside of the blocks of the node whose agent wrote it says nothing at all: whoever
+   has taken over one node can't give other nodes' addresses an identity. It counts as soon as the node has the block.
 """
 
 from __future__ import annotations
@@ -67,7 +69,10 @@ class IpcacheCompute:
     overlay: bool
     _claims: dict[Source, tuple[Any, ...]] = field(default_factory=dict)
     _by_key: dict[PrefixKey, Source | Rivals] = field(default_factory=dict)
-    _blocks: dict[tuple[int, int], PrefixKey] = field(default_factory=dict)
+    foreign: dict[tuple[str, str], bytes] = field(default_factory=dict)
+    """Reports that rule 5 keeps out, and the address that does it."""
+    _blocks: dict[tuple[int, int], tuple[PrefixKey, Source]] = field(default_factory=dict)
+    """Every block that there was, and who had it last."""
     _lengths: set[int] = field(default_factory=set)
 
     def tunnel(self, name: str) -> bytes:
@@ -82,16 +87,19 @@ class IpcacheCompute:
     def known_pods(
         self, blocks: Iterable[PrefixKey] | None, reports: Iterable[tuple[tuple[str, str], RemoteEndpoint]]
     ) -> list[tuple[tuple[str, str], RemoteEndpoint]]:
-        """Of all reports those that count by now and have an address in one of the blocks (None: wherever)."""
+        """Of all reports those that are known by now and have an address in one of the blocks (None: wherever)."""
         if blocks is None:
-            return [(key, report) for key, report in reports if ("pod", key) in self._claims]
+            return [(key, report) for key, report in reports if self._knows(key)]
         numbers = {(b.prefixlen, int.from_bytes(b.addr) >> (128 - b.prefixlen)) for b in blocks}
         lengths = {128 - length for length, _ in numbers}
         return [
             (key, report) for key, report in reports
             if any((128 - n, int.from_bytes(a) >> n) in numbers for a in report.addrs for n in lengths)
-            and ("pod", key) in self._claims
+            and self._knows(key)
         ]  # fmt: skip
+
+    def _knows(self, pod: tuple[str, str]) -> bool:
+        return ("pod", pod) in self._claims or pod in self.foreign
 
     def set_node(self, name: str, node: Node | None) -> set[PrefixKey]:
         """A node appeared, changed or went."""
@@ -101,7 +109,12 @@ class IpcacheCompute:
 
     def set_remote(self, key: tuple[str, str], endpoint: RemoteEndpoint | None) -> set[PrefixKey]:
         """A pod was reported, or its report went."""
-        if endpoint is None:
+        stranger = self._stranger(endpoint) if endpoint is not None else None
+        if stranger is not None:
+            self.foreign[key] = stranger
+        else:
+            self.foreign.pop(key, None)
+        if endpoint is None or stranger is not None:
             return self._set(("pod", key), (POD_RANK, ""), ())
         # One row for all addresses of a pod, which are nearly always of one node.
         made: dict[bytes | None, Remote] = {None: self._remote(NOBODY, 0, NO_ADDR)}
@@ -113,12 +126,29 @@ class IpcacheCompute:
             claims.append((PrefixKey(128, addr), made[way]))
         return self._set(("pod", key), (POD_RANK, endpoint.created), claims)
 
+    def _stranger(self, report: RemoteEndpoint) -> bytes | None:
+        """The first address that isn't of the node whose agent wrote the report."""
+        if not report.writer:
+            return None
+        return next((a for a in report.addrs if not self._vouched(a, report.writer)), None)
+
+    def _vouched(self, addr: bytes, writer: str) -> bool:
+        """Rule 5. An address in no block, of a node without any, may be in one that we haven't heard of: rule 2."""
+        number, node, known = int.from_bytes(addr), ("node", writer), False
+        for length in self._lengths:
+            block = self._blocks.get((length, number >> (128 - length)))
+            if block is not None:
+                known = True
+                if node in (self._sources(block[0]) or (block[1],)):
+                    return True
+        return not known and not self.place(writer)[1]
+
     def _way(self, addr: bytes, reported: bytes) -> bytes | None:
         """The address to encapsulate to, NO_ADDR if that isn't done; None for an address that was never in a block."""
         number, known = int.from_bytes(addr), False
         for length in self._lengths:
             block = self._blocks.get((length, number >> (128 - length)))
-            row = self.get(block) if block is not None else None
+            row = self.get(block[0]) if block is not None else None
             if row is not None:
                 return row.tunnel
             known |= block is not None
@@ -195,7 +225,8 @@ class IpcacheCompute:
         for block in node.pod_cidrs:
             key = prefix_key(block)
             if block.length < 128:  # of one address a pod's own claim would be taken for the block's
-                self._blocks[block.length, int.from_bytes(block.addr) >> (128 - block.length)] = key
+                number = int.from_bytes(block.addr) >> (128 - block.length)
+                self._blocks[block.length, number] = key, ("node", node.name)
                 self._lengths.add(block.length)
             yield key, self._remote(IDENTITY_UNMANAGED, REMOTE_POD, tunnel)
 

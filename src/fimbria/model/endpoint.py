@@ -126,13 +126,15 @@ class ClusterIdentity:
 
 @dataclass(frozen=True, slots=True)
 class RemoteEndpoint:
-    """A pod of any node, as its agent reported it. `node` is that node's address; `created` orders rivals."""
+    """A pod of any node, as its agent reported it. `node` is that node's address; `created` orders rivals; `writer` is
+    the name of the node whose agent wrote the report, "" if somebody else did or the operator has looked at that."""
 
     identity: int
     addrs: tuple[bytes, ...]
     node: bytes
     named_ports: tuple[NamedPort, ...]
     created: str
+    writer: str = ""
 
 
 @dataclass(frozen=True, slots=True)

@@ -13,7 +13,7 @@ import asyncio
 import logging
 import random
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Any, Final, NamedTuple
@@ -22,13 +22,14 @@ import msgspec
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 
 from fimbria.decide.endpoint_slices import EndpointSlices, Stored, Write
+from fimbria.operator.origins import Origins
 from fimbria.sources.k8s import rows
 from fimbria.sources.k8s.client import ApiClient
 from fimbria.sources.k8s.errors import AlreadyExists, ApiError, Conflict, NotFound
 from fimbria.sources.k8s.pacing import TokenBucket
 from fimbria.sources.k8s.resources import CILIUM_ENDPOINT_SLICES
 from fimbria.sources.k8s.rows import COVER
-from fimbria.sources.k8s.types.cilium import CiliumEndpoint, CiliumEndpointSlice, CoreCiliumEndpoint
+from fimbria.sources.k8s.types.cilium import CiliumEndpoint, CiliumEndpointSlice, CiliumNode, CoreCiliumEndpoint
 from fimbria.sources.k8s.types.core import Namespace
 from fimbria.sources.k8s.watch import read_meta
 from fimbria.tables import ObjectKey
@@ -48,19 +49,21 @@ ALPHABET: Final = "bcdfghjklmnpqrstvwxz2456789"
 
 class Reported(NamedTuple):
     """What the operator keeps of a CiliumEndpoint. `entry` is its place in a slice, as JSON; empty if it isn't
-    complete. `owned`: Kubernetes removes it together with its pod."""
+    complete. `owned`: Kubernetes removes it together with its pod. `writer`: the node whose agent wrote it, or ""."""
 
     identity: int
     owned: bool
     entry: bytes
+    writer: str = ""
 
 
 def reported(obj: CiliumEndpoint, *, entries: bool = True) -> Reported:
     """Raises ValueError for what agents wouldn't use either. Without `entries` they are left out, to save memory."""
     usable = rows.remote_endpoint(obj) is not None
     return Reported(
-        obj.status.identity.id, bool(obj.metadata.owner_references), entry(obj) if usable and entries else b""
-    )
+        obj.status.identity.id, bool(obj.metadata.owner_references), entry(obj) if usable and entries else b"",
+        rows.written_by(obj.metadata),
+    )  # fmt: skip
 
 
 def entry(obj: CiliumEndpoint) -> bytes:
@@ -113,19 +116,20 @@ def slice_name() -> str:
 
 @dataclass(slots=True)
 class EndpointSliceWriter:
-    """Follows the tables until cancelled. `nodes()` is how many nodes there are."""
+    """Follows the tables until cancelled."""
 
     client: ApiClient
     endpoints: Table[ObjectKey, Reported]
     slices: Table[str, Stored[bytes]]
     namespaces: Table[str, NamespaceWords]
-    nodes: Callable[[], int]
+    nodes: Table[str, CiliumNode]
     plan: EndpointSlices[bytes] = field(default_factory=lambda: EndpointSlices(slice_name, random.random))
     outcomes: dict[tuple[str, str], int] = field(default_factory=dict)
     """Requests by kind and outcome."""
     written: int = 0
     """Endpoints in all that was written."""
     changes: int = 0
+    origins: Origins = field(init=False)
     _tasks: set[asyncio.Task[None]] = field(default_factory=set)
     _wake: Signal = field(default_factory=Signal)
     _bucket: TokenBucket = field(default_factory=lambda: TokenBucket(*RATE_SMALL))
@@ -134,16 +138,23 @@ class EndpointSliceWriter:
     _cover_at: float = 0.0
     _broken: BaseException | None = None
 
+    def __post_init__(self) -> None:
+        self.origins = Origins(self.nodes)
+
     async def run(self) -> None:
         """Write until cancelled."""
-        for table in (self.endpoints, self.slices, self.namespaces):
+        for table in (self.endpoints, self.slices, self.namespaces, self.nodes):
             await table.wait_synced()
+        nodes = self.nodes.subscribe(self._wake, initial=False)
         endpoints = self.endpoints.subscribe(self._wake, initial=False)
         slices = self.slices.subscribe(self._wake, initial=False)
         namespaces = self.namespaces.subscribe(self._wake)
+        for name in self.nodes:
+            self.origins.node(name)
+        reports = {key: self._admitted(key) for key in self.endpoints}
         self.plan.start(
             {name: one for name, one in self.slices.items() if name != COVER},
-            {key: row.entry for key, row in self.endpoints.items() if row.entry},
+            {key: entry for key, entry in reports.items() if entry is not None},
             time.monotonic(),
         )
         try:
@@ -154,9 +165,8 @@ class EndpointSliceWriter:
                 now = time.monotonic()
                 changed = endpoints.drain()
                 self.changes += len(changed)
-                for key in changed:
-                    row = self.endpoints.get(key)
-                    self.plan.on_endpoint(key, (row.entry or None) if row is not None else None, now)
+                for key in changed.union(*(self.origins.node(name) for name in nodes.drain())):
+                    self.plan.on_endpoint(key, self._admitted(key), now)
                 for name in slices.drain() - {COVER}:
                     self.plan.on_slice(name, self.slices.get(name), now)
                 for namespace in namespaces.drain():
@@ -168,10 +178,14 @@ class EndpointSliceWriter:
                     async with asyncio.timeout(wait):
                         await self._wake.wait()
         finally:
-            for subscription in (endpoints, slices, namespaces):
+            for subscription in (endpoints, slices, namespaces, nodes):
                 subscription.close()
             for task in self._tasks:
                 task.cancel()
+
+    def _admitted(self, key: ObjectKey) -> bytes | None:
+        row = self.endpoints.get(key)
+        return self.origins.admit(key, row.entry, row.writer) if row is not None else self.origins.admit(key, b"", "")
 
     async def _advance(self, now: float) -> float | None:
         """Begin what can begin; seconds until there may be more."""
@@ -196,7 +210,7 @@ class EndpointSliceWriter:
         return self._cover_at if self.plan.covered and COVER not in self.slices else None
 
     def _limit(self) -> TokenBucket:
-        large = self.nodes() >= LARGE
+        large = len(self.nodes) >= LARGE
         if large != self._large:
             self._large, self._bucket = large, TokenBucket(*(RATE_LARGE if large else RATE_SMALL))
         return self._bucket
@@ -283,6 +297,9 @@ class EndpointSliceWriter:
         yield CounterMetricFamily("fimbria_ces_endpoints_written", "Endpoints in written slices", value=self.written)
         yield CounterMetricFamily("fimbria_ces_merges", "Sparse slices merged into others", value=self.plan.merges)
         yield GaugeMetricFamily("fimbria_ces_slices", "CiliumEndpointSlices", value=len(self.plan))
+        yield GaugeMetricFamily(
+            "fimbria_reports_ignored", "CiliumEndpoints with other nodes' addresses", value=len(self.origins)
+        )
         yield GaugeMetricFamily(
             "fimbria_ces_covered", "Whether agents may follow slices", value=int(COVER in self.slices)
         )

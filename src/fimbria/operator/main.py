@@ -132,7 +132,7 @@ class Operator:
         if not self.config.endpoint_slices:
             group.create_task(withdraw(self.client))
             return
-        writer = EndpointSliceWriter(self.client, view.endpoints, view.slices, view.namespaces, lambda: len(nodes))
+        writer = EndpointSliceWriter(self.client, view.endpoints, view.slices, view.namespaces, nodes)
         self.metrics.parts.append(writer.metrics)
         group.create_task(writer.run())
 

@@ -22,8 +22,10 @@ def ipcache() -> IpcacheCompute:
     return made
 
 
-def remote(identity: int, addrs: tuple[bytes, ...], created: str, node: bytes = OTHER) -> RemoteEndpoint:
-    return RemoteEndpoint(identity, addrs, node, (), created)
+def remote(
+    identity: int, addrs: tuple[bytes, ...], created: str, node: bytes = OTHER, writer: str = ""
+) -> RemoteEndpoint:
+    return RemoteEndpoint(identity, addrs, node, (), created, writer)
 
 
 def local(addr: bytes) -> LocalEndpoint:
@@ -161,6 +163,70 @@ def test_a_report_gets_nothing_of_an_address_outside(overlay: bool) -> None:
     found, found6 = (cache.get(PrefixKey(128, a)) for a in (inside, inside6))
     assert found is not None and found is found6
     assert (found.identity, found.tunnel) == (300, OTHER if overlay else NO_ADDR)
+
+
+BLOCK, ELSEWHERE = Prefix.parse("10.0.7.0/24"), Prefix.parse("10.0.8.0/24")
+VICTIM = pack("10.0.7.3")
+
+
+def with_nodes() -> IpcacheCompute:
+    cache = IpcacheCompute("own", overlay=True)
+    cache.set_node("other", Node("other", (OTHER,), (), (BLOCK,)))
+    cache.set_node("taken", Node("taken", (pack("172.31.3.10"),), (), (ELSEWHERE,)))
+    return cache
+
+
+@pytest.mark.parametrize("addrs", [(VICTIM,), (pack("10.0.8.3"), VICTIM), (pack("203.0.113.9"),), (OWN,)])
+def test_a_node_reports_its_own_addresses_only(addrs: tuple[bytes, ...]) -> None:
+    """A younger lie takes nothing from the true report, and nothing of it counts."""
+    cache = with_nodes()
+    cache.set_remote(("ns", "true"), remote(300, (VICTIM,), "2026-01-01T00:00:00Z", writer="other"))
+    before = {a: cache.get(PrefixKey(128, a)) for a in (*addrs, VICTIM)}
+    assert cache.set_remote(("ns", "lie"), remote(301, addrs, "2026-01-02T00:00:00Z", writer="taken")) == set()
+    assert {a: cache.get(PrefixKey(128, a)) for a in (*addrs, VICTIM)} == before
+    assert before[VICTIM] is not None and before[VICTIM].identity == 300
+    assert list(cache.foreign) == [("ns", "lie")] and cache.foreign["ns", "lie"] in addrs
+    cache.set_remote(("ns", "lie"), None)
+    assert not cache.foreign
+
+
+def test_a_true_report_becomes_a_lie_and_back() -> None:
+    cache = with_nodes()
+    mine, key = pack("10.0.8.3"), ("ns", "pod")
+    cache.set_remote(key, remote(300, (mine,), "", writer="taken"))
+    assert cache.set_remote(key, remote(300, (VICTIM,), "", writer="taken")) == {PrefixKey(128, mine)}
+    assert cache.get(PrefixKey(128, mine)) is None
+    assert cache.set_remote(key, remote(300, (mine,), "", writer="taken")) == {PrefixKey(128, mine)}
+    assert not cache.foreign
+
+
+def test_a_report_that_comes_before_its_nodes_block_counts_with_it() -> None:
+    cache, key = with_nodes(), ("ns", "pod")
+    report = remote(300, (pack("10.0.9.3"),), "", writer="taken")
+    cache.set_remote(key, report)
+    assert list(cache.foreign) == [key] and cache.get(PrefixKey(128, report.addrs[0])) is None
+    more = Node("taken", (pack("172.31.3.10"),), (), (ELSEWHERE, Prefix.parse("10.0.9.0/24")))
+    assert cache.known_pods(cache.set_node("taken", more), [(key, report)]) == [(key, report)]
+    cache.set_remote(key, report)
+    found = cache.get(PrefixKey(128, report.addrs[0]))
+    assert found is not None and found.identity == 300 and not cache.foreign
+    # Of a node that nothing is known of yet: as rule 2 says.
+    cache.set_remote(("ns", "early"), remote(300, (pack("10.0.10.3"),), "", writer="new"))
+    assert cache.get(PrefixKey(128, pack("10.0.10.3"))) == Remote(NOBODY, 0, NO_ADDR)
+
+
+def test_a_block_that_changes_hands_takes_its_reports_with_it() -> None:
+    cache, key = with_nodes(), ("ns", "pod")
+    report = remote(300, (VICTIM,), "", writer="other")
+    cache.set_remote(key, report)
+    gone = cache.set_node("other", None)
+    for one, again in cache.known_pods(gone, [(key, report)]):
+        cache.set_remote(one, again)
+    assert not cache.foreign, "its node is gone, by mistake perhaps: it was the last to have the block"
+    changed = cache.set_node("taken", Node("taken", (pack("172.31.3.10"),), (), (ELSEWHERE, BLOCK)))
+    for one, again in cache.known_pods(changed, [(key, report)]):
+        cache.set_remote(one, again)
+    assert cache.get(PrefixKey(128, VICTIM)) is None and cache.foreign == {key: VICTIM}
 
 
 def test_two_reports_of_one_second_give_nobody_the_others_rights() -> None:

@@ -24,7 +24,7 @@ from fimbria.operator.endpoint_slices import (
     withdraw,
 )
 from fimbria.sources.k8s.errors import AlreadyExists, Conflict, NotFound, Unavailable
-from fimbria.sources.k8s.types.cilium import CiliumEndpoint, CiliumEndpointSlice
+from fimbria.sources.k8s.types.cilium import CiliumEndpoint, CiliumEndpointSlice, CiliumNode
 from fimbria.sources.k8s.types.core import Namespace
 from fimbria.tables import ObjectKey
 from fimbria.tables.table import Table
@@ -51,8 +51,9 @@ class Server:
         self.slices: Table[str, Any] = Table("slices")
         self.endpoints: Table[ObjectKey, Reported] = Table("endpoints")
         self.namespaces: Table[str, NamespaceWords] = Table("namespaces")
+        self.nodes: Table[str, CiliumNode] = Table("nodes")
         self.watching = True
-        for table in (self.slices, self.endpoints, self.namespaces):
+        for table in (self.slices, self.endpoints, self.namespaces, self.nodes):
             table.mark_synced()
 
     def put(self, name: str, body: Any) -> CiliumEndpointSlice:
@@ -118,9 +119,9 @@ class Server:
 
 
 @asynccontextmanager
-async def writing(server: Server, nodes: int = 3) -> AsyncIterator[EndpointSliceWriter]:
+async def writing(server: Server) -> AsyncIterator[EndpointSliceWriter]:
     client: Any = server
-    writer = EndpointSliceWriter(client, server.endpoints, server.slices, server.namespaces, lambda: nodes)
+    writer = EndpointSliceWriter(client, server.endpoints, server.slices, server.namespaces, server.nodes)
     task = asyncio.create_task(writer.run())
     try:
         yield writer
@@ -187,7 +188,7 @@ async def test_a_fault_of_ours_ends_the_process() -> None:
     server.trouble = [ValueError("no such thing")]
     server.report("a")
     client: Any = server
-    writer = EndpointSliceWriter(client, server.endpoints, server.slices, server.namespaces, lambda: 1)
+    writer = EndpointSliceWriter(client, server.endpoints, server.slices, server.namespaces, server.nodes)
     with pytest.raises(ValueError, match="no such thing"):
         await asyncio.wait_for(writer.run(), 20)
 
@@ -211,6 +212,61 @@ async def test_withdrawing_begins_with_what_agents_go_by() -> None:
     client: Any = server
     await withdraw(client)
     assert not server.objects and server.requests[0] == ("delete", COVER)
+
+
+def node(name: str, *blocks: str) -> CiliumNode:
+    return msgspec.convert({"metadata": {"name": name}, "spec": {"ipam": {"podCIDRs": blocks}}}, CiliumNode)
+
+
+async def test_a_report_of_another_nodes_address_gets_into_no_slice(caplog: pytest.LogCaptureFixture) -> None:
+    """Whoever has taken over one node can write reports under free names, but only about that node's addresses."""
+    server = Server()
+    server.nodes.upsert("victim", node("victim", "10.0.0.0/24", "fd00::/64"))
+    server.nodes.upsert("taken", node("taken", "10.0.1.0/24", "fd00:1::/64"))
+
+    def report(name: str, writer: str, identity: int = 300) -> None:
+        made = endpoint(name, identity, annotations={"fimbria.io/node": writer})
+        server.endpoints.upsert(("ns", name), reported(made))
+
+    report("lie", "taken")
+    report("true", "victim")
+    server.report("by-hand")
+    async with writing(server) as writer:
+        await until(lambda: COVER in server.objects)
+        assert set(server.held()) == {"true", "by-hand"} and len(writer.origins) == 1
+        ignored = next(m for m in writer.metrics() if m.name == "fimbria_reports_ignored")
+        assert ignored.samples[0].value == 1
+        told = [r.getMessage() for r in caplog.records if "gets into no slice" in r.message]
+        assert told == [
+            "CiliumEndpoint ns/lie gets into no slice: 10.0.0.9 is in no pod block of node taken, whose agent wrote it"
+        ]
+        # One that was true becomes one: others' rights for the same address.
+        report("by-hand", "taken", 301)
+        await until(lambda: set(server.held()) == {"true"})
+        server.endpoints.delete(("ns", "lie"))
+        await until(lambda: len(writer.origins) == 1)
+
+
+async def test_a_report_that_comes_before_its_node_waits_for_it(caplog: pytest.LogCaptureFixture) -> None:
+    server = Server()
+    made = endpoint("a", annotations={"fimbria.io/node": "new"})
+    async with writing(server) as writer:
+        server.endpoints.upsert(("ns", "a"), reported(made))
+        server.nodes.upsert("new", node("new"))  # it asks for its blocks
+        await until(lambda: len(writer.origins) == 1 and COVER in server.objects)
+        assert server.held() == {}
+        server.nodes.upsert("new", node("new", "10.0.0.0/24"))
+        await until(lambda: bool(writer.origins.waiting["new"][("ns", "a")]))
+        server.nodes.upsert("new", node("new", "10.0.0.0/24", "fd00::/64", "no block"))
+        await until(lambda: server.held() == {"a": 300})
+        assert len(writer.origins) == 0 and not writer.origins.waiting
+        # What was let in stays while its node is gone: its pods' reports are removed by who removes them.
+        server.nodes.delete("new")
+        await asyncio.sleep(0.05)
+        assert server.held() == {"a": 300}
+    assert [r.message for r in caplog.records].count(
+        "CiliumEndpoint ns/a gets into no slice: fd00::9 is in no pod block of node new, whose agent wrote it"
+    ) == 1
 
 
 def test_what_is_kept_of_a_report() -> None:
@@ -253,7 +309,7 @@ async def test_a_cancellation_that_comes_with_news_is_heard() -> None:
     for _ in range(200):
         server = Server()
         client: Any = server
-        writer = EndpointSliceWriter(client, server.endpoints, server.slices, server.namespaces, lambda: 1)
+        writer = EndpointSliceWriter(client, server.endpoints, server.slices, server.namespaces, server.nodes)
         task = asyncio.create_task(writer.run())
         await asyncio.sleep(0)
         await asyncio.sleep(0)

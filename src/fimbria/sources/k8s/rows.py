@@ -142,7 +142,17 @@ def remote_endpoint(obj: cilium.CiliumEndpoint) -> RemoteEndpoint | None:
     Raises ValueError for an identity that no pod has: HOST, for one, is allowed everywhere.
     """
     status, created = obj.status, obj.metadata.creation_timestamp or ""
-    return _remote("status.identity.id", status.identity.id, status.networking, status.named_ports, created)
+    return _remote(
+        "status.identity.id", status.identity.id, status.networking, status.named_ports, created,
+        writer=written_by(obj.metadata),
+    )  # fmt: skip
+
+
+def written_by(meta: ObjectMeta) -> str:
+    """The node whose agent wrote a report, "" for one that says nothing of it. The chart's admission policy keeps
+    agents to their own."""
+    name: str = _shared((meta.annotations or {}).get(NODE_ANNOTATION, ""))
+    return name
 
 
 def pod_slice(obj: cilium.CiliumEndpointSlice, known: Mapping[str, RemoteEndpoint]) -> PodSlice:
@@ -171,6 +181,8 @@ def _remote(
     networking: cilium.EndpointNetworking,
     named: Sequence[cilium.NamedPort] | None,
     created: str,
+    *,
+    writer: str = "",
 ) -> RemoteEndpoint | None:
     pairs = networking.addressing or ()
     if len(pairs) > MAX_ADDRESSES:
@@ -187,4 +199,5 @@ def _remote(
         node=_shared(pack(networking.node)),
         named_ports=_shared(ports),
         created=created,
+        writer=writer,
     )
