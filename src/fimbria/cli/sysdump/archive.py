@@ -21,6 +21,8 @@ from fimbria.cli.sysdump import redact
 
 MOST_FILE: Final = 16 << 20  # bytes of one file
 MOST_TOTAL: Final = 1 << 30
+MOST_FILES: Final = 10_000
+MOST_HEADER: Final = 64 << 10
 _NAME: Final = re.compile(r"[A-Za-z0-9_.:@+-]{1,200}(/[A-Za-z0-9_.:@+-]{1,200}){0,8}")
 
 
@@ -168,13 +170,35 @@ def unpack(source: IO[bytes], most: int = MOST_FILE) -> Iterator[tuple[str, byte
     """Files of what a Stream wrote, one at a time. Raises EOFError or OSError, tarfile.TarError or zlib.error where it
     breaks off, ValueError for what no Stream writes.
     """
-    with tarfile.open(fileobj=source, mode="r|gz") as tar:
-        for member in tar:
-            if not member.isreg() or member.size > most + 200 or not good_name(member.name):
+    with _Metered(fileobj=source) as meter, tarfile.open(fileobj=meter, mode="r|") as tar:
+        for n, member in enumerate(tar):
+            plain = member.isreg() and not member.issparse()
+            if n >= MOST_FILES or not plain or member.size > most + 200 or not good_name(member.name):
                 raise ValueError(f"{member.name[:200]!r} can't be in such an archive")
+            meter.allow(member.size)
             file = tar.extractfile(member)
             assert file is not None
             data = file.read()
             if len(data) != member.size:
                 raise EOFError(f"{member.name} breaks off")
             yield member.name, data
+            meter.allow(0)
+
+
+class _Metered(gzip.GzipFile):
+    """Reads what tarfile asks for as long as it is no more than was allowed: by itself it keeps whole headers in
+    memory, and a name or a comment (pax, GNU's long names) may say that it has any number of bytes."""
+
+    _room = MOST_HEADER
+
+    def allow(self, size: int) -> None:
+        """From now on `size` bytes of a file, its padding, and the headers of the next one."""
+        self._room = size + MOST_HEADER
+
+    def read(self, size: int | None = -1) -> bytes:
+        """Raises ValueError, and what gzip raises."""
+        data = super().read(size)
+        self._room -= len(data)
+        if self._room < 0:
+            raise ValueError(f"a header of more than {MOST_HEADER} bytes can't be in such an archive")
+        return data

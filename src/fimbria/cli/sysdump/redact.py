@@ -17,6 +17,7 @@ MAX_LINE: Final = 32 << 10  # characters; a longer line is cut
 _NAMES: Final = (
     r"pass(?:word|wd|phrase|code)|secret|token|api[-_.]?key|access[-_.]?key|private[-_.]?key|client[-_.]?key|"
     r"signing[-_.]?key|encryption[-_.]?key|shared[-_.]?key|credential|authorization|bearer|(?<![\w.-])(?:set-)?cookie\b|psk\b|"
+    r"pwd(?![a-z])|creds?(?![a-z])|(?<![\w-])(?:(?:db|user|admin|root)[-_]?)?(?:pass|pw)(?![\w-])|"
     r"kube-?config|docker-?cfg|dockerconfigjson"
 )
 _WHOLE: Final = (
@@ -39,9 +40,14 @@ _PEM: Final = re.compile(r"-----BEGIN [A-Z0-9 ]{1,64}-----.*?(?:-----END [A-Z0-9
 # Repetitions are bounded: no line of a log, however long, may take quadratic time.
 _PATTERNS: Final = (
     (re.compile(r"LS0tLS1CRUdJTi[A-Za-z0-9+/=_-]*"), REDACTED),  # base64 of a PEM block
-    (re.compile(r"(?<![A-Za-z0-9])eyJ[A-Za-z0-9_-]{8,}+(?:\.[A-Za-z0-9_-]*){2,4}"), REDACTED),  # JWT, RFC 7519
+    (re.compile(r"(?<![A-Za-z0-9])eyJ[A-Za-z0-9_-]{8,}+(?:\.[A-Za-z0-9_-]*){1,4}"), REDACTED),  # JWT, RFC 7519
     (re.compile(r"(authorization[\\\"']*\s*[:=]\s*[\\\"']*)[^\n\"'\\]+", re.IGNORECASE), rf"\1{REDACTED}"),
     (re.compile(r"\b(bearer\s+)[^\s\"'\\]{4,}", re.IGNORECASE), rf"\1{REDACTED}"),
+    # Basic, RFC 7617: base64, which a word of a sentence isn't.
+    (
+        re.compile(r"\b([Bb]asic\s+)(?=[A-Za-z0-9+/]{0,512}(?:[0-9+/=]|[a-z][A-Z]))[A-Za-z0-9+/]{4,}={0,2}"),
+        rf"\1{REDACTED}",
+    ),
     (re.compile(r"(://)[^\s/@\"'\\<>]+@"), rf"\1{REDACTED}@"),
     (re.compile(r"([?&](?:sig|signature|x-amz-[a-z-]+|code|key)=)[^&\s\"'\\]+", re.IGNORECASE), rf"\1{REDACTED}"),
     (
@@ -53,13 +59,29 @@ _PATTERNS: Final = (
         rf"\1{REDACTED}",
     ),
     (re.compile(rf"(--?[\w-]{{0,64}}(?:{_NAMES})[\w-]{{0,64}}[ \t]+)(?![-<])\S+", re.IGNORECASE), rf"\1{REDACTED}"),
-    # Shapes that their issuers made recognisable: AWS, GitHub, GitLab, Slack, Google, and kubeadm's bootstrap tokens.
+    # Said in words: of these names anything that follows, of others what isn't a word.
+    (
+        re.compile(r"\b((?:passwd|pwd|creds?)[ \t]++(?:(?:is|was)[ \t]++)?+)(?![<:=])[^\s\"'\\]+", re.IGNORECASE),
+        rf"\1{REDACTED}",
+    ),
+    (
+        re.compile(
+            r"\b((?:password|passphrase|credentials?)[ \t]++(?:(?:is|was)[ \t]++)?+)(?![<:=])(?=[^\s\"'\\]{0,512}[0-9])"
+            r"[^\s\"'\\]{4,}",
+            re.IGNORECASE,
+        ),
+        rf"\1{REDACTED}",
+    ),
+    # Shapes that their issuers made recognisable: AWS, GitHub, GitLab, Slack, Google, Stripe, npm, Vault, and kubeadm's
+    # bootstrap tokens.
     (re.compile(r"\b(?:AKIA|ASIA)[0-9A-Z]{16}\b"), REDACTED),
     (re.compile(r"\b(?:gh[pousr]_|github_pat_|glpat-|xox[abeoprs]-|AIza|sk-)[A-Za-z0-9_-]{16,}"), REDACTED),
+    (re.compile(r"\b(?:[prs]k_(?:live|test)_|whsec_|npm_|hv[sb]\.)[A-Za-z0-9_-]{8,}"), REDACTED),
     (re.compile(r"\b[a-z0-9]{6}\.[a-z0-9]{16}\b"), REDACTED),
 )  # fmt: skip
 _SUSPICIOUS: Final = re.compile(
     rf"{_NAMES}|-----BEGIN|LS0tLS1CRUdJTi|eyJ|://|[?&][\w-]+=|AKIA|ASIA|gh[pousr]_|github_pat_|glpat-|xox|AIza|sk-|"
+    rf"basic\s|k_live_|k_test_|whsec_|npm_|hv[sb]\.|"
     rf"\b[a-z0-9]{{6}}\.[a-z0-9]{{16}}\b|{_WHOLE}",
     re.IGNORECASE,
 )

@@ -116,6 +116,50 @@ def test_links_and_giants_are_refused() -> None:
         list(unpack(tar_of(giant, b"x" * 5000), most=1000))
 
 
+class Counted(io.BytesIO):
+    """How much of a source was asked for."""
+
+    def __init__(self, data: bytes) -> None:
+        super().__init__(data)
+        self.most = 0
+
+    def read(self, size: int | None = -1, /) -> bytes:
+        self.most = max(self.most, self.tell())
+        return super().read(size)
+
+
+@pytest.mark.parametrize("kind", [tarfile.GNUTYPE_LONGNAME, tarfile.GNUTYPE_LONGLINK, tarfile.XHDTYPE, tarfile.XGLTYPE])
+def test_a_header_without_end_is_not_read_to_its_end(kind: bytes) -> None:
+    """tarfile would hold it in memory whole; compressed it is a thousandth of its size."""
+    header = tarfile.TarInfo("x")
+    header.type, header.size = kind, 1 << 33
+    data = header.tobuf(tarfile.GNU_FORMAT) + os.urandom(4 << 20)
+    source = Counted(gzip.compress(data, 0))
+    with pytest.raises(ValueError, match="a header of more than 65536 bytes"):
+        list(unpack(source))
+    assert source.most < 1 << 20
+
+
+def test_long_names_and_many_files_are_read() -> None:
+    long = "/".join(["n" * 150] * 9)
+    files = [(long, "x" * 100_000), *((f"{long[:-4]}{i}", str(i)) for i in range(300))]
+    assert list(unpack(io.BytesIO(sent(*files)))) == [(name, text.encode()) for name, text in files]
+
+
+def test_files_without_end_are_not_read_to_their_end(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(archive, "MOST_FILES", 10)
+    with pytest.raises(ValueError, match="can't be"):
+        list(unpack(io.BytesIO(sent(*((f"{i}", "") for i in range(11))))))
+
+
+def test_sparse_files_are_refused() -> None:
+    """Their size is what their header says, whatever they hold."""
+    sparse = tarfile.TarInfo("a")
+    sparse.pax_headers = {"GNU.sparse.map": "0,1", "GNU.sparse.size": "1000000"}
+    with pytest.raises(ValueError, match="can't be"):
+        list(unpack(tar_of(sparse)))
+
+
 @given(st.binary(max_size=300), st.booleans())
 def test_anything_may_be_sent(data: bytes, zipped: bool) -> None:
     with suppress(ValueError, OSError, EOFError, tarfile.TarError):

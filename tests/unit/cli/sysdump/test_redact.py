@@ -35,8 +35,31 @@ TEXTS = [
     "  - clientSecret: >-\n      hunter2\n\n      hunter2\n",
     "client-key-data: LS0tLS1CRUdJTihunter2",
     "LS0tLS1CRUdJTiBDRVJUSUhunter2",
+    "pwd=hunter2 x",
+    "connecting as a, PWD: hunter2",
+    '{"dbPwd": "hunter2"}',
+    "MYSQL_PWD=hunter2",
+    "passwd hunter2 refused",
+    "the passwd is hunter2",
+    "passwd='hunter2 hunter2'",
+    "creds=a:hunter2",
+    "creds a:hunter2",
+    "registryCreds: 'a:hunter2'",
+    "cred=hunter2",
+    "db_pass=hunter2 pass=hunter2 pw=hunter2",
+    "password hunter2 is wrong",
+    "authorization Basic hunter2aHVudGVyMg==",
+    '{"Authorization":["Basic hunter2aHVudGVyMg=="]}',
+    '{"Authorization":["Bearer hunter2hunter2"]}',
+    "map[Authorization:[Basic hunter2aHVudGVyMg==] Accept:[*/*]]",
+    "proxy-authorization: Digest username=a, response=hunter2",
+    "-----BEGIN OPENSSH PRIVATE KEY-----\\nhunter2\\n-----END OPENSSH PRIVATE KEY-----",
 ]
-SHAPES = ["AKIA" + "A" * 16, "ghp_" + "b" * 36, "xoxb-" + "1" * 20, "abcdef.0123456789abcdef", "AIza" + "c" * 35, JWT]
+SHAPES = [
+    "sk_live_" + "d" * 24, "rk_test_" + "d" * 24, "whsec_" + "e" * 24, "npm_" + "f" * 36, "hvs.CAES" + "g" * 24,
+    "eyJhbGciOiJub25lIn0.eyJzdWIiOiJhIn0", "ASIA" + "B" * 16,
+    "AKIA" + "A" * 16, "ghp_" + "b" * 36, "xoxb-" + "1" * 20, "abcdef.0123456789abcdef", "AIza" + "c" * 35, JWT,
+]  # fmt: skip
 
 
 @pytest.mark.parametrize("found", TEXTS)
@@ -94,6 +117,11 @@ def test_what_helps_stays() -> None:
     clean = redact.value(kept)
     assert clean["volumes"][0]["secret"]["secretName"] == "tls"
     assert {k: v for k, v in clean.items() if k != "volumes"} == {k: v for k, v in kept.items() if k != "volumes"}
+    for line in (
+        "basic settings of this node", "Basic authentication is off", "12 packets bypass: 3 XDP_PASS=4",
+        "the password is wrong", "compass=3", "credit=4", "password or token", "asks for credentials of user a",
+    ):  # fmt: skip
+        assert redact.text(line) == line
     line = "2026-11-23T15:00:00Z INFO agent: 12 rows of ipcache written in 3.1 ms; mark=0xf1 key_size=24"
     assert redact.text(line) == line
 
@@ -127,7 +155,25 @@ def test_text_is_stable(found: str) -> None:
 
 
 @pytest.mark.parametrize(
-    "piece", ["token", "a", "-", "--token", "eyJ", "://", '"', "\\", "-----BEGIN A-----", "password: |\n"]
+    "piece",
+    [
+        "token",
+        "a",
+        "-",
+        "--token",
+        "eyJ",
+        "://",
+        '"',
+        "\\",
+        "-----BEGIN A-----",
+        "password: |\n",
+        "Basic ",
+        "passwd ",
+        "pwd",
+        "password is ",
+        "sk_live_",
+        "pass=",
+    ],
 )
 def test_no_text_takes_long(piece: str) -> None:
     began = time.process_time()
