@@ -158,6 +158,26 @@ static __always_inline bool sock_is_bound(const struct bpf_sock_addr *ctx, bool 
 	return connecting && sk && sk->src_port;
 }
 
+/* A pod's socket is left to the packet path, too, where a service is for some clients only: most have no address before
+ * they connect, their packets do. */
+static __always_inline bool sock_is_for_packets(const struct bpf_sock_addr *ctx, const struct service_query *q,
+						bool connecting)
+{
+	return q->frontend.flags & FRONTEND_SOURCE_RANGES || sock_is_bound(ctx, connecting);
+}
+
+/* The node's own processes have no packet path. They are taken for the node's address, whatever a socket has for its own:
+ * that may be from an earlier peer. */
+static __always_inline bool sock_admits(const struct service_query *q)
+{
+	addr_t node;
+
+	if (!(q->frontend.flags & FRONTEND_SOURCE_RANGES))
+		return true;
+	node_addr(&node, !addr_is_v4(&q->addr));
+	return !addr_is_unspecified(&node) && service_admits_addr(&q->frontend, &node);
+}
+
 /* Finds the backend to talk to instead of `to`, in q->to. SERVICE_NONE: `to` is no service's, or not for this socket. */
 static __always_inline int sock_forward(struct bpf_sock_addr *ctx, const struct peer *to, bool connecting,
 					struct service_query *q)
@@ -177,9 +197,13 @@ static __always_inline int sock_forward(struct bpf_sock_addr *ctx, const struct 
 	q->proto = ctx->protocol;
 	q->flags = QUERY_INSIDE | QUERY_SOCKET;
 	if (!sock_may_mean_service(q, host) || service_find(q) == SERVICE_NONE || service_exempts(q) ||
-	    (!host && sock_is_bound(ctx, connecting))) {
+	    (!host && sock_is_for_packets(ctx, q, connecting))) {
 		revnat_forget(cookie, to);
 		return SERVICE_NONE;
+	}
+	if (!sock_admits(q)) {
+		bpf_set_retval(-EPERM);
+		return SERVICE_SILENT;
 	}
 	result = sock_select(q, cookie, connecting);
 	if (result == SERVICE_FOUND)

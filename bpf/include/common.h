@@ -51,3 +51,18 @@ static __always_inline void addr_from_v4(addr_t *a, __be32 v4)
 	a->w[2] = bpf_htonl(0xffff);
 	a->w[3] = v4;
 }
+
+/* Word by word: a plain copy would lose `volatile`, and the compiler take the value for the zero in the source. */
+static __always_inline void config_addr(addr_t *to, const volatile addr_t *from)
+{
+	to->w[0] = from->w[0];
+	to->w[1] = from->w[1];
+	to->w[2] = from->w[2];
+	to->w[3] = from->w[3];
+}
+
+static __always_inline bool config_addr_is(const volatile addr_t *setting, const addr_t *a)
+{
+	return setting->w[3] == a->w[3] && setting->w[2] == a->w[2] && setting->w[1] == a->w[1] &&
+	       setting->w[0] == a->w[0];
+}

@@ -15,18 +15,3 @@ const volatile __u64 cfg_trace_interval_ns = 5 * NSEC_PER_SEC;
 
 /* How long an idle established TCP connection is remembered. */
 const volatile __u64 cfg_tcp_established_ns = 8 * 3600 * NSEC_PER_SEC;
-
-/* Word by word: a plain copy would lose `volatile`, and the compiler take the value for the zero in the source. */
-static __always_inline void config_addr(addr_t *to, const volatile addr_t *from)
-{
-	to->w[0] = from->w[0];
-	to->w[1] = from->w[1];
-	to->w[2] = from->w[2];
-	to->w[3] = from->w[3];
-}
-
-static __always_inline bool config_addr_is(const volatile addr_t *setting, const addr_t *a)
-{
-	return setting->w[3] == a->w[3] && setting->w[2] == a->w[2] && setting->w[1] == a->w[1] &&
-	       setting->w[0] == a->w[0];
-}

@@ -4,6 +4,18 @@
 #include "include/packet.h"
 #include "maps/ipcache.h"
 
+/* This node's own, that pods' packets leave with; zero if it has none of the family. */
+const volatile addr_t cfg_node_addr4 = {};
+const volatile addr_t cfg_node_addr6 = {};
+
+static __always_inline void node_addr(addr_t *to, bool v6)
+{
+	if (v6)
+		config_addr(to, &cfg_node_addr6);
+	else
+		config_addr(to, &cfg_node_addr4);
+}
+
 /* NULL: the world. */
 static __always_inline struct remote *ipcache_lookup(const addr_t *addr)
 {

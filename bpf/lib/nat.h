@@ -12,10 +12,7 @@
 
 const volatile bool cfg_masquerade4 = true;
 const volatile bool cfg_masquerade6 = true;
-/* The address that pods' packets leave with. */
-const volatile addr_t cfg_node_addr4 = {};
-const volatile addr_t cfg_node_addr6 = {};
-/* Source ports for it, in host byte order. Outside the node's own ip_local_port_range. */
+/* Source ports for the node's address, in host byte order. Outside the node's own ip_local_port_range. */
 const volatile __u16 cfg_nat_port_min = 61000;
 const volatile __u16 cfg_nat_port_max = 65535;
 
@@ -26,14 +23,6 @@ const volatile __u16 cfg_nat_port_max = 65535;
 static __always_inline bool masquerade_on(const struct packet *p)
 {
 	return is_v6(p) ? cfg_masquerade6 : cfg_masquerade4;
-}
-
-static __always_inline void node_addr(addr_t *to, bool v6)
-{
-	if (v6)
-		config_addr(to, &cfg_node_addr6);
-	else
-		config_addr(to, &cfg_node_addr4);
 }
 
 /* Pods and nodes know the way back to a pod, the world doesn't. A node without a tunnel to it doesn't either, unless

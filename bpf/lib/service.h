@@ -7,7 +7,7 @@
  *
  *	service_find(&q)       SERVICE_NONE: not a service's, or not for this client: the address is meant as it is
  *	service_exempts(&q)    so it is for this client inside
- *	service_admits(&q)     false: not for this client outside, drop without an answer (DROP_SERVICE_SOURCE_RANGE)
+ *	service_admits(&q)     false: not for this client, drop without an answer (DROP_SERVICE_SOURCE_RANGE)
  *	service_choose(&q)     SERVICE_FOUND: to q.to, backend q.backend of q.frontend.service
  *	                       SERVICE_REFUSE: answer with a reset or port unreachable; SERVICE_SILENT: don't answer
  *
@@ -40,7 +40,7 @@ enum service_owner {
 };
 
 enum query_flag {
-	QUERY_INSIDE = 1 << 0, /* a pod or socket of this node; otherwise `client` is outside and checked for that */
+	QUERY_INSIDE = 1 << 0, /* a pod or socket of this node; otherwise `client` is outside */
 	QUERY_SOCKET = 1 << 1, /* `client` is the network namespace's cookie, in its first 8 bytes */
 };
 
@@ -188,14 +188,22 @@ static __always_inline bool service_exempts(const struct service_query *q)
 				 !(q->flags & QUERY_SOCKET));
 }
 
-/* Do the service's source ranges let this client in? After service_find(). */
+/* Do the service's source ranges let this address in? A leaf: those who ask have no stack to spare for the key. */
+__noinline int service_admits_addr(const struct frontend *frontend, const addr_t *client)
+{
+	struct source_key key = {.prefixlen = 32 + 128};
+
+	if (!frontend || !client)
+		return false;
+	key.service = frontend->service;
+	key.addr = *client;
+	return !!bpf_map_lookup_elem(&source_ranges, &key) == !(frontend->flags & FRONTEND_SOURCE_DENY);
+}
+
+/* Is the service for this client? After service_find(); a socket's client isn't an address, see sock_admits(). */
 static __always_inline bool service_admits(const struct service_query *q)
 {
-	struct source_key key = {.prefixlen = 32 + 128, .service = q->frontend.service, .addr = q->client};
-
-	if (q->flags & QUERY_INSIDE || !(q->frontend.flags & FRONTEND_SOURCE_RANGES))
-		return true;
-	return !!bpf_map_lookup_elem(&source_ranges, &key) == !(q->frontend.flags & FRONTEND_SOURCE_DENY);
+	return !(q->frontend.flags & FRONTEND_SOURCE_RANGES) || service_admits_addr(&q->frontend, &q->client);
 }
 
 /* 64 bits into the state: the multiplication carries upwards, the shift brings it back down. */

@@ -140,6 +140,10 @@ __noinline int service_of_packet(struct packet *p, struct endpoint *ep)
 
 	if (found && service_exempts(&q))
 		return 0;
+	if (found && !service_admits(&q)) {
+		p->service = q.frontend.service;
+		return DROP_SERVICE_SOURCE_RANGE;
+	}
 	known = service_known(p, &q, found);
 	/* What was connected to a service that is gone is told so. */
 	if (!found)

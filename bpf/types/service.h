@@ -30,7 +30,7 @@ enum frontend_flag {
 	FRONTEND_HOST_PORT = 1 << 2,     /* a pod's hostPort */
 	FRONTEND_TWO_SCOPES = 1 << 3,    /* clients inside the cluster have a row of their own, under SCOPE_INTERNAL */
 	FRONTEND_AFFINITY = 1 << 4,      /* a client keeps its backend for `affinity_seconds` after its last connection */
-	FRONTEND_SOURCE_RANGES = 1 << 5, /* clients outside must be in source_ranges */
+	FRONTEND_SOURCE_RANGES = 1 << 5, /* clients must be in source_ranges */
 	FRONTEND_SOURCE_DENY = 1 << 6,   /* with SOURCE_RANGES: must not be */
 	FRONTEND_TABLE = 1 << 7,         /* backends come from service_tables, not from slots (Maglev, weights) */
 	FRONTEND_HASH = 1 << 8,          /* with TABLE: indexed by a hash of the connection instead of at random */

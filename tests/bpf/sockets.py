@@ -14,7 +14,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from datapath import DEFAULTS, FRONTEND_FLAG, HOST, NODE, OBJECTS, REMOTE_NODE
+from datapath import DEFAULTS, FRONTEND_FLAG, HOST, NODE, OBJECTS, REMOTE_NODE, Setting
 
 from fimbria.apply.attach import SOCKET_HOOKS
 from fimbria.kernel import netns
@@ -150,7 +150,7 @@ def network() -> Iterator[tuple[int, int]]:
 
 
 @contextlib.contextmanager
-def loaded(**config: int | bool) -> Iterator[tuple[Services, Net]]:
+def loaded(**config: Setting) -> Iterator[tuple[Services, Net]]:
     """All hooks on a cgroup of this process. Constants beyond the node's namespace are the defaults of datapath.py."""
     with contextlib.ExitStack() as stack:
         host, pod = stack.enter_context(network())

@@ -193,9 +193,22 @@ def test_sockets_are_inside(services: Services, net: Net, client: int, family: i
     first, second = ({n: at} for n, at in backends(of).items())
     services.frontend((FRONTEND[family], 80), TCP, 7, first, "TWO_SCOPES")
     services.frontend((FRONTEND[family], 80), TCP, 8, second, "TWO_SCOPES", scope=1)
-    services.frontend((OTHER_FRONTEND[family], 80), TCP, 9, first, "CLUSTER_IP SOURCE_RANGES")
+    services.frontend((OTHER_FRONTEND[family], 80), TCP, 9, first, "CLUSTER_IP")
     assert reached(net, of, (client_address(client, FRONTEND[family]), 80), client, TCP, pod=True) == 2
     assert reached(net, of, (client_address(client, OTHER_FRONTEND[family]), 80), client, TCP, pod=True) == 1
+
+
+@CASES
+@kinds
+@pytest.mark.parametrize("flags", ["", "SOURCE_DENY"], ids=["allow", "deny"])
+def test_a_node_without_an_address_is_in_no_source_range(
+    services: Services, net: Net, client: int, family: int, kind: int, flags: str
+) -> None:
+    """And isn't known not to be in one; see test_socket_ranges.py for others."""
+    of = servers(net, family, kind)
+    services.frontend((FRONTEND[family], 80), kind, 7, backends(of), f"SOURCE_RANGES {flags}")
+    with pytest.raises(PermissionError):
+        net.open(client, kind).connect((client_address(client, FRONTEND[family]), 80))
 
 
 @CASES

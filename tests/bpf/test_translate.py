@@ -9,6 +9,7 @@ from datapath import (
     ENFORCE_INGRESS,
     EVENT_DROP,
     FRONTEND_FLAG,
+    LAYOUT,
     REDIRECT,
     SHOT,
     TCX_NEXT,
@@ -36,10 +37,12 @@ from scapy.layers.l2 import Ether
 from scapy.packet import Packet, Raw
 from test_policy import enforce, rule
 
+from fimbria.kernel.codec import Codec
 from fimbria.model import rows
 
 TCP, UDP, SCTP = 6, 17, 132
 OUT, IN = ENFORCE_EGRESS, ENFORCE_INGRESS
+SOURCE_KEY = Codec(LAYOUT, "source_key", rows.SourceKey)
 
 
 def service(*backends: str, port: int = 8080) -> Prepare:
@@ -179,6 +182,29 @@ def exempt(endpoint: int) -> Prepare:
     return prepare
 
 
+def ranged(name: str, flags: str = "", backend: str = "b") -> Prepare:
+    """`front` is for this one client; `twin` is the same service's, for everybody."""
+
+    def prepare(dp: Datapath, w: Wire) -> None:
+        service(backend)(dp, w)
+        bits = sum(FRONTEND_FLAG[flag] for flag in f"SOURCE_RANGES {flags}".split())
+        for number, proto, port in ((7, TCP, 80), (8, UDP, 53), (9, SCTP, 80)):
+            for front, limits in (("front", bits), ("twin", 0)):
+                dp.put("frontends", rows.FrontendKey(w.packed(front), port, proto), rows.Frontend(number, 1, limits))
+            key = SOURCE_KEY.encode(rows.SourceKey(32 + 128, number, w.packed(name)))
+            dp.maps["source_ranges"].update(key, (1).to_bytes(4, "little"))
+
+    return prepare
+
+
+def limited(dp: Datapath, w: Wire) -> None:
+    """The pod had its connections before the ranges came."""
+    service("b")(dp, w)
+    for _, build in (CALL, ASK):
+        send(dp, "from_pod", build(w))
+    ranged("other")(dp, w)
+
+
 CALL = ("from_pod", lambda w: w.sent("front", syn()))
 ASK = ("from_pod", lambda w: w.sent("front", udp()))
 DIRECT = ("from_pod", lambda w: w.sent("b", udp(dport=8080)))
@@ -293,6 +319,32 @@ RECORDS = [
     Record("an exempt pod sees the address as it is", CALL[1], TCX_NEXT, rows=exempt(A_ID), gives=CALL[1]),
     Record("another one doesn't", CALL[1], REDIRECT, rows=exempt(A_ID + 1),
            gives=lambda w: w.delivered("b", "a", syn(dport=8080))),
+    Record("a pod out of the ranges gets nothing", CALL[1], SHOT, rows=ranged("other"),
+           drop="DROP_SERVICE_SOURCE_RANGE"),
+    Record("nor do its datagrams", ASK[1], SHOT, rows=ranged("other"), drop="DROP_SERVICE_SOURCE_RANGE"),
+    Record("nor its SCTP", lambda w: sctp(w, "front"), SHOT, rows=ranged("other"), drop="DROP_SERVICE_SOURCE_RANGE"),
+    Record("nor its data without a connection", lambda w: w.sent("front", acked()), SHOT, rows=ranged("other"),
+           drop="DROP_SERVICE_SOURCE_RANGE"),
+    Record("nor does it reach itself", CALL[1], SHOT, rows=ranged("other", backend="a"),
+           drop="DROP_SERVICE_SOURCE_RANGE"),
+    Record("one within them is let in", CALL[1], REDIRECT, rows=ranged("a"),
+           gives=lambda w: w.delivered("b", "a", syn(dport=8080))),
+    Record("its datagrams likewise", ASK[1], REDIRECT, rows=ranged("a"),
+           gives=lambda w: w.delivered("b", "a", udp(dport=8080))),
+    Record("and is answered by the service", lambda w: w.routed("b", "a", syn(8080, 40000, "SA")), TCX_NEXT,
+           program="to_pod", rows=ranged("a"), before=[CALL],
+           gives=lambda w: w.routed("front", "a", syn(80, 40000, "SA"))),
+    Record("by datagrams likewise", lambda w: w.routed("b", "a", udp(8080, 40000)), TCX_NEXT, program="to_pod",
+           rows=ranged("a"), before=[ASK], gives=lambda w: w.routed("front", "a", udp(53, 40000))),
+    Record("unless it is whom it is denied to", CALL[1], SHOT, rows=ranged("a", "SOURCE_DENY"),
+           drop="DROP_SERVICE_SOURCE_RANGE"),
+    Record("and then others may", CALL[1], REDIRECT, rows=ranged("other", "SOURCE_DENY"),
+           gives=lambda w: w.delivered("b", "a", syn(dport=8080))),
+    Record("the service's other addresses are for everybody", lambda w: w.sent("twin", syn()), REDIRECT,
+           rows=ranged("other"), gives=lambda w: w.delivered("b", "a", syn(dport=8080))),
+    Record("new ranges end a connection", lambda w: w.sent("front", acked()), SHOT, rows=limited,
+           drop="DROP_SERVICE_SOURCE_RANGE"),
+    Record("and a datagram's", ASK[1], SHOT, rows=limited, drop="DROP_SERVICE_SOURCE_RANGE"),
     Record("an echo to a service's address is no service's", lambda w: w.sent("front", w.echo()), TCX_NEXT,
            rows=service("b"), gives=lambda w: w.sent("front", w.echo())),
 ]  # fmt: skip

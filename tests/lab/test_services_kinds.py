@@ -23,7 +23,7 @@ from balance import (
     wait_answers,
     world_address,
 )
-from traffic import pod, wait_settled
+from traffic import metric, pod, wait_settled
 
 from fimbria.lab.handle import Lab
 
@@ -435,10 +435,54 @@ def test_source_ranges(lab: Lab, name: str, family: int) -> None:
         assert ask(lab, "node/world", proto, *where, count=4, options=("--source", welcome)).ok
         dropped = ask(lab, "node/world", proto, *where, count=1, timeout=400, options=("--source", unwelcome))
         assert dropped.results == ("timeout",), dropped
-        # Neither node ports nor clients inside are restricted.
+        # Node ports aren't restricted.
         by_node = ask(lab, "node/world", proto, node_address(lab, "node3", family), front.node_port(port), count=2)
         assert by_node.ok, by_node
-        assert ask(lab, "client", proto, *where, count=2).ok
+        inside = {c: ask(lab, c, proto, *where, count=1, timeout=400).results for c in ("client", "node/node1")}
+        expected = ("timeout",), ("prohibited",)
+        assert tuple(inside.values()) == (expected if name == "ranged" else (("ok",), ("ok",))), inside
+
+
+def out_of_range(lab: Lab) -> float:
+    return metric(lab, "node1", "fimbria_drop_count_total", reason="SERVICE_SOURCE_RANGE", direction="egress")
+
+
+def fenced(*clients: str) -> str:
+    """A Service whose load balancer's address is for these clients; inside, other endpoints than outside."""
+    ranges = [f"{address}/{128 if ':' in address else 32}" for address in clients]
+    return service("fenced", type="LoadBalancer", externalTrafficPolicy="Local", loadBalancerSourceRanges=ranges)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("proto", PROTOCOLS)
+def test_source_ranges_inside(lab: Lab, proto: str, family: int) -> None:
+    """Pods are held to them by packet, nodes by socket, and both at the load balancer's address alone."""
+    pods = {name: lab.addresses(name) for name in ("client", "client2")}
+    nodes = {name: [node_address(lab, name, f) for f in FAMILIES] for name in ("node1", "node3")}
+    lab.apply(fenced(*pods["client"], *nodes["node1"]))
+    front, port = Front(lab, "fenced"), PROTOCOLS[proto]
+    where, before = (front.balancer(family), port), out_of_range(lab)
+    try:
+        for client in ("client", "node/node1"):
+            wait_answers(lab, client, *where, proto, names=("near", "far"))
+        assert set(ask(lab, "client", proto, *where, count=2).peers) == {pods["client"][family == 6]}
+        for client, result in (("client2", "timeout"), ("node/node3", "prohibited")):
+            assert ask(lab, client, proto, *where, count=1, timeout=400).results == (result,), client
+            assert ask(lab, client, proto, front.cluster_ip(family), port, count=2).ok, client
+        assert ask(lab, "client2", proto, node_address(lab, "node1", family), front.node_port(port), count=2).ok
+        assert out_of_range(lab) > before
+        # Somebody else's turn.
+        lab.apply(fenced(*pods["client2"], *nodes["node3"]))
+        for client in ("client2", "node/node3"):
+            wait_answers(lab, client, *where, proto, names=("near", "far"))
+        for client, result in (("client", "timeout"), ("node/node1", "prohibited")):
+
+            def ended(client: str = client, result: str = result) -> bool:
+                return ask(lab, client, proto, *where, count=1, timeout=400).results == (result,)
+
+            lab.wait(f"{client} is out", ended)
+    finally:
+        lab.delete(fenced())
 
 
 # --- one client port, two Services, one backend --------------------------------------------------------------------

@@ -193,7 +193,7 @@ def service_leads(
             more |= front.TABLE
         if service.affinity_seconds:
             more |= front.AFFINITY
-        hidden = (front.DIRECT_RETURN | front.SOURCE_RANGES | front.SOURCE_DENY) if scope else 0
+        hidden = front.DIRECT_RETURN if scope else 0
         row_flags = (flags | more) & ~hidden
         table = frozenset((b, weighted.get(b, 100)) for b in found) if row_flags & front.TABLE else frozenset()
         yield scope, Lead(

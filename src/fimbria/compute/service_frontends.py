@@ -26,7 +26,7 @@ EXEMPT: Final = 1 << 11
 ADDRESS: Final = 1 << 12
 
 SCOPE_INTERNAL: Final = 1  # enum frontend_scope
-OUTSIDE_ONLY: Final = TWO_SCOPES | SOURCE_RANGES | SOURCE_DENY | DIRECT_RETURN
+OUTSIDE_ONLY: Final = TWO_SCOPES | DIRECT_RETURN
 """Flags that mean nothing in the row of clients inside the cluster."""
 
 UNSPECIFIED: Final = {True: V4_MAPPED + bytes(4), False: bytes(16)}
