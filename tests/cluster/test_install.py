@@ -215,7 +215,7 @@ def test_a_node_without_a_ready_agent_gets_the_taint_again(cluster: Cluster) -> 
 def test_a_bad_value_touches_nothing(cluster: Cluster, value: str, said: str) -> None:
     before = cluster.helm("history", RELEASE, "-n", NAMESPACE, "-o", "json")
     with pytest.raises(BedError, match=said):
-        cluster.helm("upgrade", RELEASE, str(CHART), "-n", NAMESPACE, "--reuse-values", "--set", value)
+        cluster.helm("upgrade", RELEASE, str(CHART), "-n", NAMESPACE, "--reset-then-reuse-values", "--set", value)
     assert cluster.helm("history", RELEASE, "-n", NAMESPACE, "-o", "json") == before
 
 
@@ -271,7 +271,7 @@ def test_from_another_plugin_and_back(make_cluster: Callable[[], Cluster]) -> No
     cluster.kubectl("delete", "pod", "old", "--grace-period=1", "--timeout=60s")
 
     # Gone again, without a trace, and the former plugin in force.
-    cluster.helm("upgrade", RELEASE, str(CHART), "-n", NAMESPACE, "--reuse-values", "--set", "cleanup.enabled=true")
+    cluster.helm("upgrade", RELEASE, str(CHART), "-n", NAMESPACE, "--reset-then-reuse-values", "--set", "cleanup.enabled=true")
     wait_rollout(cluster, "daemonset/fimbria")
     assert configurations(cluster) == {THEIRS}
     links = cluster.node("node1").exec(["ip", "-o", "link"])

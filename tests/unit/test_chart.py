@@ -108,6 +108,15 @@ def test_the_operator_looks_for_the_agents_that_the_chart_makes() -> None:
     assert made.startswith(f"apiVersion: {group}/v1\nkind: {kind}\nmetadata:\n  name: {name}\n")
 
 
+def test_a_container_that_ends_badly_says_why_in_its_status() -> None:
+    """The last lines of its log stand in the pod's status then, also after the log is gone."""
+    for path in TEMPLATES.glob("*.yaml"):
+        images = re.findall(r"^( +)imagePullPolicy: .*\n(.*)$", path.read_text(), re.MULTILINE)
+        assert [after for _, after in images] == [
+            f"{indent}terminationMessagePolicy: FallbackToLogsOnError" for indent, _ in images
+        ], path.name
+
+
 def test_values_are_valid_by_their_own_schema() -> None:
     """Helm says the same; this needs no Helm. Only the outline: unknown names and choices."""
     schema = json.loads((CHART / "values.schema.json").read_text())
