@@ -85,24 +85,30 @@ class Store:
             self._unfinished.unlink()
 
     def fill(self, target: Path, marks: Marks) -> None:
-        """Makes `target` a containerd's root with what is here. Raises BedError."""
+        """Makes `target` a containerd's root with what is here, whole or not at all: one with layers that its database
+        doesn't know can't import any image ("file exists"). Raises BedError."""
         with self._locked(fcntl.LOCK_SH):
             if self._unfinished.exists() or not self.root.exists():
                 return
+            partial = target.with_name(f"{target.name}.partial")
+            shutil.rmtree(partial, ignore_errors=True)
+            partial.parent.mkdir(parents=True, exist_ok=True)
+            self._copy(partial)
+            partial.rename(target)
+            marks.copy(self.marks)  # last: a node without marks only imports again what it has
+
+    def _copy(self, target: Path) -> None:
+        try:
+            processes.run(["cp", "--archive", "--link", str(self.root), str(target)], seconds=IMPORT_SECONDS)
+        except BedError:  # on another file system
             shutil.rmtree(target, ignore_errors=True)
-            target.parent.mkdir(parents=True, exist_ok=True)
-            try:
-                processes.run(["cp", "--archive", "--link", str(self.root), str(target)], seconds=IMPORT_SECONDS)
-            except BedError:  # on another file system
-                shutil.rmtree(target, ignore_errors=True)
-                processes.run(["cp", "--archive", str(self.root), str(target)], seconds=IMPORT_SECONDS)
-            for database in self.root.rglob(_DATABASES):
-                copy = target / database.relative_to(self.root)
-                copy.unlink()
-                shutil.copy2(database, copy)
-            for name in _OF_ONE_DAEMON:
-                shutil.rmtree(target / name, ignore_errors=True)
-            marks.copy(self.marks)
+            processes.run(["cp", "--archive", str(self.root), str(target)], seconds=IMPORT_SECONDS)
+        for database in self.root.rglob(_DATABASES):
+            copy = target / database.relative_to(self.root)
+            copy.unlink()
+            shutil.copy2(database, copy)
+        for name in _OF_ONE_DAEMON:
+            shutil.rmtree(target / name, ignore_errors=True)
 
     @contextmanager
     def _locked(self, how: int) -> Iterator[None]:
