@@ -13,7 +13,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from tests.cluster.bed import cgroups, control, install, network, pki, processes
+from tests.cluster.bed import cgroups, control, inotify, install, network, pki, processes
 from tests.cluster.bed.errors import BedError
 from tests.cluster.bed.handle import COMMAND_SECONDS, Node
 from tests.cluster.bed.images import load, marks, prepare
@@ -48,6 +48,7 @@ class Cluster:
         wanted = [self._host(node_name(number)) for number in range(1, nodes + 1)]
         self._prepare()
         with self.locked():
+            self._check_room(wanted)
             with step("certificates and networks"):
                 pki.ensure(self.layout)
                 for member in ("control", "world"):
@@ -104,6 +105,7 @@ class Cluster:
         number = next(n for n in range(1, 100) if node_name(n) not in self.nodes())
         host = self._host(node_name(number))
         with self.locked():
+            self._check_room([host])
             self._start_host(host, taints, self._stock({}))
             host.start_kubelet()
             self._wait_registered([host])
@@ -236,6 +238,10 @@ class Cluster:
             say(f"from {self.binaries}")
         for folder in (STATE, self.layout.state, DISKS, self.layout.disks, self.layout.logs):
             folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+
+    def _check_room(self, hosts: Sequence[NodeHost]) -> None:
+        control_runs = processes.running(self.layout, "control", control.API) is not None
+        inotify.check(sum(not host.booted for host in hosts), control=not control_runs)
 
     @property
     def _store(self) -> Store:
