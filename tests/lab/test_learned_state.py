@@ -26,7 +26,7 @@ for line in sys.stdin:
     fine = 0
     for _ in range(burst):
         try:
-            with socket.create_connection((address, port), timeout=1) as s:
+            with socket.create_connection((address, port), timeout=3.5) as s:
                 fine += ask(s)
         except OSError:
             pass

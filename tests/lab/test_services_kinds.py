@@ -6,6 +6,7 @@ the outside world.
 
 import json
 from collections.abc import Callable, Iterator
+from functools import partial
 
 import pytest
 from balance import (
@@ -25,6 +26,7 @@ from balance import (
 )
 from traffic import metric, pod, wait_settled
 
+from fimbria.lab import kernel
 from fimbria.lab.handle import Lab
 
 NODES = ("node1", "node2", "node3")
@@ -516,6 +518,8 @@ def test_two_services_with_one_backend_from_one_client_port(
     lab: Lab, client_port: int, proto: str, family: int
 ) -> None:
     one, two, port = Front(lab, "one"), Front(lab, "two"), PROTOCOLS[proto]
+    reserve = {"net/ipv4/ip_local_reserved_ports": f"{client_port}-{client_port + 1}"}  # nobody else's by chance
+    kernel.in_netns(lab.paths.netns("world"), partial(kernel.write_sysctls, reserve))
     for node in ("node1", "node2"):  # the backend is on another node, and on the same one
         host = node_address(lab, node, family)
         script(lab, "node/world", TWINS, proto, client_port, host, one.node_port(port), host, two.node_port(port))

@@ -72,6 +72,9 @@ class Fd:
             self.close()
 
 
+_TEMPORARY = "_new"
+
+
 def pin_fd(fd: int, path: str | os.PathLike[str]) -> None:
     """Pins at `path`, replacing what is pinned there in one step. The directory must exist on a bpffs.
 
@@ -79,7 +82,7 @@ def pin_fd(fd: int, path: str | os.PathLike[str]) -> None:
     """
     target = os.fspath(path)
     # bpffs refuses dots in names, hence the spelling of the temporary one.
-    temp = f"{target}_new{os.getpid()}_{fd}"
+    temp = f"{target}{_TEMPORARY}{os.getpid()}_{fd}"
     with contextlib.suppress(FileNotFoundError):
         os.unlink(temp)
     check(lib.bpf_obj_pin(fd, os.fsencode(temp)), f"pin {target}")
@@ -88,6 +91,11 @@ def pin_fd(fd: int, path: str | os.PathLike[str]) -> None:
     except OSError as e:
         os.unlink(temp)
         raise BpfError(e.errno, f"pin {target}: {e.strerror}") from e
+
+
+def is_pinned_whole(path: Path) -> bool:
+    """False for the name that `pin_fd` uses for a moment."""
+    return _TEMPORARY not in path.name
 
 
 def open_pin(path: str | os.PathLike[str]) -> int:

@@ -10,7 +10,6 @@ from functools import partial
 from ipaddress import ip_address, ip_network
 
 from fimbria.lab import kernel
-from fimbria.lab.errors import LabError
 from fimbria.lab.layout import BALANCER4, BALANCER6, LabSpec, Member, Paths
 
 ROUTER = "fabric"

@@ -20,6 +20,7 @@ import time
 from collections import deque
 from collections.abc import Sequence
 from contextlib import suppress
+from errno import ENOENT
 from pathlib import Path
 from typing import Any, Final
 
@@ -28,6 +29,7 @@ from aiohttp import web
 from fimbria.kernel.bpf import BpfError, Map, RingBuffer
 from fimbria.kernel.btf import Btf
 from fimbria.kernel.codec import Codec
+from fimbria.kernel.fd import is_pinned_whole
 from fimbria.model.rows import Event
 from fimbria.observe.filters import FilterError, build
 from fimbria.observe.flow import DROP, Clock, FlowBuilder
@@ -65,8 +67,14 @@ class Observer:
         """Read events until cancelled; follows the map if an upgraded agent makes a new one."""
         while True:
             path = await self._find_map()
+            try:
+                events = Map.open(path, "events")
+            except BpfError as e:
+                if e.errno != ENOENT:
+                    raise
+                continue  # the agent has just replaced it
             log.info("reading events of %s", path.name)
-            with Map.open(path, "events") as events:
+            with events:
                 await self._read(RingBuffer(events.fd), path)
 
     async def _find_map(self) -> Path:
@@ -78,8 +86,8 @@ class Observer:
 
     def _newest_map(self) -> Path | None:
         with suppress(OSError):
-            found = sorted((self._bpffs / "fimbria" / "maps").glob("events-*"), key=lambda p: p.stat().st_ctime)
-            return found[-1] if found else None
+            pins = filter(is_pinned_whole, (self._bpffs / "fimbria" / "maps").glob("events-*"))
+            return max(pins, key=lambda p: p.stat().st_ctime, default=None)
         return None
 
     async def _read(self, ring: RingBuffer, path: Path) -> None:
