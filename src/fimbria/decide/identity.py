@@ -10,6 +10,8 @@ Rules for a node (`IdentityAllocator`)
 3. A holder marked for collection that is about to be used, or skipped, is unmarked first (`Keep`). If it is gone by
    then, start again at the first probe.
 4. Steps of one walk older than `window` seconds prove nothing any more: start again.
+   No namespace gets more than half of the numbers, by what is known: who may label pods in one can't leave none to the
+   others. That only refuses creations, so it has no part in what follows.
 
 Rules for the operator (`IdentityCollector`)
 5. An identity is marked once it is seen to be unused and displaces nobody: no other identity sits at a later one of its
@@ -33,19 +35,21 @@ An identity that a person deletes is created again by the nodes that use it (`on
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator, Mapping, Set
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping, Set
 from dataclasses import dataclass
 from math import gcd
 from typing import Final
 
 from fimbria.model.identity import MAX_ALLOCATED, MIN_ALLOCATED
-from fimbria.model.labels import Labels
+from fimbria.model.labels import NAMESPACE, Labels
 
 SIZE: Final = MAX_ALLOCATED - MIN_ALLOCATED + 1
+NEARLY: Final = 0.8
 
 
 class IdentitiesExhausted(Exception):
-    """All numbers are held by other labels."""
+    """All numbers, or all that a namespace may have, are held by other labels."""
 
 
 def probe(labels: Labels, size: int = SIZE) -> Iterator[int]:
@@ -99,7 +103,7 @@ class IdentityAllocator:
     Ask `want`, do what it says, report what came of it, and ask again until the answer is `Use`.
     """
 
-    __slots__ = ("_by_labels", "_labels", "_marked", "_size", "_walks", "_window")
+    __slots__ = ("_by_labels", "_in_namespace", "_labels", "_marked", "_size", "_walks", "_window")
 
     def __init__(self, window: float = 60.0, size: int = SIZE) -> None:
         self._window = window
@@ -107,6 +111,7 @@ class IdentityAllocator:
         self._labels: dict[int, Labels] = {}
         self._marked: set[int] = set()
         self._by_labels: dict[Labels, set[int]] = {}
+        self._in_namespace: Counter[str] = Counter()
         self._walks: dict[Labels, _Walk] = {}
 
     def want(self, labels: Labels, now: float) -> Decision:
@@ -116,6 +121,7 @@ class IdentityAllocator:
             self._walks.pop(labels, None)
             number = min(held)
             return Keep(number) if number in self._marked else Use(number)
+        self._check_namespace(labels)
         walk = self._walks.get(labels)
         if walk is None or now - walk.since > self._window:
             walk = self._start(labels, now)
@@ -141,6 +147,8 @@ class IdentityAllocator:
         old = self._labels.get(number)
         if old is not None and old != labels:
             self._forget(number)
+        if old != labels:
+            self._in_namespace[labels.get(NAMESPACE, "")] += 1
         self._labels[number] = labels
         self._by_labels.setdefault(labels, set()).add(number)
         (self._marked.add if marked else self._marked.discard)(number)
@@ -162,6 +170,15 @@ class IdentityAllocator:
     def labels(self, number: int) -> Labels | None:
         return self._labels.get(number)
 
+    def _check_namespace(self, labels: Labels) -> None:
+        namespace = labels.get(NAMESPACE, "")
+        if namespace and self._in_namespace[namespace] >= self._size // 2:
+            self._walks.pop(labels, None)
+            raise IdentitiesExhausted(
+                f"namespace {namespace} has {self._in_namespace[namespace]} identities, and none may have more than "
+                f"half of the {self._size}: its pods have too many different sets of labels"
+            )
+
     def _start(self, labels: Labels, now: float) -> _Walk:
         probes = probe(labels, self._size)
         walk = self._walks[labels] = _Walk(probes, next(probes), now)
@@ -178,6 +195,10 @@ class IdentityAllocator:
 
     def _forget(self, number: int) -> None:
         labels = self._labels.pop(number)
+        namespace = labels.get(NAMESPACE, "")
+        self._in_namespace[namespace] -= 1
+        if not self._in_namespace[namespace]:
+            del self._in_namespace[namespace]
         self._marked.discard(number)
         held = self._by_labels[labels]
         held.discard(number)
@@ -235,3 +256,16 @@ def displacing(existing: Mapping[int, Existing], size: int = SIZE) -> set[int]:
                 break
             blocking.add(earlier)
     return blocking
+
+
+def nearly_exhausted(held: Iterable[Labels], size: int = SIZE) -> str:
+    """Whether most numbers are held, and by whom: a sentence, "" while there is room."""
+    spaces = Counter(labels.get(NAMESPACE, "") for labels in held)
+    used = spaces.total()
+    if used < NEARLY * size:
+        return ""
+    most = ", ".join(f"{name or 'no namespace'} ({count})" for name, count in spaces.most_common(3))
+    return (
+        f"{used * 100 // size} % of the {size} identities are in use, when none is left new pods can't start; "
+        f"most are in {most}: labels that differ from pod to pod should be left out by --label-filter"
+    )

@@ -22,7 +22,7 @@ from typing import Any, Final
 
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 
-from fimbria.decide.identity import Existing, IdentityCollector
+from fimbria.decide.identity import SIZE, Existing, IdentityCollector, nearly_exhausted
 from fimbria.model.labels import Labels
 from fimbria.operator.endpoint_slices import Reported
 from fimbria.sources.k8s import resources, rows
@@ -48,7 +48,8 @@ def existing(obj: CiliumIdentity) -> Existing:
 @dataclass(slots=True)
 class Collector:
     """One pass every `interval` seconds. `current()` says whether what is followed is up to date; `wanted()` are the
-    identities that pods need besides those that CiliumEndpoints name."""
+    identities that pods need besides those that CiliumEndpoints name; `tell(text)` passes on what people should
+    know."""
 
     client: ApiClient
     identities: Table[int, Existing]
@@ -60,6 +61,9 @@ class Collector:
     current: Callable[[], bool]
     wanted: Callable[[], AbstractSet[int]] = frozenset
     clock: Callable[[], float] = time.monotonic
+    tell: Callable[[str], None] = lambda _text: None
+    warning: str = ""
+    """That numbers run out, "" while they don't."""
     deletions: dict[str, int] = field(default_factory=dict)
     passes: int = 0
     put_off: int = 0
@@ -92,8 +96,15 @@ class Collector:
         await self._identities(bucket)
         await self._unowned(bucket)
 
+    def _room(self, known: Iterable[Existing]) -> None:
+        before, self.warning = self.warning, nearly_exhausted(one.labels for one in known)
+        if self.warning and self.warning.partition(" ")[0] != before.partition(" ")[0]:  # a percent more or less
+            log.warning("%s", self.warning)
+            self.tell(self.warning)
+
     async def _identities(self, bucket: TokenBucket) -> None:
         known = dict(self.identities.items())
+        self._room(known.values())
         used = {row.identity for row in self.endpoints.values()} | self.wanted()
         result = self.decide.collect(known, used, self.clock())
         self.marked = sum(one.marked for one in known.values())
@@ -174,6 +185,8 @@ class Collector:
         runs.add_metric(["put_off"], self.put_off)
         yield runs
         yield CounterMetricFamily("fimbria_gc_duration_seconds", "Time spent looking", value=self.seconds)
+        ratio = len(self.identities) / SIZE
+        yield GaugeMetricFamily("fimbria_identities_used_ratio", "Part of the identity numbers that exist", value=ratio)
         yield GaugeMetricFamily("fimbria_identities_unused", "Identities marked as unused", value=self.marked)
 
 

@@ -1,7 +1,8 @@
 """What probes and Prometheus ask the operator: one port for each, or one for both.
 
 /livez, /healthz   200 as long as the event loop answers and leadership isn't overdue
-/readyz            200 once this replica could work at any moment: it leads, or knows who does, and has seen the cluster
+/readyz            200 once this replica could work at any moment: it leads, or knows who does, and has seen the
+                   cluster; the leader also says in it what will go wrong soon
 /metrics           Prometheus text format (docs/operations.md)
 
 None of them depends on the API server being there now: starting the operator again wouldn't bring it back.
@@ -23,13 +24,14 @@ ALIVE: Final = ("/livez", "/healthz")
 
 @dataclass(slots=True)
 class OperatorHealth:
-    """Serves until cancelled. `alive()` and `ready()` say what is wrong, "" for nothing."""
+    """Serves until cancelled. `alive()` and `ready()` say what is wrong, `warning()` what will be, "" for nothing."""
 
     alive: Callable[[], str]
     ready: Callable[[], str]
     metrics: Callable[[], bytes]
     healthz_listen: str
     metrics_listen: str
+    warning: Callable[[], str] = str
     _probes: set[tuple[str, int]] = field(default_factory=set)
     _scrapes: set[tuple[str, int]] = field(default_factory=set)
 
@@ -51,7 +53,7 @@ class OperatorHealth:
         if path in ALIVE and _serves(self._probes, port):
             return _verdict(self.alive())
         if path == "/readyz" and _serves(self._probes, port):
-            return _verdict(self.alive() or self.ready())
+            return _verdict(self.alive() or self.ready(), self.warning())
         if path == "/metrics" and _serves(self._scrapes, port):
             return Reply(200, self.metrics(), PROMETHEUS)
         return Reply(404, b"404 Not Found\n", TEXT)
@@ -61,5 +63,8 @@ def _serves(listening: Iterable[tuple[str, int]], port: int) -> bool:
     return any(port == p for _, p in listening)
 
 
-def _verdict(problem: str) -> Reply:
-    return Reply(503, f"{problem}\n".encode(), TEXT) if problem else Reply(200, b"ok\n", TEXT)
+def _verdict(problem: str, warning: str = "") -> Reply:
+    if problem:
+        return Reply(503, f"{problem}\n".encode(), TEXT)
+    text = f"ok\nwarning: {warning}\n" if warning else "ok\n"
+    return Reply(200, text.encode(), TEXT)

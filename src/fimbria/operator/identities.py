@@ -145,15 +145,18 @@ class IdentityMaker:
             self._missing[labels] = None
 
     async def _make(self, labels: Labels, slots: asyncio.Semaphore) -> None:
-        async with slots:
-            while labels in self._uses:
+        told = ""
+        while labels in self._uses:
+            async with slots:  # not while it waits: one namespace that gets none would keep all others from theirs
                 try:
                     await self.search.number(labels)
                     return
                 except (ApiError, IdentitiesExhausted) as error:
                     self.failures += 1
-                    log.warning("no identity for %s yet: %s", ", ".join(labels.texts()), error)
-                await asyncio.sleep(RETRY)
+                    level = logging.DEBUG if str(error) == told else logging.WARNING
+                    told = str(error)
+                    log.log(level, "no identity for %s yet: %s", ", ".join(labels.texts()), error)
+            await asyncio.sleep(RETRY)
 
     def metrics(self) -> Iterator[Metric]:
         """For the operator's exposition."""

@@ -63,6 +63,7 @@ class Operator:
         self.client = client
         self.election: LeaderElection | None = None
         self.working = False
+        self.collector: Collector | None = None
         self.metrics = OperatorMetrics(lambda: self.working)
         self.events = EventRecorder(client, component="fimbria-operator", host=os.uname().nodename)
         self.words = vocabulary(config)
@@ -79,7 +80,7 @@ class Operator:
         """Until stopped. Raises LeadershipLost, OSError of a port."""
         config = self.config
         health = OperatorHealth(
-            self.alive, self.ready, self.metrics.exposition, config.healthz_listen, config.metrics_listen
+            self.alive, self.ready, self.metrics.exposition, config.healthz_listen, config.metrics_listen, self.warning
         )
         async with asyncio.TaskGroup() as group:
             serving = [group.create_task(health.run()), *(group.create_task(i.run()) for i in self.view.informers)]
@@ -103,6 +104,10 @@ class Operator:
             return self.election.error or "nobody is known to hold the lease yet"
         missing = [i.resource.plural for i in self.metrics.informers if not i.table.synced]
         return f"not seen yet: {', '.join(missing)}" if missing else ""
+
+    def warning(self) -> str:
+        """What will go wrong, "" for nothing."""
+        return self.collector.warning if self.collector is not None and self.working else ""
 
     async def lead(self) -> None:
         """Everything the leader does, until cancelled."""
@@ -140,8 +145,9 @@ class Operator:
         config, view = self.config, self.view
         collector = Collector(
             self.client, view.identities, view.endpoints, nodes, IdentityCollector(config.identity_grace),
-            config.collect_interval, config.collect_rate, view.current,
+            config.collect_interval, config.collect_rate, view.current, tell=self._identities_run_out,
         )  # fmt: skip
+        self.collector = collector
         if view.pods is not None:
             search = IdentitySearch(self.client)
             maker = IdentityMaker(
@@ -189,6 +195,10 @@ class Operator:
         self.metrics.informers.append(informer)
         informer.tell = partial(self._unusable, resource)
         return informer
+
+    def _identities_run_out(self, text: str) -> None:
+        lease = ObjectMeta(namespace=self.config.namespace, name=LEASE)
+        self.events.emit(resources.LEASES, lease, "Warning", "IdentitiesRunOut", text)
 
     def _unusable(self, resource: Resource[Any], meta: ObjectMeta, error: str) -> None:
         """Every agent has it in its log; one of us tells whoever looks at the object."""

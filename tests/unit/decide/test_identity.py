@@ -21,10 +21,11 @@ from fimbria.decide.identity import (
     Keep,
     Use,
     displacing,
+    nearly_exhausted,
     probe,
 )
 from fimbria.model.identity import MAX_ALLOCATED, MIN_ALLOCATED
-from fimbria.model.labels import Labels
+from fimbria.model.labels import NAMESPACE, Labels
 
 
 def app(name: object) -> Labels:
@@ -127,6 +128,40 @@ def test_of_two_numbers_every_node_takes_the_lower() -> None:
     node.on_seen(400, app("web"))
     node.on_seen(300, app("web"))
     assert node.want(app("web"), 0) == Use(300)
+
+
+def of(namespace: str, number: int) -> Labels:
+    return Labels({NAMESPACE: namespace, "k8s:n": str(number)})
+
+
+def test_a_namespace_leaves_half_of_the_numbers_to_the_others() -> None:
+    node, size = IdentityAllocator(size=64), 64
+    for n in range(size // 2):
+        number = next(p for p in probe(of("greedy", n), size) if node.labels(p) is None)
+        node.on_seen(number, of("greedy", n))
+        node.on_seen(number, of("greedy", n))  # again: it counts once
+    with pytest.raises(
+        IdentitiesExhausted, match="namespace greedy has 32 identities, and none may have more than half"
+    ):
+        node.want(of("greedy", 99), 0)
+    assert node.want(of("greedy", 3), 0) == Use(node.number(of("greedy", 3)) or 0), "those that exist go on"
+    assert isinstance(node.want(of("other", 1), 0), Create)
+    assert isinstance(node.want(app("of nobody"), 0), Create)
+    node.on_gone(node.number(of("greedy", 3)) or 0)
+    assert isinstance(node.want(of("greedy", 99), 0), Create)
+    # A number that changes hands counts for who has it.
+    taken = node.number(of("greedy", 4)) or 0
+    node.on_seen(taken, of("other", 7))
+    node.on_seen(400, of("greedy", 98))
+    node.on_gone(taken)
+    assert node._in_namespace == {"greedy": 31}
+
+
+def test_a_space_that_fills_up_is_said_with_who_fills_it() -> None:
+    held = [of("greedy", n) for n in range(70)] + [of("b", n) for n in range(9)]
+    assert nearly_exhausted(held, 100) == ""
+    text = nearly_exhausted([*held, app("host")], 100)
+    assert text.startswith("80 % of the 100 identities are in use") and "greedy (70), b (9), no namespace (1)" in text
 
 
 def test_exhausted_space_is_said() -> None:

@@ -1,11 +1,14 @@
 """What is removed, and what isn't although it looks unused."""
 
+from functools import partial
 from typing import Any
 
 import msgspec
+import pytest
 
-from fimbria.decide.identity import Existing, IdentityCollector
+from fimbria.decide.identity import SIZE, Existing, IdentityCollector, nearly_exhausted
 from fimbria.model.labels import Labels
+from fimbria.operator import collect
 from fimbria.operator.collect import Collector
 from fimbria.operator.endpoint_slices import Reported
 from fimbria.sources.k8s.errors import NotFound
@@ -67,6 +70,31 @@ class World:
         for self.now in times:
             await self.collector.collect()
         return self.server.deleted
+
+
+async def test_numbers_that_run_out_are_told_once_for_each_percent(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(collect, "nearly_exhausted", partial(nearly_exhausted, size=100))
+    world, told = World(), list[str]()
+    world.collector.tell = told.append
+    for number in range(300, 379):
+        world.server.identity(number)
+    world.wanted.update(range(300, 400))
+    await world.passes(0)
+    assert not told and world.collector.warning == ""
+    world.server.identity(379)
+    await world.passes(1, 2, 3)
+    world.server.identity(380)
+    await world.passes(4, 5)
+    assert [t[:4] for t in told] == ["80 %", "81 %"] and world.collector.warning == told[-1]
+    assert [r.getMessage() for r in caplog.records if r.levelname == "WARNING"] == told
+    (ratio,) = [m for m in world.collector.metrics() if m.name == "fimbria_identities_used_ratio"]
+    assert ratio.samples[0].value == pytest.approx(81 / SIZE)
+    for number in (379, 380):
+        world.server.identities.delete(number)
+    await world.passes(6)
+    assert world.collector.warning == ""
 
 
 async def test_identities_go_after_the_grace_and_used_ones_stay() -> None:

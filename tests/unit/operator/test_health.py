@@ -16,7 +16,7 @@ def free_port() -> int:
 
 class Replica:
     def __init__(self) -> None:
-        self.alive, self.ready = "", "nobody is known to hold the lease yet"
+        self.alive, self.ready, self.warning = "", "nobody is known to hold the lease yet", ""
         self.probes, self.scrapes = free_port(), free_port()
 
 
@@ -24,7 +24,7 @@ class Replica:
 async def serving(replica: Replica) -> AsyncIterator[None]:
     health = OperatorHealth(
         lambda: replica.alive, lambda: replica.ready, lambda: b"fimbria_operator_leading 1.0\n",
-        f"127.0.0.1:{replica.probes}", f"127.0.0.1:{replica.scrapes}",
+        f"127.0.0.1:{replica.probes}", f"127.0.0.1:{replica.scrapes}", lambda: replica.warning,
     )  # fmt: skip
     task = asyncio.create_task(health.run())
     try:
@@ -53,7 +53,9 @@ async def test_probes_and_metrics() -> None:
         assert await ask(replica.probes, "/livez") == (200, "ok\n")
         assert await ask(replica.probes, "/readyz") == (503, "nobody is known to hold the lease yet\n")
         replica.ready = ""
-        assert (await ask(replica.probes, "/readyz"))[0] == 200
+        assert await ask(replica.probes, "/readyz") == (200, "ok\n")
+        replica.warning = "80 % are in use"
+        assert await ask(replica.probes, "/readyz") == (200, "ok\nwarning: 80 % are in use\n")
         replica.alive = "the lease is overdue"
         assert [(await ask(replica.probes, p))[0] for p in ("/livez", "/healthz", "/readyz")] == [503, 503, 503]
         assert await ask(replica.scrapes, "/metrics") == (200, "fimbria_operator_leading 1.0\n")

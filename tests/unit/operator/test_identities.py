@@ -6,11 +6,12 @@ from contextlib import asynccontextmanager
 from typing import Any
 
 import msgspec
+import pytest
 
-from fimbria.decide.identity import Existing, IdentityAllocator
-from fimbria.model.labels import LabelFilter, Labels
+from fimbria.decide.identity import Existing, IdentitiesExhausted, IdentityAllocator
+from fimbria.model.labels import NAMESPACE, LabelFilter, Labels
 from fimbria.operator.endpoint_slices import NamespaceWords
-from fimbria.operator.identities import IdentityMaker, PodWords, SlimPod, pod_words
+from fimbria.operator.identities import WORKERS, IdentityMaker, PodWords, SlimPod, pod_words
 from fimbria.sources.k8s.errors import Unavailable
 from fimbria.tables.table import Table
 
@@ -89,6 +90,32 @@ async def test_one_for_each_set_of_relevant_labels(monkeypatch: Any) -> None:
         world.pods.delete(("ns", "b"))
         await asyncio.sleep(0.02)
         assert world.maker.wanted() == set()
+
+
+async def test_a_namespace_that_gets_none_keeps_no_other_waiting(
+    monkeypatch: Any, caplog: pytest.LogCaptureFixture
+) -> None:
+    """More of its labels wait than there are workers; each is said once."""
+    world = World()
+    really = world.search.number
+
+    async def number(labels: Labels) -> int:
+        if labels[NAMESPACE] == "greedy":
+            raise IdentitiesExhausted("namespace greedy has enough")
+        return await really(labels)
+
+    monkeypatch.setattr(world.search, "number", number)
+    async with making(world, monkeypatch):
+        for namespace in ("greedy", "ns"):
+            world.namespaces.upsert(namespace, NamespaceWords({}, False))
+        for n in range(2 * WORKERS):
+            world.pod(str(n), "greedy", app=str(n))
+        await asyncio.sleep(0.02)
+        world.pod("a", app="web")
+        await asyncio.sleep(0.1)
+        assert world.made() == [{"k8s:app": "web", "k8s:io.kubernetes.pod.namespace": "ns"}]
+    said = [r for r in caplog.records if r.levelname == "WARNING" and "has enough" in r.getMessage()]
+    assert len(said) == 2 * WORKERS
 
 
 async def test_what_is_deleted_or_marked_while_pods_have_it_is_made_again(monkeypatch: Any) -> None:
