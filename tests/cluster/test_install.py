@@ -153,6 +153,34 @@ def test_an_agent_reports_pods_of_its_node_only(cluster: Cluster, as_agent: Call
             assert "created" in as_agent("create", "-f", "-", stdin=json.dumps(made | mark))
 
 
+@pytest.mark.usefixtures("reported_everywhere")
+def test_an_agent_is_believed_about_addresses_of_its_node_only(cluster: Cluster, as_agent: Callable[..., str]) -> None:
+    """What the API server can't refuse: a new report, rightly marked, that gives another node's pod an identity."""
+    address = cluster.get("pod", "reported-node2")["status"]["podIP"]
+    status = {
+        "identity": {"id": 299, "labels": ["k8s:forged=yes"]},
+        "networking": {"addressing": [{"ipv4": address}], "node": "10.99.0.11"},
+    }
+    meta = {"name": "lie", "namespace": "default", "annotations": {NODE_ANNOTATION: "node1"}}
+    lie = {"apiVersion": "cilium.io/v2", "kind": "CiliumEndpoint", "metadata": meta, "status": status}
+    said = f"CiliumEndpoint default/lie is ignored: {address} is in no pod block of node node1"
+    try:
+        assert "created" in as_agent("create", "-f", "-", stdin=json.dumps(lie))
+        cluster.kubectl("create", "-f", "-", stdin=json.dumps(lie))
+        for pod in agents(cluster):
+            name = pod["metadata"]["name"]
+
+            def told(name: str = name) -> bool:
+                return said in cluster.kubectl("-n", NAMESPACE, "logs", name, "-c", "agent", "--tail=200")
+
+            processes.wait(f"{name} says so", told, 20, lambda: "")
+            words = ("exec", name, "-c", "agent", "--", "fimbria", "ipcache", "get", address)
+            known = cluster.kubectl("-n", NAMESPACE, *words)
+            assert "299" not in known.split() and "reported-node2" in known, known
+    finally:
+        cluster.kubectl("delete", "ciliumendpoint", "lie", "--ignore-not-found")
+
+
 @pytest.fixture
 def reported_everywhere(cluster: Cluster) -> Iterator[None]:
     """A pod on each node."""
@@ -163,7 +191,8 @@ def reported_everywhere(cluster: Cluster) -> Iterator[None]:
             cluster.kubectl("wait", "--for=create", f"ciliumendpoint/reported-{node}", "--timeout=30s")
         yield
     finally:
-        cluster.kubectl("delete", "pod", *(f"reported-{n}" for n in nodes), "--ignore-not-found", "--wait=false")
+        gone = ("--ignore-not-found", "--grace-period=1", "--timeout=60s")
+        cluster.kubectl("delete", "pod", *(f"reported-{n}" for n in nodes), *gone)
 
 
 # --- taint and values -------------------------------------------------------------------------------------------------
@@ -271,7 +300,9 @@ def test_from_another_plugin_and_back(make_cluster: Callable[[], Cluster]) -> No
     cluster.kubectl("delete", "pod", "old", "--grace-period=1", "--timeout=60s")
 
     # Gone again, without a trace, and the former plugin in force.
-    cluster.helm("upgrade", RELEASE, str(CHART), "-n", NAMESPACE, "--reset-then-reuse-values", "--set", "cleanup.enabled=true")
+    cluster.helm(
+        "upgrade", RELEASE, str(CHART), "-n", NAMESPACE, "--reset-then-reuse-values", "--set", "cleanup.enabled=true"
+    )
     wait_rollout(cluster, "daemonset/fimbria")
     assert configurations(cluster) == {THEIRS}
     links = cluster.node("node1").exec(["ip", "-o", "link"])
