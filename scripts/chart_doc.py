@@ -34,14 +34,16 @@ HEAD: Final = """\
 definitions. [Installation](installation.md) leads through it. `helm` checks values before anything is touched: an
 unknown name or a value out of range is refused. Names are those of Cilium's chart where the meaning is the same.
 
-No image is published yet: `deploy/Dockerfile` builds it (its first lines say how), and it has to be where nodes can fetch it.
+No image is published yet: `deploy/Dockerfile` builds it (its first lines say how), and it has to be where nodes can
+fetch it.
 
 ```console
-$ helm install --namespace kube-system --set k8sServiceHost=192.0.2.10 --set image.repository=REGISTRY/fimbria fimbria ./deploy/fimbria
+$ helm install --namespace kube-system --set k8sServiceHost=192.0.2.10 \\
+    --set image.repository=REGISTRY/fimbria fimbria ./deploy/fimbria
 ```
 
-Upgrades keep your values by `--reset-then-reuse-values`. `--reuse-values` would also keep the former chart's defaults, so that values
-that are new in this one are missing.
+Upgrades keep your values by `--reset-then-reuse-values`. `--reuse-values` would also keep the former chart's defaults,
+so that values that are new in this one are missing.
 
 Settings without a value of their own go into `extraConfig` (agents) and `operator.extraConfig`, by their names in
 [settings](settings.md) without the dashes; they are checked as well:
