@@ -43,7 +43,7 @@ log = logging.getLogger(__name__)
 WORKERS: Final = 8
 RETRY: Final = 1.0
 RETRY_MAX: Final = 30.0
-MOVES: Final = 5  # tries (31 s) after which a report of another node is in the way
+MOVES: Final = 5  # tries (16 to 31 s) after which a report of another node is in the way
 
 
 @dataclass(slots=True)
