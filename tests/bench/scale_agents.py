@@ -12,7 +12,7 @@ from functools import partial
 from typing import Any, Final, TypeVar
 
 from tests.bench.bigserver import core_pod
-from tests.bench.cluster_data import NAMESPACES, node_addresses
+from tests.bench.cluster_data import NAMESPACES, block, node_addresses
 
 from fimbria.agent.identities import Identities
 from fimbria.agent.publisher import Publisher
@@ -58,7 +58,7 @@ class SimAgent:
 
     async def run(self) -> None:
         """Until cancelled."""
-        publisher = Publisher(self.client, self.tables, f"n{self.node}", (pack(node_addresses(self.node)[0]),))
+        publisher = Publisher(self.client, self.tables, f"far{self.node}", (pack(node_addresses(self.node)[0]),))
         async with asyncio.TaskGroup() as group:
             group.create_task(self.identities.run())
             group.create_task(publisher.run())
@@ -133,7 +133,9 @@ class Fleet:
             pod = {k: body[k] for k in ("metadata", "spec")}
             with suppress(AlreadyExists):  # a busy server may have made it without saying so
                 await insist(partial(self.client.create, resources.PODS, pod, namespace))
-            await insist(partial(agent.add, namespace, name, f"10.127.{at >> 8}.{at & 255}"))
+            # above those that the node's pods have from the beginning, in its own block: others' count for nothing
+            address = f"{block(agent.node)[0]}{200 + at // len(self.agents)}"
+            await insist(partial(agent.add, namespace, name, address))
 
         await asyncio.gather(*(one(at, name) for at, name in enumerate(names)))
         return created
