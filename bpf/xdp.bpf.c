@@ -95,7 +95,7 @@ __noinline int from_server(struct xdp_md *ctx, struct packet *p, __u32 outer)
 	if (!p)
 		return XDP_PASS;
 	nat_key_of(&back, &p->t, DIRECTION_INGRESS);
-	struct nat_entry *found = bpf_map_lookup_elem(&nat, &back);
+	struct nat_entry *found = nat_find(&back);
 
 	if (!found)
 		return NOT_AWAITED;

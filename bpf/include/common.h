@@ -15,6 +15,9 @@
 /* Verdict for "the next program, or the stack": the same number for tcx (TCX_NEXT) and for clsact filters. */
 #define VERDICT_NEXT TC_ACT_UNSPEC
 
+/* Places in conntrack_other and nat_other: two former versions, one of which never got to run everywhere, and today's. */
+#define OTHER_TABLES 3
+
 #define NSEC_PER_SEC 1000000000ULL
 
 /* Good to a tick, which is all that time-outs need, at a fraction of the price. */

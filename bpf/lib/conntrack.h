@@ -27,11 +27,34 @@ static __always_inline void ct_key_of(struct ct_key *key, const struct tuple *t,
 	key->pad = 0;
 }
 
+/* Programs of another version may run at other devices, with another table: what those know of a living connection becomes
+ * an entry of our own, from where on each version goes by its own. Returns whether there is one now. */
+static __noinline bool ct_adopt(const struct ct_key *key, __u32 endpoint)
+{
+	for (__u32 i = 0; i < OTHER_TABLES; i++) {
+		__u32 place = i;
+		void *table = bpf_map_lookup_elem(&conntrack_other, &place);
+
+		if (!table)
+			return false;
+		const struct ct_entry *e = bpf_map_lookup_elem(table, key);
+
+		if (e && e->endpoint == endpoint && e->expires > coarse_now()) {
+			/* Another CPU may be first. */
+			bpf_map_update_elem(&conntrack, key, e, BPF_NOEXIST);
+			return true;
+		}
+	}
+	return false;
+}
+
 /* Expired entries and those of a former owner of the address are misses. */
 static __always_inline struct ct_entry *ct_lookup(const struct ct_key *key, __u32 endpoint, __u64 now)
 {
 	struct ct_entry *e = bpf_map_lookup_elem(&conntrack, key);
 
+	if (!e && ct_adopt(key, endpoint))
+		e = bpf_map_lookup_elem(&conntrack, key);
 	return e && e->endpoint == endpoint && e->expires > now ? e : NULL;
 }
 

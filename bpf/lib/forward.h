@@ -3,10 +3,10 @@
 #pragma once
 #include "include/config.h"
 #include "lib/conntrack.h"
+#include "lib/nat_table.h"
 #include "lib/rewrite.h"
 #include "lib/trace.h"
 #include "maps/endpoint.h"
-#include "maps/nat.h"
 
 static __always_inline struct endpoint *local_endpoint(const addr_t *addr, ifindex_t *ifindex)
 {
@@ -87,7 +87,7 @@ static __always_inline bool bound_client(const struct packet *p, struct end *cli
 	back.proto = t->proto;
 	back.direction = DIRECTION_INGRESS;
 	back.pad = 0;
-	const struct nat_entry *e = bpf_map_lookup_elem(&nat, &back);
+	const struct nat_entry *e = nat_find(&back);
 
 	if (!e)
 		return false;

@@ -6,9 +6,9 @@
 #include "lib/conntrack.h"
 #include "lib/encap.h"
 #include "lib/identity.h"
+#include "lib/nat_table.h"
 #include "lib/rewrite.h"
 #include "lib/route.h"
-#include "maps/nat.h"
 
 const volatile bool cfg_masquerade4 = true;
 const volatile bool cfg_masquerade6 = true;
@@ -67,11 +67,8 @@ static __always_inline void nat_touch(struct nat_entry *e, __u64 now)
 }
 
 /* Is the way back still this connection's? An LRU map may have forgotten it, and somebody else have taken the port. */
-static __always_inline bool nat_back_is_ours(const struct nat_key *back, const struct nat_key *out, bool service,
-					     __u64 now)
+static __always_inline bool nat_back_is_ours(struct nat_entry *found, const struct nat_key *out, bool service, __u64 now)
 {
-	struct nat_entry *found = bpf_map_lookup_elem(&nat, back);
-
 	if (!found || found->port != out->sport || !addr_equal(&found->addr, &out->saddr) ||
 	    service != !!(found->flags & NAT_SERVICE))
 		return false;
@@ -81,11 +78,13 @@ static __always_inline bool nat_back_is_ours(const struct nat_key *back, const s
 	return true;
 }
 
-/* Creating the ingress row is what reserves a port. It may still be this connection's, with only the other row forgotten. */
+/* Creating the ingress row is what reserves a port. It may still be this connection's, with only the other row forgotten.
+ * What another version's table says is taken is taken here as well, but for what both take within a microsecond. */
 static __always_inline bool nat_take(const struct nat_key *back, const struct nat_key *out, const struct nat_entry *e)
 {
+	nat_adopt(back);
 	return !bpf_map_update_elem(&nat, back, e, BPF_NOEXIST) ||
-	       nat_back_is_ours(back, out, e->flags & NAT_SERVICE, e->used);
+	       nat_back_is_ours(bpf_map_lookup_elem(&nat, back), out, e->flags & NAT_SERVICE, e->used);
 }
 
 /* Takes the first free port of up to NAT_PROBES. `back` lacks the port. A client that keeps its address needs another port
@@ -124,13 +123,13 @@ __noinline int nat_bind(struct packet *p)
 		out.daddr = p->frontend.addr;
 		out.dport = p->frontend.port;
 	}
-	struct nat_entry *found = bpf_map_lookup_elem(&nat, &out);
+	struct nat_entry *found = nat_find(&out);
 
 	if (found && !addr_equal(&found->addr, &p->source.addr))
 		found = NULL;
 	p->source.port = found ? found->port : 0;
 	nat_back_key(&back, out.proto, &p->backend, &p->source);
-	if (found && nat_back_is_ours(&back, &out, p->service, e.used)) {
+	if (found && nat_back_is_ours(nat_find(&back), &out, p->service, e.used)) {
 		nat_touch(found, e.used);
 		return 0;
 	}
@@ -184,7 +183,7 @@ __noinline int masquerade_error(struct __sk_buff *skb, struct packet *p)
 		.proto = p->inner.proto,
 		.direction = DIRECTION_EGRESS,
 	};
-	struct nat_entry *found = bpf_map_lookup_elem(&nat, &out);
+	struct nat_entry *found = nat_find(&out);
 	struct end node = {};
 
 	/* Nothing of it was translated: neither is this. */
@@ -242,7 +241,7 @@ static __always_inline struct nat_entry *nat_came_back(const struct packet *p)
 
 	if (!(p->flags & PACKET_ERROR)) {
 		nat_key_of(&back, &p->t, DIRECTION_INGRESS);
-		return bpf_map_lookup_elem(&nat, &back);
+		return nat_find(&back);
 	}
 	back.saddr = t->daddr;
 	back.daddr = t->saddr;
@@ -251,7 +250,7 @@ static __always_inline struct nat_entry *nat_came_back(const struct packet *p)
 	back.proto = t->proto;
 	back.direction = DIRECTION_INGRESS;
 	back.pad = 0;
-	return bpf_map_lookup_elem(&nat, &back);
+	return nat_find(&back);
 }
 
 /* A packet for our address: is it for somebody behind it? Then it is rewritten. One that also has to get a service's

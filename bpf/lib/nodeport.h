@@ -349,7 +349,7 @@ __noinline int nodeport_error(struct __sk_buff *skb, struct packet *p)
 	out.sport = p->inner.dport;
 	out.dport = p->inner.sport;
 	out.proto = p->inner.proto;
-	const struct nat_entry *e = bpf_map_lookup_elem(&nat, &out);
+	const struct nat_entry *e = nat_find(&out);
 
 	if (e && (p->flags & PACKET_BOUND || !addr_equal(&e->addr, &out.saddr))) {
 		client.addr = e->addr;

@@ -182,7 +182,7 @@ static __always_inline bool bound_port(const struct tuple *inner, struct end *cl
 	out.sport = inner->dport;
 	out.dport = inner->sport;
 	out.proto = inner->proto;
-	const struct nat_entry *e = bpf_map_lookup_elem(&nat, &out);
+	const struct nat_entry *e = nat_find(&out);
 
 	if (!e)
 		return false;

@@ -113,8 +113,11 @@ class Datapath:
     """All objects of one node, loaded with shared maps."""
 
     def __init__(self, config: Mapping[str, Setting] = {}, objects: tuple[str, ...] = ("pod", "overlay", "host"),
-                 sizes: Mapping[str, int] = {}) -> None:  # fmt: skip
-        self.maps: dict[str, Map] = {}
+                 sizes: Mapping[str, int] = {}, beside: Datapath | None = None) -> None:  # fmt: skip
+        """`beside`: another version on the same node, which has tables of its own for what it learns."""
+        own = ("conntrack", "nat")
+        self.maps: dict[str, Map] = {n: m for n, m in beside.maps.items() if n not in own} if beside else {}
+        self._shared = set(self.maps)
         self.programs: dict[str, Program] = {}
         self._ring: RingBuffer | None = None
         for name in objects:
@@ -132,8 +135,19 @@ class Datapath:
     def close(self) -> None:
         if self._ring:
             self._ring.close()
-        for thing in (*self.programs.values(), *self.maps.values()):
+        own = (m for n, m in self.maps.items() if n not in self._shared)
+        for thing in (*self.programs.values(), *own):
             thing.close()
+
+    def look_into(self, *tables: Datapath) -> None:
+        """Programs look for connections that their own table doesn't have in these as well."""
+        for name in ("conntrack", "nat"):
+            others = self.maps[f"{name}_other"]
+            for place in range(others.max_entries):
+                if place < len(tables):
+                    others.update(struct.pack("=I", place), struct.pack("=i", tables[place].maps[name].fd))
+                elif others.lookup(struct.pack("=I", place)):
+                    others.delete(struct.pack("=I", place))
 
     def key(self, name: str, key: Any) -> bytes:
         if name in KEY:
@@ -193,9 +207,9 @@ class Datapath:
         return sum(VALUE["metrics"].decode(v).packets for v in m.split_percpu(slot))
 
     def clear(self) -> None:
-        """Empties every map but the metrics."""
+        """Empties every map but the metrics, and what other versions share."""
         for name, m in self.maps.items():
-            if name in ("metrics", "events", "runtime", "node_serves", "errors_sent"):
+            if name in ("metrics", "events", "runtime", "node_serves", "errors_sent") or name.endswith("_other"):
                 continue
             keys, _ = m.dump()
             m.delete_batch(keys, len(keys) // m.key_size)

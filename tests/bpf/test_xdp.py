@@ -571,3 +571,26 @@ def test_metrics(native: Datapath, uplink: Uplink, family: int) -> None:
     before = native.metric(0, 0)
     run(native, uplink, call()(w))
     assert native.metric(0, 0) == before + 1
+
+
+@pytest.mark.parametrize("family", [4, 6])
+def test_what_only_another_version_knows(native: Datapath, uplink: Uplink, family: int) -> None:
+    """Its programs run at other devices, with tables of their own: the service's choice and the binding are found."""
+    w = Wire(family)
+    former = Datapath(NATIVE, ("host", "xdp"), {"conntrack": 1024, "nat": 512}, beside=native)
+    try:
+        native.clear()
+        base_rows(native)
+        nodeport("c")(native, w)
+        assert run(former, uplink, call()(w))[0] == XDP_TX
+        native.put("backends", 750, rows.Backend(w.packed("other"), 8080, 6))
+        native.put("service_slots", rows.SlotKey(7, 0), 750)
+        assert run(native, uplink, answer(w)) == (XDP_PASS, bytes(answer(w))), "an answer to nobody"
+        native.look_into(former, native)
+        assert run(native, uplink, answer(w)) == (XDP_TX, bytes(left(w, "node", "world", syn(TCP_PORT, CLIENT, "SA"))))
+        more = run(native, uplink, came(w, "world", "node", data(CLIENT, TCP_PORT)))
+        assert more == (XDP_TX, bytes(left(w, "node", "c", data(BOUND, 8080))))
+        assert learned(native) == learned(former)
+    finally:
+        native.look_into()
+        former.close()

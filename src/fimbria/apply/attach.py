@@ -5,7 +5,7 @@ Nothing is ever removed by handle or name alone.
 
 A program that replaces one of a former version is swapped in one step, and only when the loop says "swap": by then all
 maps are filled. Learned maps of the former version are carried over just before and, for what was learned meanwhile,
-just after.
+just after; connections later, since programs look for them in the former version's tables as well.
 """
 
 from __future__ import annotations

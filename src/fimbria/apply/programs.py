@@ -3,9 +3,10 @@
 How a restarted agent knows what is ours: everything lies under `<bpffs>/fimbria`. A map's pin name carries a hash of
 its layout, and its size: a changed map is a new one next to the old one. Derived maps are filled anew; learned ones
 (LEARNED) are carried over from the former map if only the size differs, and started empty with a log line if the layout
-does. A program's pin folder carries a hash of the object, its constants and the maps it uses: when all are the same the
-pinned programs are taken as they are, without verification. Pins of former versions go after the new programs are
-attached everywhere (`sweep`).
+does. Until that is done, programs of either version find in the other's table what their own lacks (SHARED). A
+program's pin folder carries a hash of the object, its constants and the maps it uses: when all are the same the pinned
+programs are taken as they are, without verification. Pins of former versions go after the new programs are attached
+everywhere (`sweep`).
 """
 
 from __future__ import annotations
@@ -13,16 +14,21 @@ from __future__ import annotations
 import hashlib
 import logging
 import shutil
+import struct
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Final
 
 from fimbria.kernel.bpf import BpfObject, Map, MapError, MapSpec, Program, array_map, prog_info
+from fimbria.kernel.grace import GracePeriod
+from fimbria.kernel.sweep import copy_missing
 
 log = logging.getLogger(__name__)
 OBJECTS: Final = ("pod", "host", "overlay", "socket")
 LEARNED: Final = ("conntrack", "nat", "affinity", "sock_revnat", "sock_choices")
+# Learned tables -> the array of tables in which programs look for what their own doesn't have.
+SHARED: Final = {"conntrack": "conntrack_other", "nat": "nat_other"}
 Constant = int | bool | bytes
 
 
@@ -52,6 +58,7 @@ class Datapath:
         self.program_ids: dict[int, str] = {}
         self.map_ids: set[int] = set()
         self.former: dict[str, list[Map]] = {}
+        self._shared: set[str] = set()
         self._live: dict[Path, Program] = {}
 
     @property
@@ -77,13 +84,19 @@ class Datapath:
         self.programs = programs
         self.program_ids = {prog_info(p.fd).id: n for n, p in programs.items()}
         self._look_around()
+        self._share()
 
     def carry_over(self) -> None:
-        """Copy what former maps learned and today's don't know; learned rows of today are younger and stay."""
-        for name in LEARNED:
+        """Copy what former maps learned and today's don't know, before and after programs are swapped; learned rows of
+        today are younger and stay. What programs find in former maps waits for `sweep`: a row that is copied early
+        hides what the connection's next packets still change in the former map."""
+        self._carry_over(n for n in LEARNED if n not in self._shared)
+
+    def _carry_over(self, names: Iterable[str]) -> None:
+        for name in names:
             for old in self.former.get(name, ()):
                 try:
-                    _copy_missing(old, self.maps[name])
+                    copy_missing(old, self.maps[name])
                 except MapError as error:
                     log.warning("connections of a former version are lost: %s", error)
 
@@ -100,6 +113,14 @@ class Datapath:
 
     def sweep(self) -> None:
         """Remove pins of former versions. Only after every link runs today's programs."""
+        if any(self.former.get(name) for name in LEARNED):
+            # A program of the former version may have been in the middle of its work when it was replaced.
+            grace = GracePeriod()
+            grace.wait()
+            grace.close()
+            self._carry_over(LEARNED)
+        self.former = {}
+        self._share()
         maps = {self._map_path(n, m.info.layout) for n, m in self.maps.items()}
         for path in (self._root / "maps").iterdir():
             if path not in maps:
@@ -109,7 +130,6 @@ class Datapath:
         for path in (self._root / "progs").iterdir():
             if path not in folders:
                 shutil.rmtree(path)
-        self.former = {}
         self.map_ids = {m.info.id for m in self.maps.values()}
 
     def _folders(self) -> None:
@@ -138,6 +158,24 @@ class Datapath:
                 self.former.setdefault(name, []).append(old)
             elif name in LEARNED:
                 log.warning("map %s has another layout than before: what it learned can't be carried over", name)
+        for maps in self.former.values():
+            maps.sort(key=lambda m: m.info.id, reverse=True)
+
+    def _share(self) -> None:
+        """Let programs of all versions find what only another one has learned, in the newest former map first; without
+        former maps there is nothing to find. What an agent left that died in between is set right as well."""
+        self._shared = set()
+        for name, places in SHARED.items():
+            if places not in self.maps:
+                continue
+            array, former = self.maps[places], self.former.get(name, ())
+            wanted = [*former[: array.max_entries - 1], self.maps[name]] if former else []
+            try:
+                for place in range(array.max_entries):
+                    _set_place(array, place, wanted[place] if place < len(wanted) else None)
+                self._shared.add(name)
+            except MapError as error:
+                log.warning("connections may be lost while programs are replaced: %s", error)
 
     def _load_object(self, name: str, constants: Mapping[str, Constant]) -> dict[str, Program]:
         source = (self._objects / f"{name}.bpf.o").read_bytes()
@@ -202,7 +240,12 @@ class Datapath:
         return programs
 
 
-def _copy_missing(old: Map, new: Map) -> None:
-    have = {key for key, _ in new.items()}
-    rows = [(k, v) for k, v in old.items() if k not in have]
-    new.update_batch(b"".join(k for k, _ in rows), b"".join(v for _, v in rows), len(rows))
+def _set_place(array: Map, place: int, wanted: Map | None) -> None:
+    # Each change waits until no program is left that saw the place as it was: 10 ms.
+    key = struct.pack("=I", place)
+    found = array.lookup(key)
+    if found != (struct.pack("=I", wanted.info.id) if wanted else None):
+        if wanted:
+            array.update(key, struct.pack("=i", wanted.fd))
+        else:
+            array.delete(key)

@@ -94,6 +94,7 @@ struct fim_groups {
 };
 void fim_keep_expired(struct fim_rows *rows, const struct fim_groups *groups);
 void fim_keep_numbers(struct fim_rows *rows, uint32_t offset, const uint32_t *numbers, uint32_t count);
+int fim_add(int fd, const struct fim_rows *rows);
 int fim_take(int fd, const struct fim_rows *rows, char *value, uint32_t *renewed);
 struct fim_nat {
     int ct_fd;
