@@ -10,13 +10,13 @@ struct {
 	__type(value, struct ct_entry);
 } conntrack SEC(".maps");
 
-/* The kernel doesn't compare max_entries of an inner hash with this template's. */
+/* The kernel doesn't compare max_entries of an inner hash with this template's. Types, not sizes: to
+ * Linux 6.1 a map with type information is no equal of a template without. */
 struct conntrack_table {
 	__uint(type, BPF_MAP_TYPE_LRU_HASH);
 	__uint(max_entries, 1);
-	/* Sizes, not types: clang leaves types that only an inner map names incomplete. */
-	__uint(key_size, sizeof(struct ct_key));
-	__uint(value_size, sizeof(struct ct_entry));
+	__type(key, struct ct_key);
+	__type(value, struct ct_entry);
 };
 
 /* While programs of two versions run, each with a table of its own size: those tables, from the first place on. Else empty.

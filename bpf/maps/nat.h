@@ -13,8 +13,8 @@ struct {
 struct nat_table {
 	__uint(type, BPF_MAP_TYPE_LRU_HASH);
 	__uint(max_entries, 1);
-	__uint(key_size, sizeof(struct nat_key));
-	__uint(value_size, sizeof(struct nat_entry));
+	__type(key, struct nat_key);
+	__type(value, struct nat_entry);
 };
 
 /* As conntrack_other (maps/conntrack.h). */
