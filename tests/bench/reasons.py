@@ -23,6 +23,7 @@ REASONS: Final[Sequence[tuple[str, str, str]]] = (
     ("services", r"XDP", "a veth device copies each packet for a native XDP program; hardware doesn't"),
     ("services", r"by packet", "each packet is translated, there and back"),
     ("ipvs", r"", "BPF programs cost more where the processor is emulated: their code is translated twice"),
+    ("scale", r"API side: memory", "an agent that follows slices also remembers who is in which"),
     ("programming", r"time", "Python: reading the lists, computing and encoding the rows; system calls take 5% of it"),
 )  # fmt: skip
 

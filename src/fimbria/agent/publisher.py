@@ -52,6 +52,7 @@ class _Trouble:
 
     why: str = ""
     pause: Backoff = field(default_factory=lambda: Backoff(RETRY, RETRY_MAX))
+    holder: str = ""  # the node whose report was in the way
 
 
 @dataclass(slots=True)
@@ -149,6 +150,8 @@ class Publisher:
         trouble = self._troubles.setdefault(key, _Trouble())
         if error.namespace_ends:
             log.debug("namespace %s ends, and with it the report of pod %s", *key)
+        elif not holder and trouble.holder:
+            log.debug("the report of node %s for pod %s/%s has just gone", trouble.holder, *key)
         elif holder and trouble.pause.attempts < MOVES:
             level = logging.DEBUG if trouble.pause.attempts else logging.INFO
             log.log(level, "pod %s/%s was on node %s; it is reported once that node's report is gone", *key, holder)
@@ -156,6 +159,7 @@ class Publisher:
             trouble.why = error.message
             log.warning("CiliumEndpoint %s/%s is not up to date: %s", *key, error)
             self._tell(key, "NotReported", f"other nodes may not know this pod: {error}")
+        trouble.holder = holder
         asyncio.get_running_loop().call_later(trouble.pause.next(), self._note, [key])
 
     def _tell(self, key: ObjectKey, reason: str, message: str) -> None:
