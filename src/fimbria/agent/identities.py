@@ -1,7 +1,8 @@
 """Gives this node's pods their identities: allocates numbers, or waits until the operator did (--identity-allocation).
 
-A running pod whose labels changed gets a number that was there before at once. A new one waits `SETTLE` seconds until
-the other nodes know it: they drop packets of identities that they don't know (docs/design/policy.md).
+A running pod whose labels changed gets a number that was there for a while at once. A new one, whoever made it, waits
+until it is `SETTLE` seconds old and the other nodes know it: they drop packets of identities that they don't know
+(docs/design/policy.md).
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ import logging
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from itertools import takewhile
 from typing import Final
 
 from fimbria.decide.identity import IdentitiesExhausted
@@ -45,6 +47,8 @@ class Identities:
     _waiting: dict[Labels, asyncio.Event] = field(default_factory=dict)
     _wanted: dict[int, Labels] = field(default_factory=dict)
     _tasks: set[asyncio.Task[None]] = field(default_factory=set)
+    _young: dict[int, float] = field(default_factory=dict)
+    """When numbers appeared that other nodes may not know yet, oldest first."""
 
     def __post_init__(self) -> None:
         self._search = IdentitySearch(self.client, spread=lambda: spread(len(self.tables.nodes)))
@@ -85,8 +89,7 @@ class Identities:
             known = self._search.allocator.number(labels) is not None
             try:
                 number = await self._number(labels)
-                if not known:
-                    await asyncio.sleep(SETTLE)
+                await asyncio.sleep(self._left(number) if known else SETTLE)
             except (ApiError, IdentitiesExhausted) as error:
                 log.warning("endpoint %s keeps its old identity for now: %s", endpoint_id, error)
                 await asyncio.sleep(pause)
@@ -111,9 +114,21 @@ class Identities:
                 raise Unavailable("wait for the CiliumIdentity", 0, text=text) from None
         return number
 
+    def _left(self, number: int) -> float:
+        """How long other nodes may not know it yet, seconds."""
+        return max(0.0, self._young.get(number, -SETTLE) + SETTLE - time.monotonic())
+
+    def _appeared(self, number: int) -> None:
+        now = time.monotonic()
+        for old in list(takewhile(lambda n: self._young[n] + SETTLE < now, self._young)):
+            del self._young[old]
+        self._young.setdefault(number, now)
+
     def _seen(self, number: int) -> None:
         row = self.tables.identities.get(number)
         if row is not None:
+            if self.tables.identities.synced:
+                self._appeared(number)
             there = Labels(row.labels)
             self._search.allocator.on_seen(number, there, row.marked)
             if (waiting := self._waiting.pop(there, None)) is not None:

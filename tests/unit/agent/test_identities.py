@@ -55,3 +55,27 @@ async def test_without_the_right_to_allocate_it_waits_for_the_operator() -> None
     with pytest.raises(Unavailable, match=r"the operator has not made it within 0.05 s.*k8s:app=never"):
         await made.identify({"k8s:app": "never"})
     following.cancel()
+
+
+async def test_a_number_that_another_node_has_just_made_waits_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The third nodes, and the maker's own programs, may not know it yet."""
+    monkeypatch.setattr(identities, "SETTLE", 0.2)
+    tables, changed = Tables(), []
+    client: Any = None
+    made = Identities(client, tables, DEFAULT_FILTER, on_changed=lambda _endpoint, i: changed.append(i.number))
+    following = asyncio.create_task(made.run())
+    tables.endpoint_identities.upsert(7, EndpointIdentity(300, {"k8s:app": "old"}))
+    tables.identities.mark_synced()
+    tables.identities.upsert(301, ClusterIdentity({"k8s:app": "new"}))
+    await asyncio.sleep(0.02)
+    made.labels_changed(7, {"k8s:app": "new"})
+    await asyncio.sleep(0.1)
+    assert changed == []
+    await asyncio.sleep(0.2)
+    assert changed == [301]
+    made.labels_changed(7, {"k8s:app": "new"})
+    tables.endpoint_identities.upsert(7, EndpointIdentity(300, {"k8s:app": "old"}))
+    made.labels_changed(7, {"k8s:app": "new"})
+    await asyncio.sleep(0.02)
+    assert changed == [301, 301], "it is known by now"
+    following.cancel()
