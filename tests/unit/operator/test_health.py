@@ -8,16 +8,23 @@ from contextlib import asynccontextmanager
 from fimbria.operator.health import OperatorHealth
 
 
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
-
-
 class Replica:
     def __init__(self) -> None:
         self.alive, self.ready, self.warning = "", "nobody is known to hold the lease yet", ""
-        self.probes, self.scrapes = free_port(), free_port()
+        self._kept: list[socket.socket] = []
+        self.probes, self.scrapes = self.free_port(), self.free_port()
+
+    def free_port(self) -> int:
+        """Nobody else's meanwhile: a socket stays bound to it, which is in no listener's way that shares addresses."""
+        keeper = socket.socket()
+        keeper.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        keeper.bind(("127.0.0.1", 0))
+        self._kept.append(keeper)
+        return int(keeper.getsockname()[1])
+
+    def close(self) -> None:
+        for keeper in self._kept:
+            keeper.close()
 
 
 @asynccontextmanager
@@ -32,15 +39,17 @@ async def serving(replica: Replica) -> AsyncIterator[None]:
     finally:
         task.cancel()
         await asyncio.gather(task, return_exceptions=True)
+        replica.close()
 
 
 async def ask(port: int, path: str) -> tuple[int, str]:
-    for _ in range(50):
-        try:
-            reader, writer = await asyncio.open_connection("127.0.0.1", port)
-            break
-        except OSError:
-            await asyncio.sleep(0.01)
+    async with asyncio.timeout(30):
+        while True:
+            try:
+                reader, writer = await asyncio.open_connection("127.0.0.1", port)
+                break
+            except OSError:
+                await asyncio.sleep(0.01)
     writer.write(f"GET {path} HTTP/1.1\r\nHost: x\r\n\r\n".encode())
     head, _, body = (await reader.read()).partition(b"\r\n\r\n")
     writer.close()

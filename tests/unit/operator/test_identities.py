@@ -1,7 +1,7 @@
 """Which identities the operator makes for which pods."""
 
 import asyncio
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from typing import Any
 
@@ -68,6 +68,13 @@ async def making(world: World, monkeypatch: Any) -> AsyncIterator[None]:
         await asyncio.gather(task, return_exceptions=True)
 
 
+async def until(check: Callable[[], bool]) -> None:
+    async with asyncio.timeout(10):
+        while not check():  # noqa: ASYNC110 - what is waited for has no event
+            await asyncio.sleep(0.005)
+    await asyncio.sleep(0.02)  # what shouldn't follow has its chance
+
+
 async def test_one_for_each_set_of_relevant_labels(monkeypatch: Any) -> None:
     world = World()
     async with making(world, monkeypatch):
@@ -76,19 +83,19 @@ async def test_one_for_each_set_of_relevant_labels(monkeypatch: Any) -> None:
         await asyncio.sleep(0.02)
         assert world.made() == [], "nothing is known of the namespace yet"
         world.namespaces.upsert("ns", NamespaceWords({}, False))
-        await asyncio.sleep(0.05)
+        await until(lambda: bool(world.made()))
         assert world.made() == [{"k8s:app": "web", "k8s:io.kubernetes.pod.namespace": "ns"}]
         assert len(world.search.asked) == 2, "a failure is tried again, success isn't"
         assert world.maker.wanted() == {300}
         world.namespaces.upsert("ns", NamespaceWords({"team": "red"}, False))
-        await asyncio.sleep(0.05)
+        await until(lambda: len(world.made()) > 1)
         assert len(world.made()) == 2 and world.maker.wanted() == {301}
         world.namespaces.upsert("ns", NamespaceWords({"team": "red"}, True))
         await asyncio.sleep(0.02)
         assert len(world.search.asked) == 4, "a namespace's priority is no label"
         world.pods.delete(("ns", "a"))
         world.pods.delete(("ns", "b"))
-        await asyncio.sleep(0.02)
+        await until(lambda: not world.maker.wanted())
         assert world.maker.wanted() == set()
 
 
@@ -112,7 +119,7 @@ async def test_a_namespace_that_gets_none_keeps_no_other_waiting(
             world.pod(str(n), "greedy", app=str(n))
         await asyncio.sleep(0.02)
         world.pod("a", app="web")
-        await asyncio.sleep(0.1)
+        await until(lambda: bool(world.made()))
         assert world.made() == [{"k8s:app": "web", "k8s:io.kubernetes.pod.namespace": "ns"}]
     said = [r for r in caplog.records if r.levelname == "WARNING" and "has enough" in r.getMessage()]
     assert len(said) == 2 * WORKERS
@@ -123,14 +130,14 @@ async def test_what_is_deleted_or_marked_while_pods_have_it_is_made_again(monkey
     async with making(world, monkeypatch):
         world.namespaces.upsert("ns", NamespaceWords({}, False))
         world.pod("a", app="web")
-        await asyncio.sleep(0.05)
+        await until(lambda: bool(world.made()))
         asked = len(world.search.asked)
         world.identities.delete(300)
-        await asyncio.sleep(0.02)
+        await until(lambda: bool(world.made()))
         assert len(world.search.asked) == asked + 1 and len(world.identities) == 1
         (number,) = world.identities
         world.identities.upsert(number, Existing(world.identities[number].labels, True, "9"))
-        await asyncio.sleep(0.02)
+        await until(lambda: len(world.search.asked) > asked + 1)
         assert len(world.search.asked) == asked + 2
 
 

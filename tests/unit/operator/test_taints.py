@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Callable
 from typing import Any
 
 import msgspec
@@ -145,6 +146,12 @@ class Server:
         self.statuses += 1
 
 
+async def until(check: Callable[[], bool]) -> None:
+    async with asyncio.timeout(10):
+        while not check():  # noqa: ASYNC110 - what is waited for has no event
+            await asyncio.sleep(0.01)
+
+
 async def test_a_node_from_its_first_moment_on(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("fimbria.operator.taints.RETRY", 0.01)
     nodes: Table[str, NodeState] = Table("nodes")
@@ -162,7 +169,7 @@ async def test_a_node_from_its_first_moment_on(monkeypatch: pytest.MonkeyPatch) 
 
     server.refuse = 2  # somebody else wrote the Node
     pods.upsert(("kube-system", "p"), AgentPod("a", True))
-    await asyncio.sleep(0.2)
+    await until(lambda: server.patches > 0)
     assert server.patches == 1 and [t.key for t in server.found.spec.taints or ()] == ["x"]
     nodes.upsert("a", node_state(server.found))
 
@@ -171,7 +178,7 @@ async def test_a_node_from_its_first_moment_on(monkeypatch: pytest.MonkeyPatch) 
     assert server.patches == 1
     now += GRACE
     pods.upsert(("kube-system", "q"), AgentPod("a", False))
-    await asyncio.sleep(0.05)
+    await until(lambda: server.patches > 1)
     assert server.patches == 2 and [t.key for t in server.found.spec.taints or ()] == ["x", KEY]
     task.cancel()
     await asyncio.gather(task, return_exceptions=True)

@@ -6,18 +6,19 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from contextlib import ExitStack
 from pathlib import Path
 
 import pytest
 
 from fimbria.cli.connectivity import objects, prober
 
-PORTS = {"http": 28080, "tcp": 28081, "udp": 28082}
 LOCAL = ("127.0.0.1", "::1")
+NOBODYS = 1  # a port that nobody has; a free one of those the kernel gives away might be given to who asks
 
 
-def free() -> int:
-    with socket.socket() as sock:
+def free(kind: socket.SocketKind) -> int:
+    with socket.socket(type=kind) as sock:
         sock.bind(("127.0.0.1", 0))
         return int(sock.getsockname()[1])
 
@@ -25,16 +26,27 @@ def free() -> int:
 @pytest.fixture(scope="module")
 def server() -> Iterator[dict[str, int]]:
     """As its pod runs it: the text of the program, not the module."""
-    ports = {kind: free() for kind in PORTS}
+    with ExitStack() as stack:
+        # bound until it listens itself, which it may beside those that share addresses
+        held = [stack.enter_context(socket.socket()) for _ in range(2)]
+        for one in held:
+            one.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            one.bind(("127.0.0.1", 0))
+        http, tcp = (int(one.getsockname()[1]) for one in held)
+        yield from _serving({"http": http, "tcp": tcp, "udp": free(socket.SOCK_DGRAM)})
+
+
+def _serving(ports: dict[str, int]) -> Iterator[dict[str, int]]:
     settings = json.dumps({"name": "near"} | {kind: [port] for kind, port in ports.items()})
     process = subprocess.Popen([sys.executable, "-c", objects.prober(), "serve", settings])
-    deadline = time.monotonic() + 20
-    while prober.once({"op": "connect", "host": "127.0.0.1", "port": ports["http"]}) != "ok":
-        assert time.monotonic() < deadline and process.poll() is None
-        time.sleep(0.05)
+    deadline = time.monotonic() + 60
+    for kind, port in ports.items():
+        while prober.once({"op": kind, "host": "127.0.0.1", "port": port, "want": []}) != "ok":
+            assert time.monotonic() < deadline and process.poll() is None
+            time.sleep(0.05)
     yield ports
     process.terminate()
-    assert process.wait(5) == 0, "it ends at once when it is told to"
+    assert process.wait(30) == 0, "it ends at once when it is told to"
 
 
 @pytest.mark.parametrize("host", LOCAL)
@@ -54,8 +66,8 @@ def test_who_answers_counts(server: dict[str, int]) -> None:
 
 
 def test_nobody_there() -> None:
-    assert prober.once({"op": "tcp", "host": "127.0.0.1", "port": free()}) == "refused"
-    assert prober.once({"op": "udp", "host": "127.0.0.1", "port": free()}) == "refused"
+    assert prober.once({"op": "tcp", "host": "127.0.0.1", "port": NOBODYS}) == "refused"
+    assert prober.once({"op": "udp", "host": "127.0.0.1", "port": NOBODYS}) == "refused"
 
 
 def test_names() -> None:
@@ -92,7 +104,7 @@ def test_the_message_has_room_for_many_failures() -> None:
 def test_a_client_as_its_pod_runs_it(server: dict[str, int]) -> None:
     tries = [
         {"op": "http", "host": "127.0.0.1", "port": server["http"], "want": ["near"], "allowed": True},
-        {"op": "tcp", "host": "127.0.0.1", "port": free(), "allowed": False},
+        {"op": "tcp", "host": "127.0.0.1", "port": NOBODYS, "allowed": False},
     ]
     command = [sys.executable, "-c", objects.prober(), "try", json.dumps(tries)]
     done = subprocess.run(command, capture_output=True, text=True, timeout=30, check=False)

@@ -78,9 +78,8 @@ def test_an_agent_that_hangs_costs_its_patience_once(
 ) -> None:
     monkeypatch.setattr("fimbria.cli.local.TIMEOUT", 0.3)
     agent.answers["status"] = lambda: time.sleep(1.0) or {}
-    began = time.monotonic()
     found = collect(run_dir)
-    assert time.monotonic() - began < 5
+    assert [path for path, _ in agent.asked] == ["/v1/status"], "who has hung once isn't asked again"
     errors = json.loads(found["errors.json"])
     assert "hangs" in errors["status.json"]
     assert "hangs" in errors["plan.json"]

@@ -145,7 +145,7 @@ class Pauses:
         await asyncio.sleep(0)
 
 
-async def until(condition: Callable[[], bool], seconds: float = 5.0) -> None:
+async def until(condition: Callable[[], bool], seconds: float = 30.0) -> None:
     """Wait for something that other tasks bring about; fails loudly instead of hanging."""
     async with asyncio.timeout(seconds):
         while not condition():  # noqa: ASYNC110  # any state of any task may be waited for

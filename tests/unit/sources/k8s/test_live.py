@@ -38,7 +38,7 @@ class Server:
         command += ["--listen", self._listen, "--kubeconfig-out", str(self.kubeconfig)]
         with (self.folder / "log").open("ab") as log:
             self._process = subprocess.Popen(command, stdout=log, stderr=log, stdin=subprocess.DEVNULL)
-        deadline = time.monotonic() + 20
+        deadline = time.monotonic() + 60
         while not self.kubeconfig.exists():
             if self._process.poll() is not None or time.monotonic() > deadline:
                 raise RuntimeError(f"the server didn't start:\n{(self.folder / 'log').read_text()[-2000:]}")
@@ -65,7 +65,7 @@ def server(tmp_path: Path) -> Iterator[Server]:
 @pytest.fixture
 async def client(server: Server) -> AsyncIterator[ApiClient]:
     made = ApiClient(config.from_kubeconfig(server.kubeconfig), component="test", rate=1000, burst=1000)
-    async with asyncio.timeout(10), made:
+    async with asyncio.timeout(30), made:
         while True:  # the kubeconfig may be there before the socket
             try:
                 await made.create(NAMESPACES, {"metadata": {"name": "team"}})
