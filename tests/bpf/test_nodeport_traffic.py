@@ -57,6 +57,17 @@ def net(request: pytest.FixtureRequest) -> Iterator[Outside]:
         yield Outside(built, client)
 
 
+@pytest.fixture(autouse=True)
+def _no_former_connections(net: Outside) -> Iterator[None]:
+    """The kernel may give a client a port that an earlier test's had, whose connection to another backend is known."""
+    yield
+    for node in net.nodes:
+        for table in (node.dp.maps[name] for name in ("conntrack", "nat")):
+            keys, _ = table.dump()
+            if keys:
+                table.delete_batch(keys, len(keys) // table.key_size)
+
+
 @dataclass(frozen=True)
 class Server:
     """Where a backend listens, and what it sees of clients that node 1 calls for."""

@@ -90,8 +90,11 @@ def test_an_unknown_command_fails(place: Path) -> None:
 
 
 def test_a_command_that_takes_too_long_is_told_so(place: Path) -> None:
-    with pytest.raises(machine.GuestTimeout, match="still running after 3 s") as caught:
-        machine.run("6.12", ["sh", "-c", "echo begun; sleep 1000"], timeout=3)
+    for seconds in (3, 60):  # a loaded machine may need more than three to begin
+        with pytest.raises(machine.GuestTimeout, match=f"still running after {seconds} s") as caught:
+            machine.run("6.12", ["sh", "-c", "echo begun; sleep 1000"], timeout=seconds)
+        if caught.value.output:
+            break
     assert caught.value.output == "begun\n"
 
 
