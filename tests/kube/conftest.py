@@ -34,13 +34,14 @@ MERGE, STRATEGIC, JSON_PATCH, APPLY = (
 
 
 def load(name: str) -> ModuleType:
-    """A module of this folder (tests are no package here)."""
-    spec = importlib.util.spec_from_file_location(f"fimbria_kube_{name}", HERE / f"{name}.py")
-    assert spec and spec.loader
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module
-    spec.loader.exec_module(module)
-    return module
+    """A module of this folder (tests are no package here), the same one each time."""
+    known = f"fimbria_kube_{name}"
+    if known not in sys.modules:
+        spec = importlib.util.spec_from_file_location(known, HERE / f"{name}.py")
+        assert spec and spec.loader
+        sys.modules[known] = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(sys.modules[known])
+    return sys.modules[known]
 
 
 @dataclass
@@ -52,7 +53,7 @@ class Answer:
 
 @dataclass
 class Watcher:
-    """An open watch. ``next`` returns one event and fails after five seconds of silence."""
+    """An open watch. ``next`` returns one event and fails after half a minute of silence."""
 
     connection: http.client.HTTPSConnection
     response: http.client.HTTPResponse
@@ -139,7 +140,7 @@ class Client:
         return answer.body
 
     def watch(self, path: str, **query: Any) -> Watcher:
-        connection = self.connect(timeout=5)
+        connection = self.connect(timeout=30)
         query = {"watch": "1"} | query
         accept = query.pop("accept", "application/json")
         headers = {"Authorization": f"Bearer {self.token}", "Accept": accept}
@@ -150,7 +151,7 @@ class Client:
         self.watchers.append(watcher)
         return watcher
 
-    def eventually(self, check: Callable[[], Any], seconds: float = 15) -> Any:
+    def eventually(self, check: Callable[[], Any], seconds: float = 60) -> Any:
         deadline = time.monotonic() + seconds
         while True:
             found = check()
@@ -270,6 +271,48 @@ def kubectl(server: Client, tmp_path: Path) -> Kubectl:
         return done.stdout
 
     return run
+
+
+@dataclass
+class Beside:
+    """A kubectl that runs while the test goes on."""
+
+    process: subprocess.Popen[str]
+    said: list[str] = field(default_factory=list)
+
+    def until(self, *words: str) -> None:
+        """Reads on until a line has all of these words."""
+        assert self.process.stdout is not None
+        for line in self.process.stdout:
+            self.said.append(line)
+            if all(word in line for word in words):
+                return
+        raise AssertionError(f"kubectl never said {' '.join(words)}:\n{''.join(self.said)}")
+
+    def end(self) -> str:
+        """All that it said, when it has ended by itself, and well."""
+        self.said.append(self.process.communicate(timeout=60)[0])
+        assert self.process.returncode == 0, self.said
+        return "".join(self.said)
+
+
+@pytest.fixture
+def kubectl_beside(server: Client, tmp_path: Path) -> Iterator[Callable[..., Beside]]:
+    """Starts the real kubectl, which must give up by itself in time; stdout and stderr are one."""
+    binary = load("realserver").binaries() / "kubectl"
+    env = {"KUBECONFIG": str(server.kubeconfig), "HOME": str(tmp_path), "PATH": "/usr/bin:/bin"}
+    started: list[Beside] = []
+
+    def start(*arguments: str) -> Beside:
+        command = [str(binary), *arguments]
+        process = subprocess.Popen(command, env=env, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+        started.append(Beside(process))
+        return started[-1]
+
+    yield start
+    for one in started:
+        one.process.kill()
+        one.process.communicate()
 
 
 @pytest.fixture

@@ -227,11 +227,18 @@ def real_apiserver(
         server.stop()
 
 
+_kept: list[socket.socket] = []
+
+
 def free_port(host: str = "127.0.0.1") -> int:
-    with socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET) as probe:
-        probe.bind((host, 0))
-        port: int = probe.getsockname()[1]
-        return port
+    """One that the kernel gives to nobody else as long as this process lives: a socket stays bound to it. That is in
+    nobody's way who listens there with SO_REUSEADDR, as servers do."""
+    keeper = socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET)
+    keeper.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    keeper.bind((host, 0))
+    _kept.append(keeper)
+    port: int = keeper.getsockname()[1]
+    return port
 
 
 def _etcd_command(etcd: str, folder: Path, client: int, peer: int) -> list[str]:

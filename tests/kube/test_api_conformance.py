@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import threading
 import time
+from itertools import count
 from typing import Any
 
 import pytest
@@ -622,7 +623,7 @@ def test_watch_ends_at_its_timeout(server: Client, ns: str) -> None:
     rv = server.get(cm(ns))["metadata"]["resourceVersion"]
     started = time.monotonic()
     assert server.watch(cm(ns), resourceVersion=rv, timeoutSeconds=1).ended()
-    assert 0.5 < time.monotonic() - started < 4
+    assert 0.5 < time.monotonic() - started < 20
 
 
 def test_watch_list_ends_its_state_with_a_bookmark(server: Client, ns: str) -> None:
@@ -1335,20 +1336,19 @@ def test_rolling_update_keeps_enough_available(server: Client, ns: str, node: An
     def images() -> list[str]:
         return [pod["spec"]["containers"][0]["image"] for pod in pods_of(server, ns)]
 
-    for number in range(10, 40):
+    numbers, deadline = count(10), time.monotonic() + 60
+    while images() != ["example.invalid/a:2"] * 3:
+        assert time.monotonic() < deadline, images()
         found = pods_of(server, ns)
         ready = [pod for pod in found if any(one["type"] == "Ready" for one in pod["status"].get("conditions", []))]
         assert len(found) <= 4 and len(ready) >= 3
         for pod in found:
             if pod not in ready:
-                run_pod(server, ns, pod["metadata"]["name"], number)
+                run_pod(server, ns, pod["metadata"]["name"], next(numbers))
         for pod in server.get(core(ns, "pods"))["items"]:
             if pod["metadata"].get("deletionTimestamp"):
                 server.call("DELETE", core(ns, "pods", pod["metadata"]["name"]), {"gracePeriodSeconds": 0})
-        if images() == ["example.invalid/a:2"] * 3:
-            break
         time.sleep(0.2)
-    assert images() == ["example.invalid/a:2"] * 3
 
 
 @pytest.mark.usefixtures("controllers")
@@ -1437,7 +1437,7 @@ def test_deleted_namespace_empties_itself(server: Client, ns: str, things: str) 
     server.post(custom(ns, things), thing("t"))
     server.post(apis("apps", ns, "deployments"), deployment_body("d"))
     server.delete(f"/api/v1/namespaces/{ns}")
-    server.eventually(lambda: server.call("GET", f"/api/v1/namespaces/{ns}").code == 404, seconds=30)
+    server.eventually(lambda: server.call("GET", f"/api/v1/namespaces/{ns}").code == 404)
     assert server.get(cm(ns))["items"] == [] and server.get(custom(ns, things))["items"] == []
 
 
@@ -1574,25 +1574,30 @@ def test_kubectl_describe(server: Client, kubectl: Kubectl, ns: str) -> None:
     assert "Status:" in kubectl("describe", "ns", ns)
 
 
-def test_kubectl_wait_and_watch(server: Client, kubectl: Kubectl, ns: str) -> None:
+def test_kubectl_wait_and_watch(server: Client, kubectl: Kubectl, kubectl_beside: Any, ns: str) -> None:
     server.post(core(ns, "pods"), pod_body("p", nodeName="node-a"))
     timer = threading.Timer(0.5, run_pod, (server, ns, "p", 6))
     timer.start()
-    assert "condition met" in kubectl("wait", "--for=condition=Ready", "pod/p", "-n", ns, "--timeout=10s")
+    assert "condition met" in kubectl("wait", "--for=condition=Ready", "pod/p", "-n", ns, "--timeout=30s")
     timer.join()
-    threading.Timer(0.5, server.delete, (core(ns, "pods", "p"), {"gracePeriodSeconds": 0})).start()
-    assert "condition met" in kubectl("wait", "--for=delete", "pod/p", "-n", ns, "--timeout=10s")
+    # It says nothing of a pod that was gone before it looked, so it must have begun to watch.
+    waiting = kubectl_beside("wait", "--for=delete", "pod/p", "-n", ns, "--timeout=60s", "-v=6")
+    waiting.until("/pods", "watch=true")
+    server.delete(core(ns, "pods", "p"), {"gracePeriodSeconds": 0})
+    assert "condition met" in waiting.end()
     server.post(core(ns, "pods"), pod_body("q"))
-    threading.Timer(0.5, server.delete, (core(ns, "pods", "q"),)).start()
-    out = kubectl("get", "pods", "-n", ns, "-w", "--output-watch-events", "--request-timeout=3s")
-    assert [line.split()[0] for line in out.splitlines() if " q " in line] == ["ADDED", "MODIFIED", "DELETED"]
+    watching = kubectl_beside("get", "pods", "-n", ns, "-w", "--output-watch-events", "--request-timeout=60s")
+    watching.until("ADDED", " q ")
+    server.delete(core(ns, "pods", "q"))
+    watching.until("DELETED", " q ")
+    assert [line.split()[0] for line in watching.said if " q " in line] == ["ADDED", "MODIFIED", "DELETED"]
 
 
 def test_kubectl_delete_waits_for_a_finalizer(server: Client, kubectl: Kubectl, ns: str) -> None:
     make(server, ns, "held", metadata={"finalizers": ["example.com/hold"]})
     threading.Timer(0.7, server.patch, (cm(ns, "held"), {"metadata": {"finalizers": None}})).start()
     started = time.monotonic()
-    assert "deleted" in kubectl("delete", "cm", "held", "-n", ns, "--timeout=10s")
+    assert "deleted" in kubectl("delete", "cm", "held", "-n", ns, "--timeout=30s")
     assert time.monotonic() - started > 0.5
 
 

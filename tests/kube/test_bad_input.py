@@ -15,6 +15,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from types import ModuleType
 from typing import Any, TypeVar
@@ -107,17 +108,36 @@ class Bed:
         ]  # fmt: skip
         self.admin.patch(f"{RBAC}/clusterroles/{role}", {"rules": rules})
         try:
+            until("the server knows", lambda: not self.may(role, group, plural, verb))
             yield
         finally:
             self.admin.patch(f"{RBAC}/clusterroles/{role}", {"rules": whole["rules"]})
+        until("the server knows", lambda: self.may(role, group, plural, verb))
+
+    def may(self, account: str, group: str, plural: str, verb: str, namespace: str = "") -> bool:
+        """Whether the server grants it by now: it learns of roles by a watch. Accounts have their role's name."""
+        resource, _, part = plural.partition("/")
+        asked = {"group": group, "resource": resource, "subresource": part, "verb": verb, "namespace": namespace}
+        spec = {"user": f"system:serviceaccount:{NAMESPACE}:{account}", "resourceAttributes": asked}
+        path = "/apis/authorization.k8s.io/v1/subjectaccessreviews"
+        return bool(self.admin.post(path, {"spec": spec})["status"]["allowed"])
 
     @contextmanager
-    def webhook(self, judge: Any, kind: str, plural: str, *operations: str) -> Iterator[Any]:
+    def webhook(
+        self, judge: Any, kind: str, plural: str, *operations: str, provoke: Callable[[], Any]
+    ) -> Iterator[Any]:  # fmt: skip
+        """At work within: the server learns of it by a watch, too. `provoke` is a request that it is asked about."""
         hook = faulty.Webhook(self.pair, judge)
         hook.start()
         path = f"{ADMISSION}/{kind.lower()}s"
         self.admin.post(path, hook.configuration("fim-bad-input", kind, "cilium.io", plural, *operations))
+
+        def asked() -> bool:
+            provoke()
+            return bool(hook.asked)
+
         try:
+            until("the webhook is asked", asked)
             yield hook
         finally:
             self.admin.delete(f"{path}/fim-bad-input")
@@ -159,7 +179,7 @@ class Log:
             file.seek(self.start)
             return file.read()
 
-    def line(self, pattern: str, seconds: float = 15.0) -> str:
+    def line(self, pattern: str, seconds: float = SOON) -> str:
         """The first line that matches. Fails with what was said instead."""
         deadline = time.monotonic() + seconds
         while time.monotonic() < deadline:
@@ -181,6 +201,9 @@ def bed(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Bed]:
         proxy.start()
         stack.callback(proxy.stop)
         found = Bed(folder, admin, proxy, pair)
+        # The server makes its own namespaces after it has called itself ready.
+        for name in ("default", NAMESPACE):
+            admin.eventually(lambda name=name: admin.call("GET", f"/api/v1/namespaces/{name}").code == 200)
         for manifest in _chart():
             _apply(found, manifest)
         yield found
@@ -358,12 +381,10 @@ def lacking(bed: Bed, role: str, needed: list[tuple[str, str, str]], log: Log, w
     for group, plural, verb in needed:
         log.mark()
         try:
-            with bed.without(role, group, plural, verb):
-                time.sleep(0.5)  # the server learns of its own roles by a watch
-                with provoked(bed, plural, verb):
-                    work()
-                    resource = plural.partition("/")[0]
-                    log.line(f'(WARNING|ERROR).* cannot {verb} resource "{resource}', SOON)
+            with bed.without(role, group, plural, verb), provoked(bed, plural, verb):
+                work()
+                resource = plural.partition("/")[0]
+                log.line(f'(WARNING|ERROR).* cannot {verb} resource "{resource}')
             works()
         except AssertionError as error:
             problems.append(f"{verb} {plural}.{group}: {str(error)[:1500]}")
@@ -377,10 +398,11 @@ def test_operator_without_one_of_its_rights(bed: Bed, crds: None) -> None:
         work.make()
         works(bed)
         time.sleep(4.0)
+        every = set(rights(bed.roles[role]))
+        until("most are used", lambda: len(used(bed.proxy.asked) & every) > 12)
         assert " forbidden" not in running.log.text(), running.log.text()[-3000:]
-        needed = sorted(used(bed.proxy.asked) & set(rights(bed.roles[role])))
-        print("not needed here:", sorted(set(rights(bed.roles[role])) - set(needed)))
-        assert len(needed) > 12, needed
+        needed = sorted(used(bed.proxy.asked) & every)
+        print("not needed here:", sorted(every - set(needed)))
         try:
             lacking(bed, role, needed, running.log, work.anew, lambda: works(bed))
         finally:
@@ -395,6 +417,8 @@ def test_operator_without_its_lease(bed: Bed, crds: None) -> None:
     whole = bed.admin.get(path)
     bed.admin.patch(path, {"rules": [r for r in whole["rules"] if "leases" not in r["resources"]]})
     try:
+        lease = ("fimbria-operator", "coordination.k8s.io", "leases", "get", NAMESPACE)
+        until("the server knows", lambda: not bed.may(*lease))
         with operator(bed) as lacking:
             line = lacking.log.line('cannot get resource "leases"')
             assert "WARNING" in line
@@ -409,16 +433,23 @@ def test_operator_and_a_webhook_that_refuses(bed: Bed, crds: None) -> None:
     def refuse(request: dict[str, Any]) -> tuple[bool, str, list[Any]]:
         return request["name"] != "unlucky", "not on a Monday", []
 
+    path = f"{BASE}/namespaces/default/ciliumnetworkpolicies"
+    bed.admin.post(path, policy("lucky", ingress=[{}]))
+
+    def provoke() -> None:
+        bed.admin.patch(f"{path}/lucky/status", {"status": {}}, dryRun="All")
+
     with operator(bed, ALONE) as running:
         works(bed)
-        with bed.webhook(refuse, "ValidatingWebhookConfiguration", "ciliumnetworkpolicies/status", "UPDATE"):
-            time.sleep(1.0)
-            bed.admin.post(f"{BASE}/namespaces/default/ciliumnetworkpolicies", policy("unlucky", ingress=[{}]))
+        kind, plural = "ValidatingWebhookConfiguration", "ciliumnetworkpolicies/status"
+        with bed.webhook(refuse, kind, plural, "UPDATE", provoke=provoke):
+            bed.admin.post(path, policy("unlucky", ingress=[{}]))
             line = running.log.line("unlucky.*not on a Monday")
             assert "fim-bad-input.test.invalid" in line, line
             works(bed)
         until("the status is written at last", lambda: judged(bed, "unlucky")[0] == "True")
-        bed.admin.delete(f"{BASE}/namespaces/default/ciliumnetworkpolicies/unlucky")
+        for name in ("lucky", "unlucky"):
+            bed.admin.delete(f"{path}/{name}")
 
 
 @pytest.mark.parametrize(
@@ -605,8 +636,14 @@ def test_agent_without_one_of_its_rights(node: Node) -> None:
     # Asked once in an agent's life, or by a race with the watch: not to be had at will.
     once = {("", "nodes", "get"), ("", "pods", "get"), ("", "namespaces", "get")} | {
         ("cilium.io", "ciliumnodes", verb) for verb in ("get", "create", "patch")
-    }  # fmt: skip
+    } | {("cilium.io", "ciliumidentities", "get")}  # fmt: skip
     lacking(bed, role, sorted(needed - once), node.log, work, node.works)
+
+
+def make_a_report(node: Node) -> None:
+    """That is judged and not kept."""
+    path = f"{BASE}/namespaces/default/ciliumendpoints"
+    node.bed.admin.post(path, cilium("CiliumEndpoint", "anybody"), dryRun="All")
 
 
 def test_webhook_that_refuses_reports(node: Node) -> None:
@@ -614,13 +651,13 @@ def test_webhook_that_refuses_reports(node: Node) -> None:
         return not request["name"].startswith("unlucky"), "not on a Monday", []
 
     node.log.mark()
-    with node.bed.webhook(refuse, "ValidatingWebhookConfiguration", "ciliumendpoints", "CREATE", "UPDATE"):
-        time.sleep(1.0)
+    kind, provoke = "ValidatingWebhookConfiguration", partial(make_a_report, node)
+    with node.bed.webhook(refuse, kind, "ciliumendpoints", "CREATE", "UPDATE", provoke=provoke):
         for n in range(12):  # more than the publisher has workers
             node.add(f"unlucky{n}")
         assert "fim-bad-input.test.invalid" in node.log.line("unlucky3 is not up to date.*not on a Monday")
         assert "not on a Monday" in node.told("unlucky3", "NotReported")
-        node.works(10.0)
+        node.works()
         time.sleep(3.0)
         assert node.log.text().count("unlucky3 is not up to date") == 1, "said once"
     for n in range(12):
@@ -634,8 +671,8 @@ def test_webhook_that_changes_reports(node: Node) -> None:
             return True, "", []
         return True, "", [{"op": "replace", "path": "/status/identity/id", "value": 4711}]
 
-    with node.bed.webhook(change, "MutatingWebhookConfiguration", "ciliumendpoints", "CREATE"):
-        time.sleep(1.0)
+    kind, provoke = "MutatingWebhookConfiguration", partial(make_a_report, node)
+    with node.bed.webhook(change, kind, "ciliumendpoints", "CREATE", provoke=provoke):
         node.log.mark()
         node.add("changed")
         node.log.line("ERROR.*changed: it was changed on its way.*4711 is stored|ERROR.*changed: it was changed.*4711")

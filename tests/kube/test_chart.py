@@ -287,8 +287,9 @@ def admission(
 
     # The API server takes a moment to learn about policies.
     deadline = time.monotonic() + 30
-    while run("node1", "create", "--dry-run=server", "-f", "-", stdin=_report("early", "node2"))[0] == 0:
-        assert time.monotonic() < deadline, "the policy isn't at work"
+    early = ("create", "--dry-run=server", "-f", "-")
+    while "of its own node only" not in (said := run("node1", *early, stdin=_report("early", "node2"))[1]):
+        assert time.monotonic() < deadline, f"the policy isn't at work: {said}"
         time.sleep(0.1)
     return run
 

@@ -91,7 +91,8 @@ def operators(server: Any, tmp_path: Path, request: pytest.FixtureRequest) -> It
     conftest = sys.modules[type(server).__module__]
     for manifest in definitions():
         server.call("POST", "/apis/apiextensions.k8s.io/v1/customresourcedefinitions", dict(manifest.value))
-    server.eventually(lambda: server.call("GET", SLICES).code == 200)
+    for path in (SLICES, IDENTITIES, NODES, CEPS.format("default")):  # each is served by itself
+        server.eventually(lambda path=path: server.call("GET", path).code == 200)
     if server.call("GET", "/api/v1/namespaces/kube-system").code == 404:
         server.post("/api/v1/namespaces", {"metadata": {"name": "kube-system"}})
     made = Operators(server, tmp_path, conftest.load)
@@ -151,7 +152,7 @@ def test_slices_hold_every_endpoint_once_and_survive_meddling(server: Any, opera
     server.delete(f"{SLICES}/{COVER}")
     server.eventually(lambda: covers(server))
     assert one.answer("/livez")[0] == one.answer("/readyz")[0] == 200
-    assert one.value("fimbria_ces_slices") >= 1 and one.value("fimbria_ces_covered") == 1
+    server.eventually(lambda: one.value("fimbria_ces_slices") >= 1 and one.value("fimbria_ces_covered") == 1)
     # Another setting: the slice that agents go by is gone, and so are the others.
     one.process.terminate()
     assert one.process.wait(20) == 0
@@ -190,9 +191,10 @@ def test_the_next_leader_goes_on(server: Any, operators: Operators, ns: str, how
     for n in range(20, 40):
         server.post(NODES, node(f"{ns}-b{n}"))
         report(server, ns, f"pod{n}", n)
-    took = seconds_until(lambda: second.leading, 25.0)
+    took = seconds_until(lambda: second.leading, 60.0)
     print(f"{how.name}: {took:.1f} s without a leader")
-    assert took < (8.0 if how is signal.SIGTERM else 22.0)
+    # Its end gives the lease up; else it lasts 15 s. The rest is for a busy machine.
+    assert took < (12.0 if how is signal.SIGTERM else 40.0)
     wanted = {f"pod{n}=300": 1 for n in range(40)}
     server.eventually(lambda: batched(server, ns) == wanted, 30)
     server.eventually(lambda: len(blocks(server)) == 40, 30)
@@ -206,10 +208,10 @@ def test_a_deposed_leader_stops(server: Any, operators: Operators, ns: str) -> N
     first, second = sorted(pair, key=lambda o: not o.leading)
     first.process.send_signal(signal.SIGSTOP)
     report(server, ns, "pod", 1)
-    seconds_until(lambda: second.leading, 30.0)
+    seconds_until(lambda: second.leading, 60.0)
     server.eventually(lambda: batched(server, ns) == {"pod=300": 1}, 30)
     first.process.send_signal(signal.SIGCONT)
-    assert first.process.wait(30) == 1
+    assert first.process.wait(60) == 1
     assert "lease" in first.log.read_text()
     assert batched(server, ns) == {"pod=300": 1}
 
