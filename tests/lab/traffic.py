@@ -4,16 +4,20 @@ from __future__ import annotations
 
 import http.client
 import json
+import os
 import signal
 import socket
 import subprocess
+import tempfile
 import time
+from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
-from fimbria.lab import kernel, state
+from fimbria.lab import components, kernel, state
 from fimbria.lab.handle import Lab
 from fimbria.lab.layout import Paths
 
@@ -64,6 +68,30 @@ def _answers(lab: Lab, address: str) -> bool:
 
 
 @dataclass
+class Recorded:
+    """A client of the lab's tool that writes to a file: a pipe that nobody reads would stop it."""
+
+    process: subprocess.Popen[bytes]
+    path: Path
+
+    @staticmethod
+    def start(lab: Lab, source: str, path: Path, *command: str) -> Recorded:
+        argv = lab.argv(source, kernel.binary("labtool"), *command)
+        with path.open("wb") as out:
+            process = subprocess.Popen(argv, stdout=out, stderr=subprocess.STDOUT, env=components.ENVIRONMENT)
+        return Recorded(process, path)
+
+    def lines(self) -> list[str]:
+        """What it has said, whole lines only."""
+        return self.path.read_text().rpartition("\n")[0].splitlines()
+
+    def end(self) -> list[str]:
+        """Waits for it, and returns all that it said."""
+        self.process.wait(60)
+        return self.lines()
+
+
+@dataclass
 class Traffic:
     """Streams and new connections from `client` while the body of `with` runs; then `verdict` must be empty.
 
@@ -73,8 +101,9 @@ class Traffic:
     lab: Lab
     verdict: list[str] = field(default_factory=list)
     _started: float = 0.0
-    _streams: dict[str, subprocess.Popen[str]] = field(default_factory=dict)
-    _probes: dict[str, subprocess.Popen[str]] = field(default_factory=dict)
+    _streams: dict[str, Recorded] = field(default_factory=dict)
+    _probes: dict[str, Recorded] = field(default_factory=dict)
+    _folder: tempfile.TemporaryDirectory[str] = field(default_factory=lambda: tempfile.TemporaryDirectory("fim"))
 
     def __enter__(self) -> Self:
         targets = [(n, a) for n in ("near", "far") for a in self.lab.addresses(n)]
@@ -86,23 +115,23 @@ class Traffic:
         forever = ("--count", "1000000", "--interval", "50", "--timeout", "3000")
         for name, address in (targets[0], targets[3], *services):
             self._probes[f"new {name} {address}"] = self._start("probe", "tcp", address, str(TCP), *forever)
-        for what, process in self._streams.items():
-            assert process.stdout is not None
-            first = json.loads(process.stdout.readline())
-            assert first.get("event") == "connected", (what, first)
+        for what, client in (*self._streams.items(), *self._probes.items()):
+            self.lab.wait(f"{what} begins", client.lines)
+        for what, client in self._streams.items():
+            assert json.loads(client.lines()[0]).get("event") == "connected", (what, client.lines())
         self._started = time.monotonic()
         return self
 
-    def _start(self, *command: str) -> subprocess.Popen[str]:
-        return self.lab.start("client", kernel.binary("labtool"), *command)
+    def _start(self, *command: str) -> Recorded:
+        path = Path(self._folder.name, str(len(self._streams) + len(self._probes)))
+        return Recorded.start(self.lab, "client", path, *command)
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, tb: TracebackType | None) -> None:
         time.sleep(max(self._started + 1 - time.monotonic(), 0.2))  # what was broken a moment ago shows a moment later
-        for process in (*self._streams.values(), *self._probes.values()):
-            process.send_signal(signal.SIGTERM)
-        said = {
-            w: p.communicate(timeout=20)[0].splitlines() for w, p in (*self._streams.items(), *self._probes.items())
-        }
+        for client in (*self._streams.values(), *self._probes.values()):
+            client.process.send_signal(signal.SIGTERM)
+        said = {w: c.end() for w, c in (*self._streams.items(), *self._probes.items())}
+        self._folder.cleanup()
         for what in self._streams:
             outcome = json.loads(said[what][-1])
             if not outcome.get("ok"):
@@ -143,6 +172,8 @@ def agent(lab: Lab, node: str, what: str) -> Any:
         body = response.read()
         assert response.status == 200, (what, body)
         return body.decode() if what == "metrics" else json.loads(body)
+    except http.client.HTTPException as error:  # half an answer of one that was just killed
+        raise OSError(f"agent of {node}: {error!r}") from error
     finally:
         connection.close()
 
@@ -162,13 +193,34 @@ def ready(lab: Lab, node: str) -> bool:
         return False
 
 
-def wait_settled(lab: Lab, patience: float = 20.0) -> None:
+def starved(lab: Lab) -> float:
+    """Seconds that the lab's processes and this one have waited for a processor so far: what a busy machine adds to the
+    time that something takes (Documentation/scheduler/sched-stats.rst, /proc/<pid>/schedstat, second field)."""
+    total = 0
+    for pid in (os.getpid(), *(p.pid for p in state.processes(lab.paths).values())):
+        for path in Path(f"/proc/{pid}/task").glob("*/schedstat"):
+            with suppress(OSError):
+                total += int(path.read_text().split()[1])
+    return total / 1e9
+
+
+def wait_soon(lab: Lab, what: str, condition: Callable[[], object], limit: float) -> float:
+    """Waits, and fails if it took `limit` seconds or more beyond what the machine let the lab's processes wait for a
+    processor. Returns the seconds that it took."""
+    began, before = time.monotonic(), starved(lab)
+    lab.wait(what, condition, limit + 60)
+    took, excused = time.monotonic() - began, max(starved(lab) - before, 0.0)
+    assert took - excused < limit, f"{what}: after {took:.1f} s, of which {excused:.1f} s without a processor"
+    return took
+
+
+def wait_settled(lab: Lab, patience: float = 60.0) -> None:
     """Until every agent is ready, has nothing left to change in the kernel and no row that can't be written."""
     for node in lab.spec.node_names:
         lab.wait(f"agent of {node} is ready", lambda n=node: ready(lab, n), patience)  # type: ignore[misc]
 
         def settled(n: str = node) -> bool:
-            return agent(lab, n, "plan") == [] and agent(lab, n, "status")["failures"] == {}
+            return bool(agent(lab, n, "plan") == [] and agent(lab, n, "status")["failures"] == {})
 
         try:
             lab.wait(f"{node} has nothing to change", settled, patience)
