@@ -5,7 +5,7 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
-from balance import FAMILIES, TCP, UDP, Front, ask, server, service
+from balance import FAMILIES, TCP, UDP, Front, ask, server, service, wait_answers
 from traffic import agent, pod, wait_settled
 
 from fimbria.lab.handle import Lab
@@ -111,15 +111,16 @@ def test_a_policy_that_is_wrong_says_so(lab: Lab) -> None:
 def test_sockets_of_a_mesh_sidecars_pod_see_the_cluster_ip(lab: Lab) -> None:
     """The pod's traffic is translated by packet: the socket's peer stays the cluster IP, and it works."""
     front = Front(lab, "web")
+    wait_answers(lab, "mesh", front.cluster_ip(4), TCP)
     assert names(lab, "mesh", front.cluster_ip(4)) == {"far"}
     assert len(agent(lab, "node1", "maps/service_exempt")) == 1
     assert not agent(lab, "node2", "maps/service_exempt")
-    mesh = lab.start("mesh", "labtool", "load", "tcp", front.cluster_ip(4), str(TCP))
+    mesh = lab.start("mesh", "labtool", "rr", "tcp", front.cluster_ip(4), str(TCP), "--seconds", "60")
     try:
-        shown = lab.wait("it is connected", lambda: lab.run("mesh", "cat", "/proc/net/tcp").stdout.count("\n") > 1 and
-                         lab.run("mesh", "cat", "/proc/net/tcp").stdout)  # fmt: skip
         packed = bytes(map(int, front.cluster_ip(4).split(".")))[::-1].hex().upper()
-        assert f"{packed}:{TCP:04X}" in shown
+        established = "01"  # proc(5), /proc/net/tcp: the peer, then the state
+        row = f" {packed}:{TCP:04X} {established} "
+        lab.wait("it is connected", lambda: row in lab.run("mesh", "cat", "/proc/net/tcp").stdout)
     finally:
         mesh.kill()
         mesh.wait()
@@ -142,7 +143,8 @@ def test_maglev_tables_are_the_same_on_every_node(lab: Lab) -> None:
         assert table["entries"] == 16381
         assert set(table["backends"].values()) == {8190, 8191}
     for node in ("node1", "node2"):
-        found = ask(lab, "node/world", "tcp", lab.spec.node(node).ipv4, port, count=16)
+        wait_answers(lab, "node/world", lab.spec.node(node).ipv4, port)
+        found = ask(lab, "node/world", "tcp", lab.spec.node(node).ipv4, port)
         assert found.ok and set(found.names) == {"m1", "m2"}
     lab.delete(text + server("m1", "node1", "m") + server("m2", "node2", "m"))
     lab.wait("tables go with their Service", lambda: not tables("node1"))
