@@ -2,10 +2,12 @@
 what they may not, and junk of every kind."""
 
 import json
+import signal
 import sys
 import time
 from collections.abc import Callable
 from contextlib import suppress
+from functools import partial
 from typing import Any
 
 import pytest
@@ -24,15 +26,24 @@ spec:
   ingress: [{from: [{podSelector: {matchLabels: {app: friend}}}]}]
 """
 CILIUM = "/apis/cilium.io/v2"
-# Says "ready", then how many frames with the needle came in within the time.
+# Says "ready"; told (SIGTERM) that all has been sent, a second later how many frames with the needle came in.
 SNIFF = """
-import socket, sys, time
+import signal, socket, sys, time
+end = None
+
+def tell(*_):
+    global end
+    end = time.monotonic() + 1
+
+signal.signal(signal.SIGTERM, tell)
 s = socket.socket(socket.AF_PACKET, socket.SOCK_RAW, socket.htons(3)); s.settimeout(0.1)
 print("ready", flush=True)
-end, seen = time.monotonic() + float(sys.argv[2]), 0
-while time.monotonic() < end:
+seen = 0
+while True:
     try: data, where = s.recvfrom(65535)
-    except TimeoutError: continue
+    except TimeoutError:
+        if end is not None and time.monotonic() > end: break
+        continue
     seen += sys.argv[1].encode() in data and where[2] != 4
 print(seen)
 """
@@ -60,6 +71,8 @@ def lab(make_lab: Callable[..., Lab]) -> Lab:
     lab.apply(pod("evil", "node1", sleeps=True) + pod("friend", "node1", sleeps=True) + POLICY)
     lab.apply(pod("near", "node1", "victim") + pod("far", "node2", "victim"))
     lab.wait_ready(["evil", "friend", "near", "far"])
+    for victim in ("near", "far"):  # another node hears of a pod a moment after it is Ready
+        lab.wait(f"{victim} knows its friend", partial(talks, lab, "friend", victim))
     return lab
 
 
@@ -82,11 +95,13 @@ def test_forged_packets_reach_nobody(lab: Lab) -> None:
     gateway = lab.run("node/node1", "cat", f"/sys/class/net/{hosts['evil']['interface']}/address").stdout.strip()
     known |= {"node2": nodes["node2"], "gateway": gateway, "friend_id": friend_identity(lab)[0]}
     watched = {("far", "T-EVIL"): 0, ("near", "A-EVIL"): 0, ("friend", "A-EVIL"): 0, ("friend", "C-EVIL"): 3}
-    sniffers = {w: lab.start(w[0], sys.executable, "-c", SNIFF, w[1], "8") for w in watched}
+    sniffers = {w: lab.start(w[0], sys.executable, "-c", SNIFF, w[1]) for w in watched}
     for sniffer in sniffers.values():
         assert sniffer.stdout is not None and sniffer.stdout.readline() == "ready\n"
     done = lab.run("evil", sys.executable, "-c", SEND, json.dumps(known))
     assert done.returncode == 0, done.stderr
+    for sniffer in sniffers.values():
+        sniffer.send_signal(signal.SIGTERM)
     seen = {w: int(s.communicate()[0].split()[-1]) for w, s in sniffers.items()}
     assert seen == watched, "only the control packets came through"
 
@@ -95,7 +110,7 @@ def test_forged_packets_reach_nobody(lab: Lab) -> None:
 def test_an_identity_with_a_strange_name_opens_nothing(lab: Lab, name: str) -> None:
     body = {"apiVersion": "cilium.io/v2", "kind": "CiliumIdentity", "metadata": {"name": name}}
     lab.request("POST", f"{CILIUM}/ciliumidentities", body | {"security-labels": friend_identity(lab)[1]})
-    lab.wait("the agent has seen it", lambda: "is no identity's" in lab.process_log("node1/agent"))
+    lab.wait("the agent has seen it", lambda: f"the name {name!r} is no identity's" in lab.process_log("node1/agent"))
     time.sleep(0.3)
     assert not talks(lab, "evil", "near") and talks(lab, "friend", "near")
     lab.request("DELETE", f"{CILIUM}/ciliumidentities/{name}")
