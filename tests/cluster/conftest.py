@@ -106,6 +106,8 @@ def namespace(cluster: Cluster, request: pytest.FixtureRequest) -> Iterator[str]
     """A Kubernetes namespace of the test's own, removed at its end with all that is in it."""
     name = f"fimt-{secrets.token_hex(3)}"
     cluster.kubectl("create", "namespace", name)
+    # The API server takes no pod before that, and waits for a controller for a second or two only.
+    cluster.kubectl("-n", name, "wait", "--for=create", "serviceaccount/default", "--timeout=60s")
     yield name
     cluster.kubectl("delete", "namespace", name, "--timeout=90s")
 

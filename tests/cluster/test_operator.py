@@ -35,7 +35,7 @@ def leader(cluster: Cluster) -> dict[str, Any]:
 def leading_pod(cluster: Cluster) -> dict[str, Any]:
     """The pod of who holds the lease: operators call themselves by their node, and no two share one."""
     node, _, _ = str(leader(cluster)["holderIdentity"]).rpartition("_")
-    found = [p for p in _operators(cluster) if p["spec"]["nodeName"] == node]
+    found = [p for p in _operators(cluster) if p["spec"].get("nodeName") == node]
     assert len(found) == 1, (node, [p["metadata"]["name"] for p in _operators(cluster)])
     return dict(found[0])
 

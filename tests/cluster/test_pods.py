@@ -20,10 +20,17 @@ MANIFESTS: Final = "/etc/kubernetes/manifests"
 T = TypeVar("T")
 
 
+def listens(port: int) -> dict[str, Any]:
+    """A probe. Without one a pod is Ready as soon as its process exists."""
+    return {"tcpSocket": {"port": port}, "periodSeconds": 1}
+
+
 def pod(name: str, node: str, *, labels: dict[str, str] | None = None, **spec: Any) -> dict[str, Any]:
-    """A server; `spec` is merged into the pod's."""
+    """A server that is Ready when it listens; `spec` is merged into the pod's."""
     arguments = ["netexec", f"--http-port={PORT}", f"--udp-port={PORT}"]
-    container = {"name": "main", "image": IMAGE, "args": arguments, "imagePullPolicy": "Never"}
+    container = {
+        "name": "main", "image": IMAGE, "args": arguments, "imagePullPolicy": "Never", "readinessProbe": listens(PORT),
+    }  # fmt: skip
     return {
         "apiVersion": "v1", "kind": "Pod",
         "metadata": {"name": name, "namespace": NAMESPACE, "labels": labels or {"app": name}},
@@ -61,13 +68,20 @@ class Pods:
     def addresses(self, name: str) -> list[str]:
         return [entry["ip"] for entry in self.get("pod", name)["status"].get("podIPs", [])]
 
-    def reaches(self, source: str, address: str, port: int = PORT, protocol: str = "tcp") -> bool:
-        """Whether a pod gets through to an address."""
+    def gets_through(self, source: str, address: str, port: int = PORT, protocol: str = "tcp") -> bool:
+        """Whether a pod reaches an address that it must reach: a second and a third SYN are no failure."""
+        return self.reaches(source, address, port, protocol, seconds=4)
+
+    def reaches(
+        self, source: str, address: str, port: int = PORT, protocol: str = "tcp", *, seconds: int = 1
+    ) -> bool:  # fmt: skip
+        """Whether a pod gets through to an address within a time."""
         end = f"[{address}]:{port}" if ":" in address else f"{address}:{port}"
         try:
             self.kubectl(
-                "exec", source, "-c", "main", "--", "/agnhost", "connect", end, "--timeout=1s", f"--protocol={protocol}"
-            )
+                "exec", source, "-c", "main", "--",
+                "/agnhost", "connect", end, f"--timeout={seconds}s", f"--protocol={protocol}",
+            )  # fmt: skip
         except BedError:
             return False
         return True
@@ -129,7 +143,7 @@ def test_a_sandbox_made_anew(pods: Pods) -> None:
     until("the report follows", lambda: pods.reported("broken") == set(after))
     report = pods.find("ciliumendpoints.cilium.io", "broken")
     assert report and report["status"]["external-identifiers"]["container-id"] != old
-    assert all(pods.reaches(s, a) for s in ("near", "far") for a in after)
+    assert all(pods.gets_through(s, a) for s in ("near", "far") for a in after)
     assert not any(pods.reaches("near", a) for a in before)
     pods.delete("broken")
 
@@ -155,15 +169,16 @@ def test_a_static_pod(pods: Pods) -> None:
         until("its identity", lambda: identity(pods, "static-node2") > 255)
         labels = pods.find("ciliumendpoints.cilium.io", "static-node2")
         assert labels and "k8s:app=static" in labels["status"]["identity"]["labels"]
-        assert all(pods.reaches("near", a) for a in pods.addresses("static-node2"))
+        assert all(pods.gets_through("near", a) for a in pods.addresses("static-node2"))
     finally:
         node.exec(["rm", "-f", path])
     until("it is gone", lambda: pods.find("pod", "static-node2") is None)
 
 
 def identity(pods: Pods, name: str) -> int:
-    found = pods.find("ciliumendpoints.cilium.io", name)
-    return int(found["status"]["identity"]["id"]) if found else 0
+    """In a pod's report; 0 as long as it says none."""
+    found = pods.find("ciliumendpoints.cilium.io", name) or {}
+    return int(found.get("status", {}).get("identity", {}).get("id", 0))
 
 
 def test_labels_of_running_pods_and_of_their_namespace(pods: Pods) -> None:
@@ -210,14 +225,14 @@ def test_host_ports(pods: Pods) -> None:
     pods.apply(first)
     pods.wait_ready("holder")
     for address in nodes:
-        assert pods.reaches("far", address, 8199) and pods.reaches("near", address, 8199)
-        assert pods.reaches("far", address, 8199, "udp")
-    assert pods.reaches("far", nodes[0], 8198) and not pods.reaches("far", nodes[1], 8198)
+        assert pods.gets_through("far", address, 8199) and pods.gets_through("near", address, 8199)
+        assert pods.gets_through("far", address, 8199, "udp")
+    assert pods.gets_through("far", nodes[0], 8198) and not pods.reaches("far", nodes[1], 8198)
     pods.apply(second)
     until("an event says why", lambda: events(pods, "waiter", "free ports"))
     pods.delete("holder")
     pods.wait_ready("waiter")
-    assert all(pods.reaches("far", address, 8199) for address in nodes)
+    assert all(pods.gets_through("far", address, 8199) for address in nodes)
     pods.delete("waiter")
     until("the port is free", lambda: not pods.reaches("far", nodes[0], 8199))
 
@@ -238,7 +253,7 @@ def test_init_containers_and_restarts(pods: Pods) -> None:
     target = pods.addresses("far")[0]
     asks = {
         "name": "asks", "image": IMAGE, "imagePullPolicy": "Never",
-        "command": ["/agnhost", "connect", f"{target}:{PORT}", "--timeout=2s"],
+        "command": ["/agnhost", "connect", f"{target}:{PORT}", "--timeout=5s"],
     }  # fmt: skip
     made = pod("phased", "node1", initContainers=[asks], restartPolicy="Always")
     pods.apply(made)
@@ -246,13 +261,14 @@ def test_init_containers_and_restarts(pods: Pods) -> None:
     status = pods.get("pod", "phased")["status"]
     assert status["initContainerStatuses"][0]["restartCount"] == 0, status
     before = pods.addresses("phased")
+    until("its identity", lambda: identity(pods, "phased") > 255)
     number = identity(pods, "phased")
     with suppress(BedError):  # it may be taken along by what it kills
         pods.kubectl("exec", "phased", "-c", "main", "--", "sh", "-c", "kill -9 1; kill 1", seconds=20)
     until("it was restarted", lambda: restarts(pods, "phased") == 1)
     pods.wait_ready("phased")
     assert pods.addresses("phased") == before and identity(pods, "phased") == number
-    assert all(pods.reaches("far", a) for a in before)
+    assert all(pods.gets_through("far", a) for a in before)
     pods.delete("phased")
 
 
@@ -263,15 +279,17 @@ def restarts(pods: Pods, name: str) -> int:
 
 def test_a_terminating_pod_keeps_its_network(pods: Pods) -> None:
     """Until its containers are gone; then nothing is left of it."""
-    made = pod("leaving", "node1", terminationGracePeriodSeconds=30)
-    made["spec"]["containers"][0]["lifecycle"] = {"preStop": {"exec": {"command": ["sleep", "8"]}}}
+    made = pod("leaving", "node1", terminationGracePeriodSeconds=60)
+    stays = ["sh", "-c", "until [ -e /tmp/go ]; do sleep 0.2; done"]
+    made["spec"]["containers"][0]["lifecycle"] = {"preStop": {"exec": {"command": stays}}}
     pods.apply(made)
     pods.wait_ready("leaving")
     (address, *_) = pods.addresses("leaving")
     pods.kubectl("delete", "pod", "leaving", "--wait=false")
     deadline = time.monotonic() + 5
     while time.monotonic() < deadline:
-        assert pods.reaches("far", address) and pods.reaches("leaving", pods.addresses("far")[0])
+        assert pods.gets_through("far", address) and pods.gets_through("leaving", pods.addresses("far")[0])
+    pods.kubectl("exec", "leaving", "-c", "main", "--", "touch", "/tmp/go")
     until("it is gone", lambda: pods.find("pod", "leaving") is None)
     until("its report is gone", lambda: pods.find("ciliumendpoints.cilium.io", "leaving") is None)
     assert not pods.reaches("far", address)
@@ -311,7 +329,7 @@ def test_a_stateful_set_on_the_move(pods: Pods) -> None:
         pods.wait_ready("web-0")
         addresses = set(pods.addresses("web-0"))
         until("its report", lambda a=addresses: pods.reported("web-0") == a)  # type: ignore[misc]
-        assert all(pods.reaches(s, a) for s in ("near", "far") for a in addresses)
+        assert all(pods.gets_through(s, a) for s in ("near", "far") for a in addresses)
     pods.kubectl("delete", "statefulset", "web")
 
 
@@ -348,7 +366,7 @@ def test_a_pod_in_the_nodes_network(pods: Pods) -> None:
     """It has its node's identity and no report; a Service leads to it, as a node port does from outside."""
     arguments = ["netexec", "--http-port=8197", "--udp-port=-1"]
     made = pod("hosted", "node2", hostNetwork=True)
-    made["spec"]["containers"][0]["args"] = arguments
+    made["spec"]["containers"][0] |= {"args": arguments, "readinessProbe": listens(8197)}
     service = {
         "apiVersion": "v1", "kind": "Service", "metadata": {"name": "hosted", "namespace": NAMESPACE},
         "spec": {"type": "NodePort", "selector": {"app": "hosted"}, "ports": [{"port": 80, "targetPort": 8197}]},
@@ -360,7 +378,7 @@ def test_a_pod_in_the_nodes_network(pods: Pods) -> None:
     for source in ("near", "far"):
         until("by its Service", lambda s=source: pods.reaches(s, spec["clusterIP"], 80))  # type: ignore[misc]
     for node in ("10.99.0.11", "10.99.0.12"):
-        answer = pods.cluster.world(["curl", "-sS", "-m", "3", f"http://{node}:{port}/hostname"])
+        answer = pods.cluster.world(["curl", "-sS", "-m", "10", f"http://{node}:{port}/hostname"])
         assert answer.strip() == "node2", (node, answer)
     assert pods.find("ciliumendpoints.cilium.io", "hosted") is None
     pods.delete("hosted")
@@ -383,4 +401,5 @@ def test_a_namespace_with_all_its_pods(cluster: Cluster, pods: Pods) -> None:
     print(f"namespace with 6 pods gone after {time.monotonic() - began:.1f} s")
     reports = cluster.get("ciliumendpoints.cilium.io", "-A")["items"]
     assert not [r for r in reports if r["metadata"]["namespace"] == other.namespace]
-    assert not any(pods.reaches("near", a) for a in addresses[:2])
+    # Without a grace period their objects go at once, and the containers when kubelet gets to it.
+    until("nobody answers any more", lambda: not any(pods.reaches("near", a) for a in addresses[:2]))

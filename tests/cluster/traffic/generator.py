@@ -196,9 +196,8 @@ class Traffic:
         """What each client has said so far."""
         found = {}
         for name in ("client1", "client2", "host1"):
-            found[name] = self.cluster.kubectl("logs", "-n", NAMESPACE, name).splitlines()
-        text = self._outside["world"][1].read_text()
-        found["world"] = text[: text.rfind("\n") + 1].splitlines()
+            found[name] = _whole(self.cluster.kubectl("logs", "-n", NAMESPACE, name))
+        found["world"] = _whole(self._outside["world"][1].read_text())
         return found
 
     @contextmanager
@@ -240,6 +239,11 @@ class Traffic:
         with path.open("wb") as out:
             process = subprocess.Popen([*self.cluster.enter("world"), "--", str(ensure()), *arguments], stdout=out)
         return process, path
+
+
+def _whole(text: str) -> list[str]:
+    """Lines, without one that is being written."""
+    return text[: text.rfind("\n") + 1].splitlines()
 
 
 def _install(cluster: Cluster, node: str, program: Path) -> None:

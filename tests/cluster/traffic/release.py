@@ -60,9 +60,10 @@ class Release:
     # --- agents -------------------------------------------------------------------------------------------------------
 
     def agents(self) -> dict[str, dict[str, Any]]:
-        """The agents' pods by node, without those that are ending."""
+        """The agents' pods by node, without those that are ending or were only just made: the scheduler binds them."""
         found = self.cluster.get("pods", "-n", NAMESPACE, "-l", AGENT_LABEL)["items"]
-        return {p["spec"]["nodeName"]: p for p in found if not p["metadata"].get("deletionTimestamp")}
+        living = [p for p in found if not p["metadata"].get("deletionTimestamp")]
+        return {p["spec"]["nodeName"]: p for p in living if "nodeName" in p["spec"]}
 
     def tags(self) -> dict[str, str]:
         """The tag that each node's agent runs."""
