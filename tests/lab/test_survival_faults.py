@@ -1,11 +1,10 @@
 """Somebody deletes or changes what is ours in the kernel: noticed, repaired, told, and traffic goes on."""
 
 import json
-import time
 from collections.abc import Callable, Iterator
 
 import pytest
-from traffic import Traffic, agent, metric, node_root, start_pods, wait_settled
+from traffic import Traffic, agent, metric, node_root, start_pods, wait_settled, wait_soon
 
 from fimbria.lab.handle import Lab
 
@@ -38,12 +37,9 @@ def repairs(lab: Lab, target: str) -> float:
 def fault(lab: Lab, target: str, strike: Callable[[], object], within: float = SOON, said: str = "drift: ") -> None:
     """Strikes while traffic runs; the repair must be counted under `target` in time, and logged."""
     before, logged = repairs(lab, target), len(lab.process_log("node1/agent"))
-    started = time.monotonic()
     strike()
-    lab.wait(f"{target} repaired", lambda: repairs(lab, target) > before, within + 5)
-    took = time.monotonic() - started
+    took = wait_soon(lab, f"{target} repaired", lambda: repairs(lab, target) > before, within)
     print(f"{target} repaired after {took:.2f} s")
-    assert took < within, f"{target}: repaired after {took:.1f} s"
     assert said in lab.process_log("node1/agent")[logged:]
     wait_settled(lab)
 
@@ -170,8 +166,8 @@ def test_rows_of_a_map_deleted(lab: Lab, name: str) -> None:
 def test_a_device_of_the_node(lab: Lab, strike: tuple[str, ...]) -> None:
     fault(lab, "devices", lambda: node(lab, "ip", *strike), within=SOON)
     addresses = lab.addresses("far")
-    lab.wait("pods of other nodes answer", lambda: all(_ok(lab, "client", a) for a in addresses), 5)
-    lab.wait("the node reaches them too", lambda: all(_ok(lab, "node/node1", a) for a in addresses), 5)
+    wait_soon(lab, "pods of other nodes answer", lambda: all(_ok(lab, "client", a) for a in addresses), 5)
+    wait_soon(lab, "the node reaches them too", lambda: all(_ok(lab, "node/node1", a) for a in addresses), 5)
 
 
 def _ok(lab: Lab, source: str, address: str) -> bool:

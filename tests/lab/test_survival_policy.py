@@ -56,14 +56,20 @@ def _settled(lab: Lab) -> Iterator[None]:
 
 
 def result(lab: Lab, source: str, address: str) -> str:
+    """Soon, for what is expected to fail."""
     return str(lab.probe(source, "tcp", address, TCP, "--timeout", "300")["result"])
+
+
+def connects(lab: Lab, source: str, address: str) -> bool:
+    """With the patience of a client on a busy machine."""
+    return bool(lab.probe(source, "tcp", address, TCP, "--timeout", "3500")["result"] == "ok")
 
 
 def test_established_connections_follow_the_policy(lab: Lab) -> None:
     """What is allowed loses nothing, what is denied stops, when policies come and go a few times."""
     tool = kernel.binary("labtool")
     targets = [(s, n) for s in ("stranger", "far-stranger") for n in ("near", "far")]
-    options = ("--interval", "20000", "--timeout", "100")
+    options = ("--interval", "20000", "--timeout", "1000")
     with Traffic(lab):
         denied = [lab.start(s, tool, "stream", "tcp", lab.addresses(n)[0], str(TCP), *options) for s, n in targets]
         for stream in denied:
@@ -80,7 +86,7 @@ def test_established_connections_follow_the_policy(lab: Lab) -> None:
             stream.send_signal(signal.SIGTERM)
         outcomes = [json.loads(s.communicate(timeout=10)[0].splitlines()[-1]) for s in denied]
     assert not any(o["ok"] for o in outcomes), ("an established connection that is denied now stops", outcomes)
-    assert all(result(lab, "client", a) == "ok" for a in cluster_ips(lab))
+    assert all(connects(lab, "client", a) for a in cluster_ips(lab))
     # And under policies the agents may die as well: replies are recognised by what the kernel remembers.
     with Traffic(lab):
         for node in lab.spec.node_names:
@@ -158,7 +164,7 @@ def test_a_bad_policy(lab: Lab, what: str) -> None:
     else:
         refused = False
     if not refused:
-        lab.wait("the agent says so", lambda: _said(lab), 5)
+        lab.wait("the agent says so", lambda: _said(lab))
         (address,) = [a for a in lab.addresses("stranger") if "." in a]
         lab.wait("the pod is closed", lambda: lab.probe("near", "icmp", address, "--timeout", "300")["result"] != "ok")
     if not refused and path == CILIUM:
@@ -168,7 +174,7 @@ def test_a_bad_policy(lab: Lab, what: str) -> None:
             return str(next((c["message"] for c in conditions if c["type"] == "Valid" and c["status"] == "False"), ""))
 
         assert lab.wait("its status says so", condition)
-    assert all(result(lab, "client", a) == "ok" for a in lab.addresses("near"))
+    assert all(connects(lab, "client", a) for a in lab.addresses("near"))
     lab.wait("neighbours' policies are enforced", lambda: result(lab, "stranger", lab.addresses("far")[0]) != "ok")
 
 

@@ -2,11 +2,15 @@
 
 import subprocess
 import sys
+import tempfile
+import time
 from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 from traffic import Traffic, agent, cluster_ips, ready, set_options, start_pods, wait_settled
 
+from fimbria.lab import components
 from fimbria.lab.handle import Lab
 
 
@@ -17,12 +21,33 @@ def lab(make_lab: Callable[..., Lab]) -> Lab:
     return lab
 
 
+# Another agent beside node1's, in folders of its own.
+FOLDERS = ("--run-dir", "/run/second", "--cni-conf-dir=", "--cni-bin-dir=")
+
+
 def second(lab: Lab, what: str, *options: str, prefix: tuple[str, ...] = ()) -> tuple[int, list[str]]:
-    """Another agent (or operator) beside node1's, in folders of its own, for at most three seconds."""
-    folders = ("--run-dir", "/run/second", "--cni-conf-dir=", "--cni-bin-dir=") if what == "agent" else ()
-    argv = [*prefix, "timeout", "3", sys.executable, "-m", f"fimbria.{what}", *folders, *options]
+    """Another agent (or operator) that ends by itself: its exit status (124 if it doesn't) and what it said."""
+    folders = FOLDERS if what == "agent" else ()
+    argv = [*prefix, "timeout", "60", sys.executable, "-m", f"fimbria.{what}", *folders, *options]
     done = lab.run("node/node1", *argv)
     return done.returncode, [line for line in (done.stdout + done.stderr).splitlines() if line.strip()]
+
+
+def waiting(lab: Lab, words: str, *options: str) -> list[str]:
+    """Another agent that says these words and waits on, for two more seconds: the lines with them."""
+    argv = lab.argv("node/node1", sys.executable, "-m", "fimbria.agent", *FOLDERS, *options)
+    with tempfile.TemporaryDirectory(prefix="fim") as folder:
+        path = Path(folder, "said")
+        with path.open("wb") as out:
+            process = subprocess.Popen(argv, stdout=out, stderr=subprocess.STDOUT, env=components.ENVIRONMENT)
+        try:
+            lab.wait(f"it says {words!r}", lambda: words in path.read_text() or process.poll() is not None, 60)
+            time.sleep(2)  # it tries again every second
+            assert process.poll() is None, path.read_text()
+        finally:
+            process.terminate()
+            process.wait(20)
+        return [line for line in path.read_text().splitlines() if words in line]
 
 
 def kubeconfig(lab: Lab) -> str:
@@ -53,19 +78,17 @@ def test_an_agent_without_capabilities(lab: Lab) -> None:
 
 def test_an_agent_whose_node_does_not_exist(lab: Lab) -> None:
     """It waits, for the kubelet may register the Node a little later."""
-    code, lines = second(lab, "agent", "--node-name", "nobody", "--kubeconfig", kubeconfig(lab))
-    assert code == 124, lines  # still waiting when its time was up
-    assert len([line for line in lines if "Node nobody does not exist yet" in line]) == 1, lines
+    lines = waiting(lab, "Node nobody does not exist yet", "--node-name", "nobody", "--kubeconfig", kubeconfig(lab))
+    assert len(lines) == 1, lines
 
 
 def test_an_agent_whose_api_server_does_not_answer(lab: Lab) -> None:
     text = lab.paths.kubeconfig.read_text()
     target = lab.paths.state / "kubeconfig.unreachable"
     target.write_text(text.replace(f"{lab.spec.control.ipv4}:6443", "127.0.0.1:1"))
-    code, lines = second(lab, "agent", "--node-name", "nobody", "--kubeconfig", str(target))
-    assert code == 124, lines
-    waiting = [line for line in lines if "waiting for this node's addresses" in line]
-    assert len(waiting) == 1 and "127.0.0.1:1" in waiting[0], lines
+    words = "waiting for this node's addresses"
+    lines = waiting(lab, words, "--node-name", "nobody", "--kubeconfig", str(target))
+    assert len(lines) == 1 and "127.0.0.1:1" in lines[0], lines
 
 
 @pytest.mark.parametrize(("options", "code", "said"), [

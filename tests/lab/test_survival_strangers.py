@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 from tests.bpf.compiling import compile_object
-from traffic import Traffic, agent, metric, start_pods, wait_settled
+from traffic import Traffic, agent, metric, start_pods, wait_settled, wait_soon
 
 from fimbria.lab import components
 from fimbria.lab.handle import Lab
@@ -38,6 +38,10 @@ def hook(lab: Lab, pod: str) -> int:
     return int(next(e["ifindex"] for e in agent(lab, "node1", "endpoints") if e["pod"] == pod))
 
 
+def repairs(lab: Lab) -> float:
+    return metric(lab, "node1", "fimbria_drift_repaired_total", target="device_links")
+
+
 @contextmanager
 def attached(lab: Lab, built: Path, *where: str) -> Iterator[None]:
     argv = lab.argv("node/node1", sys.executable, str(HERE / "stranger.py"), str(built), *where)
@@ -62,24 +66,26 @@ def test_a_program_beside_ours(lab: Lab, stranger: Path, place: str) -> None:
         where = ("clsact", {"before": "0x1", "after": "0xf3"}[place])
     else:
         where = ("tcx", place)
-    ifindex = hook(lab, "near")
+    ifindex, logged = hook(lab, "near"), len(lab.process_log("node1/agent"))
     with Traffic(lab), attached(lab, stranger, *where, str(ifindex)):
-        lab.wait("the status tells", lambda: told(lab, ifindex), 5)
-        lab.wait("the log tells", lambda: "programs of others now: stranger" in lab.process_log("node1/agent"), 8)
+        wait_soon(lab, "the status tells", lambda: told(lab, ifindex), 5)
+        words = f"ingress of interface {ifindex}: programs of others now: stranger"
+        wait_soon(lab, "the log tells", lambda: words in lab.process_log("node1/agent")[logged:], 8)
         assert metric(lab, "node1", "fimbria_foreign_programs", hook=f"ingress of interface {ifindex}") == 1
         wait_settled(lab)
         assert told(lab, ifindex), "it isn't ours to remove"
-    lab.wait("it is gone", lambda: not told(lab, ifindex), 5)
+    wait_soon(lab, "it is gone", lambda: not told(lab, ifindex), 5)
+    words = f"ingress of interface {ifindex}: programs of others now: none"
+    lab.wait("the log tells", lambda: words in lab.process_log("node1/agent")[logged:])
 
 
 @pytest.mark.parametrize("lab", ["clsact"], indirect=True)  # nobody can replace the program of a link
 def test_ours_replaced_in_its_place(lab: Lab, stranger: Path) -> None:
     """A filter of somebody else's under our handle stays; ours takes another one, and runs."""
     ifindex = hook(lab, "near")
-    before = metric(lab, "node1", "fimbria_drift_repaired_total", target="device_links")
+    before = repairs(lab)
     with attached(lab, stranger, "clsact", "0xf1", str(ifindex)):
-        lab.wait("ours is back", lambda: metric(
-            lab, "node1", "fimbria_drift_repaired_total", target="device_links") > before, 2)  # fmt: skip
+        wait_soon(lab, "ours is back", lambda: repairs(lab) > before, 2)
         assert told(lab, ifindex)
         with Traffic(lab):
             wait_settled(lab)
@@ -89,11 +95,10 @@ def test_ours_replaced_in_its_place(lab: Lab, stranger: Path) -> None:
 @pytest.mark.parametrize("what", ["filter", "qdisc"])
 def test_ours_deleted(lab: Lab, what: str) -> None:
     name = next(e["interface"] for e in agent(lab, "node1", "endpoints") if e["pod"] == "near")
-    before = metric(lab, "node1", "fimbria_drift_repaired_total", target="device_links")
+    before = repairs(lab)
     argv = ("filter", "del", "dev", name, "ingress") if what == "filter" else ("qdisc", "del", "dev", name, "clsact")
     assert lab.run("node/node1", "tc", *argv).returncode == 0
-    lab.wait("ours is back", lambda: metric(
-        lab, "node1", "fimbria_drift_repaired_total", target="device_links") > before, 2)  # fmt: skip
+    wait_soon(lab, "ours is back", lambda: repairs(lab) > before, 2)
     with Traffic(lab):
         wait_settled(lab)
 

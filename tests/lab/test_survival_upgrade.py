@@ -8,6 +8,7 @@ import json
 import shutil
 import signal
 import subprocess
+import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -33,6 +34,8 @@ spec:
   podSelector: {matchLabels: {app: client}}
   policyTypes: [Ingress]
 """
+# Nanoseconds that a connection in use has left at least; one of UDP that is answered starts with three minutes.
+FRESH = 100 * 10**9
 # Derived maps change their layout and size; what connections are remembered in changes its size, by a setting.
 CHANGES = (
     ("types/endpoint.h", "\t__u32 policy_set;", "\t__u32 flags;\n\t__u32 policy_set;"),
@@ -85,12 +88,13 @@ def restart(lab: Lab, *options: str) -> None:
 
 
 def remembered(lab: Lab, node: str) -> set[str]:
-    """Keys of the long-lived connections, and of what is masqueraded."""
-    found = set()
-    for name in ("conntrack", "nat"):
-        rows = agent(lab, node, f"maps/{name}")
-        found |= {json.dumps(row["key"], sort_keys=True) for row in rows if str(UDP) in json.dumps(row["key"])}
-    return found
+    """Keys of the streams over UDP, which never end by themselves, and of what of them is masqueraded."""
+    fresh = time.monotonic_ns() + FRESH  # not what probes left behind, which may expire at any moment
+    rows = [r for r in agent(lab, node, "maps/conntrack") if r["value"]["expires"] > fresh]
+    rows += agent(lab, node, "maps/nat")
+    keys = [row["key"] for row in rows]
+    ports = ("local_port", "remote_port", "sport", "dport")
+    return {json.dumps(k, sort_keys=True) for k in keys if k["proto"] == 17 and UDP in map(k.get, ports)}
 
 
 def test_upgrade_and_back(lab: Lab, other_version: Path, monkeypatch: pytest.MonkeyPatch) -> None:
