@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from traffic import TCP, Traffic, agent, cni, pod, ready, start_pods, wait_settled
+from traffic import TCP, Traffic, agent, cni, pod, ready, start_pods, wait_settled, wait_soon
 
 from fimbria.lab import components, kernel
 from fimbria.lab.handle import Lab
@@ -63,11 +63,10 @@ def echoes(lab: Lab, source: str, address: str) -> bool:
     return bool(lab.probe(source, "icmp", address, 0, "--timeout", "300")["result"] == "ok")
 
 
-def seconds_until_answers(lab: Lab, source: str, target: str) -> float:
-    began = time.monotonic()
-    for address in lab.addresses(target):
-        lab.wait(f"{address} answers", lambda a=address: answers(lab, source, a))  # type: ignore[misc]
-    return time.monotonic() - began
+def wait_answers(lab: Lab, source: str, target: str, limit: float = 20.0) -> float:
+    """Until a pod answers at all its addresses, within `limit` seconds. Returns how many it took."""
+    addresses = lab.addresses(target)
+    return wait_soon(lab, f"{target} answers", lambda: all(answers(lab, source, a) for a in addresses), limit)
 
 
 @contextmanager
@@ -112,17 +111,16 @@ def test_a_nodes_address_changes_while_it_runs(lab: Lab) -> None:
             readdress(lab, member, before, after)
             time.sleep(1)
             report_addresses(lab, "node2", *after)
-            took = seconds_until_answers(lab, "client", "far")
+            took = wait_answers(lab, "client", "far", 10)
             time.sleep(1)
         print(f"{after[0]}: traffic to the node's pods came back {took:.2f} s after it was reported")
-        assert took < 10
         assert all(o["ok"] for o in local.values()), local
         assert all(o["ended"] == "by us" and not o["lost"] for o in across.values()), across
         assert internal(lab, "node2") == set(after)
         world = lab.spec.world
         for source in ("far", "node/node2"):
             for target in (world.ipv4, world.ipv6):
-                lab.wait("the world answers", lambda s=source, t=target: echoes(lab, s, t), 10)  # type: ignore[misc]
+                lab.wait("the world answers", lambda s=source, t=target: echoes(lab, s, t))  # type: ignore[misc]
         lab.wait("the reports follow", lambda a=after: reported_node(lab, "far") == a[0])  # type: ignore[misc]
         wait_settled(lab)
         with Traffic(lab):
@@ -144,7 +142,7 @@ def test_a_reboot(lab: Lab) -> None:
         time.sleep(1)
         began = time.monotonic()
         lab.restart("node2/init")
-        lab.wait("its agent is ready", lambda: is_ready(lab, "node2"), 40)
+        lab.wait("its agent is ready", lambda: is_ready(lab, "node2"), 120)
         agent_took = time.monotonic() - began
         twice: set[str] = set()
 
@@ -152,8 +150,8 @@ def test_a_reboot(lab: Lab) -> None:
             twice.update(said_twice(lab))
             return all(moved(lab, n, a) for n, a in before.items())
 
-        lab.wait("its pods have other addresses", all_moved, 40)
-        lab.wait_ready([*names, "port", "far"], 40)
+        lab.wait("its pods have other addresses", all_moved, 120)
+        lab.wait_ready([*names, "port", "far"], 120)
         took = time.monotonic() - began
     print(f"reboot: agent ready after {agent_took:.1f} s, all pods Ready after {took:.1f} s")
     assert all(o["ok"] for o in elsewhere.values()), elsewhere
@@ -222,7 +220,7 @@ def test_a_node_object_deleted_under_a_running_agent(lab: Lab) -> None:
     owner = lab.request("GET", f"{CILIUM_NODES}/node2")["metadata"]["ownerReferences"][0]
     assert owner["uid"] == lab.request("GET", f"{NODES}/node2")["metadata"]["uid"]
     assert lab.request("GET", f"{CILIUM_NODES}/node2")["spec"]["ipam"]["podCIDRs"] == before
-    seconds_until_answers(lab, "client", "far")
+    wait_answers(lab, "client", "far")
     wait_settled(lab)
 
 
@@ -244,7 +242,7 @@ def test_a_node_goes_for_good_and_its_name_comes_back_with_another_address(make_
     lab.apply(pod("third", "node3"))
     lab.wait_ready(["third"])
     old = lab.addresses("third")
-    seconds_until_answers(lab, "client", "third")
+    wait_answers(lab, "client", "third")
     lab.wait("its report", lambda: reported_addresses(lab, "third") == set(old))
     lab.kill("node3/init")
     remove(lab, f"{NODES}/node3", f"{CILIUM_NODES}/node3", "/api/v1/namespaces/default/pods/third")
@@ -267,10 +265,10 @@ def test_a_node_goes_for_good_and_its_name_comes_back_with_another_address(make_
         try:
             began = time.monotonic()
             lab.restart("node3/agent")
-            lab.wait("it is ready", lambda: is_ready(lab, "node3"))
+            lab.wait("it is ready", lambda: is_ready(lab, "node3"), 60)
             lab.apply(pod("third", "node3"))
             lab.wait_ready(["third"])
-            seconds_until_answers(lab, "client", "third")
+            wait_answers(lab, "client", "third")
             print(f"joined and serves a pod after {time.monotonic() - began:.1f} s")
             assert internal(lab, "node3") == set(after)
             lab.wait("its report", lambda: reported_node(lab, "third") == after[0])
@@ -331,15 +329,15 @@ def test_a_clock_that_is_wrong(lab: Lab, shift: str) -> None:
         )
     try:
         if shift.startswith("-"):
-            lab.wait("it says why", lambda: "certificate is not yet valid" in log.read_text())
-            assert seconds_until_answers(lab, "client", "far") < 5
+            lab.wait("it says why", lambda: "certificate is not yet valid" in log.read_text(), 60)
+            wait_answers(lab, "client", "far", 5)
             return
         with Traffic(lab):
-            lab.wait("it is ready", lambda: ready(lab, "node2"))
+            lab.wait("it is ready", lambda: ready(lab, "node2"), 60)
             lab.apply(pod("skewed", "node2"))
             lab.wait_ready(["skewed"])
             time.sleep(12)  # more than a walk over the connections
-        assert answers(lab, "client", lab.addresses("skewed")[0])
+        wait_answers(lab, "client", "skewed")
         wait_settled(lab)
         lab.delete(pod("skewed", "node2"))
         lab.wait("it is gone", lambda: all(e["pod"] != "skewed" for e in agent(lab, "node2", "endpoints")))

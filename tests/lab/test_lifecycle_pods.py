@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
-from traffic import TCP, Traffic, agent, cni, node_root, pod, ready, start_pods, wait_settled
+from traffic import TCP, Traffic, agent, cni, node_root, pod, ready, start_pods, starved, wait_settled
 
 from conftest import install_ptp
 from fimbria.lab import state
@@ -44,7 +44,12 @@ def report(lab: Lab, name: str) -> dict[str, Any] | None:
 
 
 def reaches(lab: Lab, source: str, address: str, port: int = TCP) -> bool:
-    return bool(lab.probe(source, "tcp", address, port, "--timeout", "300")["result"] in ("ok", "refused"))
+    """With the patience of a client on a busy machine."""
+    return bool(lab.probe(source, "tcp", address, port, "--timeout", "3500")["result"] in ("ok", "refused"))
+
+
+def in_vain(lab: Lab, source: str, address: str, port: int = TCP) -> bool:
+    return bool(lab.probe(source, "tcp", address, port, "--timeout", "300")["result"] not in ("ok", "refused"))
 
 
 def test_a_static_pod_before_its_mirror(lab: Lab) -> None:
@@ -53,15 +58,15 @@ def test_a_static_pod_before_its_mirror(lab: Lab) -> None:
     lab.apply(CLOSED)
     assert lab.run("node/node1", "ip", "netns", "add", "fimstatic").returncode == 0
     try:
-        began = time.monotonic()
+        began, before = time.monotonic(), starved(lab)
         code, result = cni(lab, "ADD", "static1", "/run/netns/fimstatic", "static-node1", STATIC_UID)
         assert code == 0, result
-        assert time.monotonic() - began < 6
+        assert time.monotonic() - began - max(starved(lab) - before, 0) < 6
         address = next(ip["address"].split("/")[0] for ip in result["ips"])
         found = endpoint(lab, "node1", "static-node1")
         assert found and found["identity"] == 5, found
         assert reaches(lab, "node/node1", address), "its own node, for probes"
-        assert not reaches(lab, "near", address) and not reaches(lab, "far", address)
+        assert in_vain(lab, "near", address) and in_vain(lab, "far", address)
         assert report(lab, "static-node1") is None
         mirror = pod("static-node1", "node1", "static", sleeps=True).replace(
             "labels:", f"annotations: {{kubernetes.io/config.mirror: {STATIC_UID}}}, labels:"
@@ -70,7 +75,7 @@ def test_a_static_pod_before_its_mirror(lab: Lab) -> None:
         lab.apply(mirror)
         lab.wait("it has its identity", lambda: (endpoint(lab, "node1", "static-node1") or {})["identity"] > 255)
         lab.wait("a friend gets through", lambda: reaches(lab, "client", address))
-        assert not reaches(lab, "near", address) and not reaches(lab, "far", address)
+        assert in_vain(lab, "near", address) and in_vain(lab, "far", address)
         owner = lab.wait("its report", lambda: report(lab, "static-node1"))["metadata"]["ownerReferences"][0]
         assert owner["uid"] == lab.pod("static-node1")["metadata"]["uid"] != STATIC_UID
     finally:
@@ -127,7 +132,7 @@ def test_a_lost_journal_and_a_report_that_says_otherwise(lab: Lab) -> None:
     lab.wait("it is ready", lambda: ready(lab, "node1"))
     assert "pod default/doubtful has an interface of ours" in lab.process_log("node1/agent")
     assert agent(lab, "node1", "status")["unmanaged"] == ["default/doubtful"]
-    assert not reaches(lab, "client", address)
+    assert in_vain(lab, "client", address)
     lab.delete(pod("doubtful", "node1"))
     lab.wait("it isn't listed any more", lambda: agent(lab, "node1", "status")["unmanaged"] == [])
 
@@ -178,7 +183,7 @@ def test_a_name_that_moved_to_another_node(lab: Lab) -> None:
     lab.wait("the old one is gone", lambda: endpoint(lab, "node1", "web-0") is None)
     time.sleep(0.5)
     assert reported(lab, "web-0") == set(new)
-    assert all(reaches(lab, "client", a) for a in new) and not any(reaches(lab, "client", a) for a in old)
+    assert all(reaches(lab, "client", a) for a in new) and all(in_vain(lab, "client", a) for a in old)
     lab.delete(pod("web-0", "node2"))
     lab.wait("and its report goes", lambda: report(lab, "web-0") is None)
 
@@ -215,6 +220,7 @@ def test_pods_of_another_plugin(make_lab: Callable[..., Lab]) -> None:
     assert set(lab.addresses("new")).isdisjoint(old) and endpoint(lab, "node1", "new")
     for source, target in (("beside", old), ("old", lab.addresses("new")), ("new", old), ("node/node1", old)):
         assert all(reaches(lab, source, a) for a in target), (source, target)
+    lab.wait("its report", lambda: report(lab, "new"))
     assert [i["metadata"]["name"] for i in lab.request("GET", ENDPOINTS)["items"]] == ["new"]
     lab.delete(pod("old", "node1"))
     lab.wait("it is gone", lambda: agent(lab, "node1", "status")["unmanaged"] == ["default/beside"])
