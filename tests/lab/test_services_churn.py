@@ -15,7 +15,7 @@ from fimbria.lab.handle import Lab
 WEB = "/apis/apps/v1/namespaces/default/deployments/web"
 # Seconds that a server goes on after it was told to end: longer than the news takes to all nodes, also to an agent
 # that is just being restarted on a busy machine.
-LINGER = 8
+LINGER = 15
 
 
 def deployment(replicas: int) -> str:
