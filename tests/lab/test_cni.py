@@ -124,9 +124,22 @@ def descriptors(pid: int) -> int:
     return found
 
 
+def steady_inventory(lab: Lab) -> dict[str, Any]:
+    """What is there at two looks in a row: an agent has a file open for a moment now and then."""
+    last: dict[str, Any] = {}
+
+    def look() -> bool:
+        nonlocal last
+        before, last = last, inventory(lab)
+        return before == last
+
+    lab.wait("nothing changes", look)
+    return last
+
+
 def nothing_left(lab: Lab, before: dict[str, Any]) -> None:
     """Interfaces are removed in the background, so with a little patience."""
-    deadline = time.monotonic() + 10
+    deadline = time.monotonic() + 30
     while (now := inventory(lab)) != before and time.monotonic() < deadline:
         time.sleep(0.1)
     assert now == before
@@ -141,7 +154,7 @@ def lab(make_lab: MakeLab) -> Lab:
 def clean(lab: Lab) -> Iterator[None]:
     """What a test adds, it must have removed."""
     wait_settled(lab)
-    before = inventory(lab)
+    before = steady_inventory(lab)
     yield
     nothing_left(lab, before)
 
@@ -410,7 +423,7 @@ def _programs(box: Box, name: str) -> dict[str, int]:
 
 def _linked(box: Box, name: str) -> dict[str, int]:
     """The programs of a device once links have taken the place of the filters that it starts with."""
-    deadline = time.monotonic() + 10
+    deadline = time.monotonic() + 40
     while (found := _programs(box, name)).keys() != {"from_pod", "to_pod"}:
         assert time.monotonic() < deadline, found
         time.sleep(0.05)
@@ -531,7 +544,7 @@ def test_one_family(lab_name: str, families: str) -> None:
     pool = {"ipv6_pool": ""} if families == "IPv4" else {"ipv4_pool": ""}
     cluster.up(LabSpec(name=lab_name, nodes=1, routing="native", **pool))
     lab = Lab(lab_name)
-    before = inventory(lab)
+    before = steady_inventory(lab)
     box = Box(lab)
     result = box.add()
     assert [ipaddress.ip_interface(ip["address"]).version for ip in result["ips"]] == [4 if families == "IPv4" else 6]
@@ -547,7 +560,7 @@ def test_a_pool_that_is_used_up(lab_name: str) -> None:
     """ADD and STATUS say so, and a DEL makes room."""
     cluster.up(LabSpec(name=lab_name, nodes=1, ipv4_pool="10.244.0.0/28", ipv4_mask=29, ipv6_pool=""))
     lab = Lab(lab_name)
-    before = inventory(lab)
+    before = steady_inventory(lab)
     boxes = [Box(lab) for _ in range(6)]
     for one in boxes[:5]:
         one.add()
@@ -724,7 +737,7 @@ def test_a_chain_with_portmap(lab_name: str, cnitool: Path) -> None:
     fails its own CHECK whatever plugin it follows, so only ours is asked, with the result of the whole chain."""
     cluster.up(LabSpec(name=lab_name, nodes=1, agent_options=("no-fast-path",)))
     lab = Lab(lab_name)
-    before = inventory(lab)
+    before = steady_inventory(lab)
     box = Box(lab)
     ports = {"portMappings": [{"hostPort": 18080, "containerPort": 8080, "protocol": "tcp"}]}
     libcni = Libcni(cnitool, box, chain({"type": "portmap", "capabilities": {"portMappings": True}}), ports)
