@@ -113,7 +113,7 @@ def test_health_checks_of_a_service_and_of_the_node(lab: Lab) -> None:
     front = Front(lab, "local")
 
     def health(node: str) -> str:
-        done = lab.run("node/world", "curl", "-s", "-i", "--max-time", "2",
+        done = lab.run("node/world", "curl", "-s", "-i", "--max-time", "10",
                        f"http://{node_address(lab, node, 4)}:{front.health_port}/")  # fmt: skip
         return done.stdout
 
@@ -128,7 +128,7 @@ def test_health_checks_of_a_service_and_of_the_node(lab: Lab) -> None:
         address = node_address(lab, "node1", family)
         host = f"[{address}]" if family == 6 else address
         for path in ("healthz", "livez"):
-            done = lab.run("node/world", "curl", "-s", "--max-time", "2", f"http://{host}:10256/{path}")
+            done = lab.run("node/world", "curl", "-s", "--max-time", "10", f"http://{host}:10256/{path}")
             assert json.loads(done.stdout)["healthy"] is True, done
     lab.delete(server("local", "node1", "local"))
     lab.wait("node1 has none", lambda: health("node1").startswith("HTTP/1.1 503 "))

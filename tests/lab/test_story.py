@@ -94,7 +94,7 @@ def test_every_pod_reaches_every_pod_on_both_families(story: Story) -> None:
     async def all_pairs() -> list[tuple[str, str, str]]:
         async def one(source: DemoPod, target: DemoPod, ip: str) -> tuple[str, str, str]:
             port = {"db": 5432, "prometheus": 9090}.get(target.app, 8080)
-            return source.name, ip, (await story.demo.probe(source, ip, port))[0]["result"]
+            return source.name, ip, (await story.demo.probe(source, ip, port, timeout_ms=3500))[0]["result"]
 
         sources = [story.pod("shop/frontend"), story.pod("guest/visitor"), story.pod("shop/db")]
         return [await one(s, t, ip) for s in sources for t in story.pods for ip in t.ips]
@@ -135,7 +135,7 @@ def test_outside_sees_the_nodes_address(story: Story) -> None:
 def test_policies_allow_what_they_say_and_nothing_else(story: Story) -> None:
     story.run(story.demo.apply(POLICIES, lambda _manifest, _what: None))
     with contextlib.suppress(LabError):
-        story.lab.wait("policies are enforced", lambda: story.matrix() == ALLOWED, 5)
+        story.lab.wait("policies are enforced", lambda: story.matrix() == ALLOWED, 30)
     assert story.matrix() == ALLOWED, story.logs()
 
 
@@ -152,7 +152,7 @@ def test_a_drop_is_reported_with_the_policy_behind_it(story: Story) -> None:
         }
 
     wanted = {("POLICY_DENY", "no-guests"), ("POLICY_DENIED", "default-deny")}
-    story.lab.wait("drops are reported", lambda: wanted <= reasons(), 10)
+    story.lab.wait("drops are reported", lambda: wanted <= reasons(), 30)
 
 
 def test_the_kernel_is_as_wanted(story: Story) -> None:
