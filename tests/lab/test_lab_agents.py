@@ -115,7 +115,7 @@ def test_processes_killed_under_traffic(agent_lab: Lab) -> None:
         lab.kill(process, signal.SIGKILL)
     for process in ("control/apiserver", "control/operator", "node1/agent", f"{where}/agent", "node1/runner"):
         lab.restart(process)
-    lab.wait("everything runs and is ready", lambda: cluster.status(lab.spec.name)["healthy"])
+    lab.wait("everything runs and is ready", lambda: cluster.status(lab.spec.name)["healthy"], 60)
     for stream in streams:
         stream.send_signal(signal.SIGTERM)
         out, _ = stream.communicate(timeout=20)
@@ -128,8 +128,8 @@ def test_a_node_that_boots_again(agent_lab: Lab) -> None:
     lab.kill("node1/init")
     lab.wait("every process of the node is gone", lambda: not _running(lab, "node1/"))
     lab.restart("node1/init")
-    lab.wait("everything runs and is ready", lambda: cluster.status(lab.spec.name)["healthy"])
-    lab.wait("the client runs again and reaches all", lambda: _reaches(lab, "client", names))
+    lab.wait("everything runs and is ready", lambda: cluster.status(lab.spec.name)["healthy"], 60)
+    lab.wait("the client runs again and reaches all", lambda: _reaches(lab, "client", names), 60)
 
 
 def _running(lab: Lab, prefix: str) -> list[str]:
