@@ -8,12 +8,18 @@ Rules:
    condition.
 4. A node that is gone gives its blocks back. One whose object lost them (edited by hand) gets the same again: its pods
    have addresses of them.
+5. A free block is searched for from behind the last one given, so that a freed one rests: its node may come back, and
+   others still route to it. Nobody wrote down which was the last one given: after a restore the search begins with the
+   widest gap, where nothing was given for longest.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from bisect import bisect_left
+from collections.abc import Iterable
 from dataclasses import dataclass, field
+from operator import attrgetter
+from typing import NamedTuple
 
 from fimbria.model.address import Prefix
 
@@ -76,19 +82,43 @@ def check_pools(pools: Iterable[Pool]) -> None:
 
 @dataclass(frozen=True, slots=True)
 class NodeBlocks:
-    """The decision for one node: its blocks, and what is wrong (empty if nothing is)."""
+    """The decision for one node: its blocks, what is wrong (empty if nothing is), and whether a family has no block."""
 
     blocks: tuple[Prefix, ...]
     problem: str = ""
+    lacks: bool = False
+
+
+class _Range(NamedTuple):
+    """A block, the numbers of its first and last address, and whose it is."""
+
+    first: int
+    last: int
+    block: Prefix
+    node: str
+
+
+_LAST = attrgetter("last")
+
+
+def _ends(network: Prefix) -> tuple[int, int]:
+    """The numbers of the first and the last address."""
+    first = int.from_bytes(network.addr)
+    return first, first + (1 << (128 - network.length)) - 1
 
 
 @dataclass(slots=True)
 class BlockAllocator:
-    """Who has which block. Restore with `observe` for every node before the first `assign`."""
+    """Who has which block. `restore` what all nodes hold before the first `assign`."""
 
     pools: tuple[Pool, ...]
-    held: dict[Prefix, str] = field(default_factory=dict)
+    _ranges: list[_Range] = field(default_factory=list)
+    """What is held, in the order of addresses and apart from each other: of a node's blocks inside each other (edited
+    by hand) only the outermost one."""
+    _held: dict[str, dict[Prefix, None]] = field(default_factory=dict)
+    """Each node's blocks, in the order it got them."""
     _cursor: dict[Pool, int] = field(default_factory=dict)
+    """The index of the block that the next search begins with."""
 
     def __post_init__(self) -> None:
         check_pools(self.pools)
@@ -98,25 +128,24 @@ class BlockAllocator:
         problems: dict[str, str] = {}
         for name, blocks in nodes:
             for block in blocks:
-                other = self._overlapping(block, name)
+                other = self._claim(block, name)
                 if other is not None:
                     problems[name] = (
-                        f"block {block} overlaps {other[0]} of node {other[1]}, which is older and keeps it"
+                        f"block {block} overlaps {other.block} of node {other.node}, which is older and keeps it"
                     )
-                else:
-                    self.held[block] = name
+        self._cursor = {pool: self._widest_gap(pool) for pool in self.pools}
         return problems
 
     def assign(self, node: str, current: Iterable[Prefix]) -> NodeBlocks:
         """Blocks for a node, given those it has now. Adds what is missing, never takes away a sound one."""
         kept: list[Prefix] = []
         problems: list[str] = []
+        lacks = False
         for block in current:
-            other = self._overlapping(block, node)
+            other = self._claim(block, node)
             if other is not None:
-                problems.append(f"block {block} overlaps {other[0]} of node {other[1]} and is taken back")
+                problems.append(f"block {block} overlaps {other.block} of node {other.node} and is taken back")
                 continue
-            self.held[block] = node
             kept.append(block)
             if not any(block in p.network for p in self.pools):
                 problems.append(f"block {block} is in no configured pool any more; it stays while the node lives")
@@ -126,41 +155,73 @@ class BlockAllocator:
                 continue
             fresh = self._take(pools, node)
             if fresh is None:
+                lacks = True
                 names = ", ".join(map(str, pools))
                 problems.append(f"no {'IPv4' if v4 else 'IPv6'} block is free for node {node} in {names}")
             else:
                 kept.append(fresh)
-        return NodeBlocks(tuple(kept), "; ".join(problems))
+        return NodeBlocks(tuple(kept), "; ".join(problems), lacks)
 
-    def release(self, node: str) -> None:
-        """Free what a node had that is gone."""
-        for block in [b for b, n in self.held.items() if n == node]:
-            del self.held[block]
+    def release(self, node: str) -> bool:
+        """Free what a node had that is gone; whether it had any."""
+        blocks = self._held.pop(node, {})
+        for block in blocks:
+            at = self._behind(_ends(block)[0])
+            if at < len(self._ranges) and self._ranges[at].block == block:
+                del self._ranges[at]
+        return bool(blocks)
 
-    def usage(self) -> Mapping[str, tuple[int, int]]:
-        """Pool text -> (blocks in use, blocks in all)."""
-        return {str(p): (sum(b in p.network for b in self.held), p.count) for p in self.pools}
+    def _behind(self, address: int) -> int:
+        """The place of the first range that doesn't end before an address."""
+        return bisect_left(self._ranges, address, key=_LAST)
+
+    def _claim(self, block: Prefix, node: str) -> _Range | None:
+        """Note that a node has a block, unless another one has addresses of it: what that one has is returned."""
+        first, last = _ends(block)
+        start = end = self._behind(first)
+        while end < len(self._ranges) and self._ranges[end].first <= last:
+            if self._ranges[end].node != node:
+                return self._ranges[end]
+            end += 1
+        # Networks are inside each other or apart: either one contains this block, or this block contains them all.
+        if start == end or block not in self._ranges[start].block:
+            self._ranges[start:end] = [_Range(first, last, block, node)]
+        self._held.setdefault(node, {})[block] = None
+        return None
 
     def _take(self, pools: list[Pool], node: str) -> Prefix | None:
-        for block, holder in self.held.items():
-            if holder == node and block.v4 == pools[0].network.v4:
+        for block in self._held.get(node, ()):
+            if block.v4 == pools[0].network.v4:
                 return block
         for pool in pools:
-            start = self._cursor.get(pool, 0)
-            for step in range(min(pool.count, len(self.held) + 1)):
-                index = (start + step) % pool.count
-                block = pool.block(index)
-                if self._overlapping(block, "") is None:
-                    self.held[block] = node
-                    self._cursor[pool] = index + 1
-                    return block
+            cursor = self._cursor.get(pool, 0)
+            index = self._free(pool, cursor, pool.count)
+            if index is None:
+                index = self._free(pool, 0, cursor)
+            if index is not None:
+                self._cursor[pool] = index + 1
+                self._claim(pool.block(index), node)
+                return pool.block(index)
         return None
 
-    def _overlapping(self, block: Prefix, node: str) -> tuple[Prefix, str] | None:
-        holder = self.held.get(block)
-        if holder is not None:
-            return None if holder == node else (block, holder)
-        for other, name in self.held.items():
-            if name != node and (other in block or block in other):
-                return other, name
+    def _free(self, pool: Pool, index: int, stop: int) -> int | None:
+        """The first of a pool's blocks from `index` to before `stop` that nobody has an address of."""
+        begin, size = _ends(pool.network)[0], 1 << (128 - pool.block_length)
+        at = self._behind(begin + index * size)
+        while index < stop:
+            if at == len(self._ranges) or self._ranges[at].first >= begin + (index + 1) * size:
+                return index
+            index = (self._ranges[at].last - begin) // size + 1
+            at = bisect_left(self._ranges, begin + index * size, lo=at, key=_LAST)
         return None
+
+    def _widest_gap(self, pool: Pool) -> int:
+        """The index of the first block behind the range that has the most room behind it; the pool's end is followed by
+        its beginning."""
+        begin, last = _ends(pool.network)
+        held = self._ranges[self._behind(begin) : bisect_left(self._ranges, last + 1, key=attrgetter("first"))]
+        if not held:
+            return 0
+        following = [*(r.first for r in held[1:]), held[0].first + last + 1 - begin]
+        _, end = max((after - r.last, r.last) for r, after in zip(held, following, strict=True))
+        return ((end - begin) // (1 << (128 - pool.block_length)) + 1) % pool.count

@@ -17,6 +17,7 @@ from fimbria.tables.table import Table
 
 log = logging.getLogger(__name__)
 RETRY: Final = 1.0
+BATCH: Final = 100  # nodes in one step: their blocks are read in a few milliseconds
 
 
 @dataclass(slots=True)
@@ -26,39 +27,57 @@ class NodeBlockWriter:
     client: ApiClient
     nodes: Table[str, CiliumNode]
     allocator: BlockAllocator
-    _known: set[str] = field(default_factory=set)
+    _lacking: set[str] = field(default_factory=set)
+    """Nodes that no block was free for."""
+    _freed: bool = False
     conflicts: int = 0
 
     async def run(self) -> None:
         """Follow the nodes until cancelled."""
         subscription = self.nodes.subscribe()
         await self.nodes.wait_synced()
-        oldest_first = sorted(self.nodes.values(), key=lambda n: n.metadata.creation_timestamp or "")
-        self.allocator.restore((n.metadata.name, _blocks(n)[0]) for n in oldest_first)
+        self.allocator.restore(await self._held())
         pending = set(self.nodes)
         while True:
             failed = set()
             for name in pending | subscription.drain():
+                await asyncio.sleep(0)  # thousands of nodes that need nothing must not stop the lease's renewal
                 try:
                     await self._node(name)
                 except ApiError as error:
                     log.warning("CiliumNode %s is not up to date: %s", name, error)
                     failed.add(name)
-            pending = failed
+            pending = failed | self._lacking if self._freed else failed
+            self._freed = False
             if pending:
                 await asyncio.sleep(RETRY)
             else:
                 await subscription.wait()
 
+    async def _held(self) -> list[tuple[str, tuple[Prefix, ...]]]:
+        """What nodes hold, oldest first. What changes meanwhile is looked at again as any change."""
+        oldest_first = sorted(self.nodes.values(), key=lambda n: n.metadata.creation_timestamp or "")
+        held = []
+        for start in range(0, len(oldest_first), BATCH):
+            held += [(n.metadata.name, _blocks(n)[0]) for n in oldest_first[start : start + BATCH]]
+            await asyncio.sleep(0)
+        return held
+
+    def _gone(self, name: str) -> None:
+        self._lacking.discard(name)
+        self._freed |= self.allocator.release(name)
+
     async def _node(self, name: str) -> None:
         node = self.nodes.get(name)
         if node is None:
-            self.allocator.release(name)
-            self._known.discard(name)
+            self._gone(name)
             return
-        self._known.add(name)
         current, bad = _blocks(node)
         decision = self.allocator.assign(name, current)
+        if decision.lacks:
+            self._lacking.add(name)
+        else:
+            self._lacking.discard(name)
         problem = "; ".join(filter(None, (decision.problem, bad)))
         cidrs = [str(b) for b in decision.blocks]
         try:
@@ -76,7 +95,7 @@ class NodeBlockWriter:
         except Conflict:
             self.conflicts += 1  # the watch delivers the newer object, and with it another try
         except NotFound:
-            self.allocator.release(name)
+            self._gone(name)
 
 
 def _blocks(node: CiliumNode) -> tuple[tuple[Prefix, ...], str]:

@@ -3,9 +3,17 @@
 from __future__ import annotations
 
 import random
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from types import FrameType
+from typing import Any
 
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
+from fimbria.decide import node_blocks
 from fimbria.decide.node_blocks import BlockAllocator, Pool, PoolError, check_pools
 from fimbria.model.address import Prefix
 
@@ -47,7 +55,6 @@ def test_one_block_of_each_family() -> None:
     assert first.blocks == (P("10.0.0.0/24"), P("fd00::/64")) and first.problem == ""
     assert a.assign("a", first.blocks) == first, "what it has is kept"
     assert a.assign("b", ()).blocks == (P("10.0.1.0/24"), P("fd00:0:0:1::/64"))
-    assert a.usage()["10.0.0.0/16/24"] == (2, 256)
 
 
 def test_a_pool_without_room_is_named_and_the_next_pool_is_used() -> None:
@@ -110,3 +117,133 @@ def test_a_node_that_lost_its_blocks_gets_the_same_again() -> None:
     for _ in range(5):
         assert blocks.assign("a", []) == first
     assert blocks.assign("b", []).problem == ""
+
+
+def test_smaller_blocks_are_found_behind_larger_ones() -> None:
+    old = allocator("10.0.0.0/16/24")
+    have = [(f"n{i}", old.assign(f"n{i}", ()).blocks) for i in range(50)]
+    new = allocator("10.0.0.0/16/26")
+    assert new.restore(have) == {}
+    assert new.assign("new", ()).blocks == (P("10.0.50.0/26"),)
+
+
+def test_larger_blocks_are_found_among_smaller_ones() -> None:
+    a = allocator("10.0.0.0/22/24")
+    a.restore([("a", [P("10.0.0.64/26")]), ("b", [P("10.0.1.0/26"), P("10.0.1.192/26")]), ("c", [P("10.0.3.0/25")])])
+    assert a.assign("d", ()).blocks == (P("10.0.2.0/24"),)
+    assert a.assign("e", ()).blocks == ()
+
+
+@pytest.mark.parametrize("held", [range(50), [*range(50), 255], [*range(3), *range(230, 256)], range(100, 150)])
+def test_a_freed_block_rests_also_after_a_restart(held: Any) -> None:
+    pool = Pool.parse("10.0.0.0/16/24")
+    have = {f"n{i}": (pool.block(i),) for i in held}
+    a = BlockAllocator((pool,))
+    a.restore(have.items())
+    last = max(held, key=lambda i: ((i + 1) % 256 not in held, -((i + 1) % 256)))
+    for name in (f"n{held[1]}", f"n{last}"):
+        assert a.release(name)
+    new = [a.assign(f"new{i}", ()).blocks for i in range(256 - len(have))]
+    assert not set(new) & set(have.values()) and len(set(new)) == len(new)
+    assert {a.assign(f"late{i}", ()).blocks for i in range(2)} == {have[f"n{held[1]}"], have[f"n{last}"]}
+    assert a.assign("none", ()).lacks
+
+
+def test_blocks_of_one_node_inside_each_other_are_all_given_back() -> None:
+    a = allocator("10.0.0.0/24/26")
+    a.restore([("a", [P("10.0.0.0/27"), P("10.0.0.0/25"), P("10.0.0.64/26")])])
+    assert "10.0.0.0/25 of node a" in a.assign("b", [P("10.0.0.32/27")]).problem
+    assert a.assign("c", ()).blocks and a.assign("d", ()).lacks
+    assert a.release("a") and not a.release("a")
+    assert not a.assign("d", ()).lacks and not a.assign("e", ()).lacks
+
+
+POOLS = ["10.0.0.0/26/28", "10.0.0.0/26/29", "10.0.0.0/27/30 10.0.0.32/28/30", "10.0.0.32/27/28 fd00::/120/122"]
+BLOCKS = st.builds(
+    lambda at, length: P(f"10.0.0.{at}/{length}"), st.integers(0, 80), st.sampled_from([20, 26, 28, 29, 30])
+) | st.sampled_from([P("fd00::/122"), P("fd00::40/123"), P("::/0"), P("fd00::/100")])
+STEPS = st.tuples(st.sampled_from("abcdefgh"), st.sampled_from(["again", "claim", "gone", "leader"]), BLOCKS,
+                  st.sampled_from(POOLS))  # fmt: skip
+
+
+def overlap(one: Prefix, two: Prefix) -> bool:
+    return one in two or two in one
+
+
+@settings(max_examples=300, deadline=None)
+@given(st.lists(STEPS, max_size=40))
+def test_against_a_list_that_is_searched_from_end_to_end(steps: list[tuple[str, str, Prefix, str]]) -> None:
+    pools = tuple(Pool.parse(p) for p in POOLS[0].split())
+    a = BlockAllocator(pools)
+    objects: dict[str, tuple[Prefix, ...]] = {}
+    held: list[tuple[Prefix, str]] = []
+    for node, what, block, texts in steps:
+        if what == "gone":
+            assert a.release(node) == any(n == node for _, n in held)
+            objects.pop(node, None)
+            held = [h for h in held if h[1] != node]
+            continue
+        if what == "leader":
+            pools = tuple(Pool.parse(p) for p in texts.split())
+            a, held = BlockAllocator(pools), [(b, n) for n, blocks in objects.items() for b in blocks]
+            assert a.restore(objects.items()) == {}
+        current = (*objects.get(node, ()), *([block] if what == "claim" else []))
+        sound = []
+        for b in current:
+            if not any(n != node and overlap(b, other) for other, n in held):
+                sound.append(b)
+                held.append((b, node))
+        decision = a.assign(node, current)
+        objects[node] = decision.blocks
+        assert list(decision.blocks[: len(sound)]) == sound
+        assert ("is taken back" in decision.problem) == (len(sound) < len(current))
+        fresh = decision.blocks[len(sound) :]
+        lacks = []
+        for v4 in {p.network.v4 for p in pools}:
+            added = [b for b in fresh if b.v4 == v4]
+            has = [b for b, n in held if n == node and b.v4 == v4]
+            free = [p.block(i) for p in pools if p.network.v4 == v4 for i in range(p.count)
+                    if not any(overlap(p.block(i), b) for b, _ in held)]  # fmt: skip
+            if any(b.v4 == v4 for b in sound):
+                assert not added
+            elif has:
+                assert added == has[:1], "the same again"
+            else:
+                assert len(added) == bool(free) and set(added) <= set(free)
+            lacks.append(not added and not any(b.v4 == v4 for b in sound))
+        assert decision.lacks == any(lacks)
+        held += [(b, node) for b in fresh if (b, node) not in held]
+
+
+@contextmanager
+def at_most(lines: int) -> Iterator[None]:
+    """The allocator executes so many lines of code; more are an error at once."""
+    left = lines
+
+    def trace(frame: FrameType, event: str, _arg: Any) -> Any:
+        nonlocal left
+        if frame.f_code.co_filename != node_blocks.__file__:
+            return None
+        left -= event == "line"
+        assert left >= 0, f"more than {lines} lines"
+        return trace
+
+    before = sys.gettrace()
+    sys.settrace(trace)
+    try:
+        yield
+    finally:
+        sys.settrace(before)
+
+
+def test_ten_thousand_nodes_are_restored_without_comparing_each_with_each() -> None:
+    pools = (Pool.parse("10.0.0.0/8/24"), Pool.parse("fd00::/48/64"))
+    count = 10_000
+    have = [(f"n{i}", [p.block(i * 7919 % count) for p in pools]) for i in range(count)]
+    a = BlockAllocator(pools)
+    with at_most(60 * count):
+        assert a.restore(have) == {}
+    with at_most(1000):
+        assert a.assign("n7", have[7][1]).problem == ""
+        assert a.assign("new", ()).blocks == tuple(p.block(count) for p in pools)
+        assert a.release("n9")
