@@ -59,9 +59,13 @@ def net(request: pytest.FixtureRequest) -> Iterator[Outside]:
 
 @pytest.fixture(autouse=True)
 def _no_former_connections(net: Outside) -> Iterator[None]:
-    """The kernel may give a client a port that an earlier test's had, whose connection to another backend is known."""
     yield
-    for node in net.nodes:
+    forget_connections(net.nodes)
+
+
+def forget_connections(nodes: list[Node]) -> None:
+    """The kernel may give a client a port that an earlier test's had, whose connection to another backend is known."""
+    for node in nodes:
         for table in (node.dp.maps[name] for name in ("conntrack", "nat")):
             keys, _ = table.dump()
             if keys:

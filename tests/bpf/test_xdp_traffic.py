@@ -14,6 +14,7 @@ from test_nodeport_traffic import (
     NODE_PORT,
     NODE_PORT_FLAG,
     Server,
+    forget_connections,
     serve,
 )
 from test_xdp import DIRECT_RETURN
@@ -72,6 +73,12 @@ def net(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
             far.load()
             attach(stack, fabric, "n1", far.program("pass"), DRIVER)
         yield built
+
+
+@pytest.fixture(autouse=True)
+def _no_former_connections(net: Lab) -> Iterator[None]:
+    yield
+    forget_connections(net.nodes)
 
 
 def attach(stack: contextlib.ExitStack, space: Space, device: str, program: Program, flags: int) -> None:
