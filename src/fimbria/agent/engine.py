@@ -17,17 +17,17 @@ from fimbria.apply.rows import Rows
 from fimbria.apply.xdp import PROGRAM as XDP_PROGRAM
 from fimbria.apply.xdp import XdpHook
 from fimbria.compute import network
+from fimbria.compute.identity_ports import IdentityPorts, ports_of
 from fimbria.compute.ipcache import IpcacheCompute
 from fimbria.compute.policy import PolicyEngine, SetChange
 from fimbria.compute.policy_set import ENFORCE, SetKey
-from fimbria.compute.policy_shapes import Ports
 from fimbria.compute.service import Delta as ServiceDelta
 from fimbria.compute.service import ServiceCompute
 from fimbria.compute.service_frontends import Defaults
 from fimbria.compute.service_rows import MAPS
 from fimbria.decide.numbers import Numbers
 from fimbria.model.address import Prefix, unpack
-from fimbria.model.endpoint import EndpointIdentity, LocalEndpoint, NamedPort, RemoteEndpoint
+from fimbria.model.endpoint import EndpointIdentity, LocalEndpoint, RemoteEndpoint
 from fimbria.model.identity import MIN_ALLOCATED, RESERVED_LABELS, SCOPE_CIDR, Reserved
 from fimbria.model.labels import Labels, pod_labels
 from fimbria.model.network import DeviceSet, NeighbourKey, Route
@@ -132,8 +132,7 @@ class Engine:
         self._policies_of: dict[tuple[str, Any], PolicyId] = {}
         self._networks: dict[tuple[str, Any], tuple[tuple[Prefix, Route], ...]] = {}
         self._routes_to: dict[Prefix, dict[tuple[str, Any], Route]] = {}
-        self._ports_of_identity: dict[int, dict[Any, tuple[NamedPort, ...]]] = {}
-        self._identity_of_source: dict[Any, int] = {}
+        self._identity_ports = IdentityPorts()
         self._service_of_slice: dict[ObjectKey, ServiceKey] = {}
         self._set_keys: dict[int, SetKey] = {}
         self._decided: dict[int, EndpointIdentity] = {}
@@ -246,6 +245,8 @@ class Engine:
             self.policy.upsert_policy(policy)
 
     def _apply_policy(self) -> None:
+        for number, ports in self._identity_ports.changes():
+            self.policy.set_identity_ports(number, ports)
         changes = self.policy.changes()
         for key, change in changes.sets.items():
             self._set_content(key, change)
@@ -300,7 +301,7 @@ class Engine:
                 *key, unpack(stranger), remote.writer,
             )  # fmt: skip
         counts = remote if stranger is None else None
-        self._identity_ports(key, counts.identity if counts else 0, counts.named_ports if counts else ())
+        self._identity_ports.put(key, counts.identity if counts else 0, counts.named_ports if counts else ())
 
     def _nodes(self, keys: Iterable[str]) -> None:
         keys = set(keys)
@@ -376,20 +377,6 @@ class Engine:
                 self.rows.ipcache.drop(key)
             else:
                 self.rows.ipcache.put(key, row)
-
-    def _identity_ports(self, source: Any, identity: int, ports: tuple[NamedPort, ...]) -> None:
-        old = self._identity_of_source.pop(source, 0)
-        if old and old != identity:
-            self._ports_of_identity[old].pop(source, None)
-            self._refresh_ports(old)
-        if identity and ports:
-            self._identity_of_source[source] = identity
-            self._ports_of_identity.setdefault(identity, {})[source] = ports
-            self._refresh_ports(identity)
-
-    def _refresh_ports(self, identity: int) -> None:
-        known = self._ports_of_identity.get(identity, {})
-        self.policy.set_identity_ports(identity, ports_of(p for ports in known.values() for p in ports))
 
     # --- services ----------------------------------------------------------------------------------------------------
 
@@ -491,7 +478,7 @@ class Engine:
             labels = self.labels(endpoint)
             pod = self.tables.pods.get((endpoint.namespace, endpoint.pod))
             ports = pod.named_ports if pod else ()
-            self._identity_ports(("local", endpoint_id), identity, ports)
+            self._identity_ports.put(("local", endpoint_id), identity, ports)
             if decided is not None:
                 # Who is selected follows the pod's labels now; who it is to others follows its identity.
                 self.policy.upsert_endpoint(str(endpoint_id), labels or decided.labels, ports_of(ports))
@@ -541,7 +528,7 @@ class Engine:
 
     def _forget(self, endpoint_id: int) -> None:
         self.policy.delete_endpoint(str(endpoint_id))
-        self._identity_ports(("local", endpoint_id), 0, ())
+        self._identity_ports.put(("local", endpoint_id), 0, ())
         self._networks_of(("endpoint", endpoint_id), ())
         endpoint = self._known.pop(endpoint_id, None)
         if endpoint is None:
@@ -574,8 +561,3 @@ class Engine:
                 self.rows.xdp_links.put(XdpHook(ifindex, self.xdp), XDP_PROGRAM)
         if self.devices.overlay:
             self._hooks(self.devices.overlay, "from_overlay", "to_overlay")
-
-
-def ports_of(ports: Iterable[NamedPort]) -> Ports:
-    """Named ports in the policy compiler's form."""
-    return frozenset((p.name, p.proto, p.port) for p in ports)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import sys
+
 import pytest
 
 from fimbria.agent.engine import DesiredRows, Engine, NumberBook
@@ -58,3 +60,27 @@ def test_a_report_counts_as_soon_as_its_node_has_the_block() -> None:
     tables.nodes.upsert("taken", Node("taken", (pack("192.0.2.3"),), (), blocks))
     engine.step()
     assert rows.ipcache.desired[PrefixKey(128, addr)].identity == 301 and not engine.ipcache.foreign
+
+
+def test_thousands_of_pods_of_one_identity_cost_each_its_own() -> None:
+    """The work of a step grows with the pods, not with their square: a step blocks everything else in the agent."""
+
+    def calls(count: int) -> int:
+        tables, made = Tables(), 0
+        engine = engine_of(tables, DesiredRows())
+        for n in range(count):
+            addr = pack(f"10.2.{n >> 8}.{n & 255}")
+            tables.remote_endpoints.upsert(("ns", f"p{n}"), report(addr, 300, "", ""))
+
+        def count_calls(_frame: object, event: str, _argument: object) -> None:
+            nonlocal made
+            made += event == "call"
+
+        sys.setprofile(count_calls)
+        try:
+            engine.step()
+        finally:
+            sys.setprofile(None)
+        return made
+
+    assert calls(800) < 9 * calls(100)
