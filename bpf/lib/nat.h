@@ -142,8 +142,11 @@ __noinline int nat_bind(struct packet *p)
 		e.frontend_port = out.dport;
 	}
 	/* The port that it had, if only the way back was forgotten: the other side knows no other. */
-	if (found && nat_take(&back, &out, &e))
+	if (found && nat_take(&back, &out, &e)) {
+		/* Or the collector takes the row that it found unused a moment ago. */
+		nat_touch(found, e.used);
 		return 0;
+	}
 	if (!nat_allocate(&back, &out, &e, addr_equal(&p->source.addr, &out.saddr)))
 		return DROP_NAT_NO_MAPPING;
 	p->source.port = back.dport;

@@ -74,6 +74,18 @@ def replies_only(dp: Datapath, w: Wire) -> None:
     enforce(rule(WORLD, EGRESS), a=ENFORCE_EGRESS | ENFORCE_INGRESS)(dp, w)
 
 
+def long_ago(dp: Datapath, w: Wire) -> None:
+    """The connection's port is known, from a time when it was in use; the way back was forgotten."""
+    key = rows.NatKey(w.packed("a"), w.packed("world"), SPORT, 53, UDP_NUMBER, EGRESS)
+    dp.put("nat", key, rows.NatEntry(w.packed("node"), PORT + 1, 0, 0, 0))
+
+
+def in_use_again(dp: Datapath, w: Wire) -> None:
+    found = {(k.direction, k.sport, k.dport, e.port): e.used for k, e in dp.items("nat")}
+    assert found.keys() == {(EGRESS, SPORT, 53, PORT + 1), (INGRESS, 53, PORT + 1, SPORT)}
+    assert all(found.values()), found
+
+
 def no_way_back_yet(dp: Datapath, w: Wire) -> None:
     """Two rows: each direction finds the other."""
     found = {(k.direction, k.sport, k.dport, e.port) for k, e in dp.items("nat")}
@@ -132,6 +144,8 @@ RECORDS = [
     Record("a taken port is left to its owner", QUERY, TCX_NEXT, program="to_network", rows=taken(1), then=other_port),
     Record("a port whose way back was lost is left", QUERY, TCX_NEXT, program="to_network", rows=stolen,
            then=other_port),
+    Record("a port whose way back was forgotten is in use again, for both ways", QUERY, TCX_NEXT, program="to_network",
+           rows=long_ago, gives=lambda w: w.routed("node", "world", udp(PORT + 1)), then=in_use_again),
     Record("when all ports are taken it is dropped", QUERY, SHOT, program="to_network", rows=taken(1000, 61000),
            drop="DROP_NAT_NO_MAPPING"),
     Record("the same connection keeps its port", QUERY, TCX_NEXT, program="to_network", before=SENT,

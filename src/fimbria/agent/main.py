@@ -472,7 +472,7 @@ async def run(config: AgentConfig) -> None:
                 group.create_task(_after_ready(agent, kept), name="cni configuration")
             if config.xdp != "disabled":
                 group.create_task(NextHops(agent).run(), name="next hops")
-            group.create_task(agent.learned.run(), name="learned")
+            group.create_task(_collect(agent), name="learned")
             group.create_task(_after_ready(agent, agent.sockets.run), name="sockets")
 
 
@@ -522,6 +522,13 @@ async def _can_serve(agent: Agent, command: str) -> None:
 async def _after_ready(agent: Agent, work: Callable[[], Coroutine[Any, Any, None]]) -> None:
     await agent.ready.wait()
     await work()
+
+
+async def _collect(agent: Agent) -> None:
+    # Bindings whose connections still stand in a former version's table would be taken for idle.
+    if agent.datapath.former:
+        await agent.ready.wait()
+    await agent.learned.run()
 
 
 def _own_blocks(agent: Agent) -> tuple[Prefix, ...]:

@@ -35,7 +35,8 @@ from fimbria.tables.table import Table
 
 POOLS: Final[dict[str, IPv4Network | IPv6Network]] = {"IPv4": BALANCER4, "IPv6": BALANCER6}
 CHECK_EVERY, CHECK_PATIENCE = 0.5, 1.0  # seconds
-REFUSALS, SILENCES = 2, 16  # in a row
+# In a row. An agent that restarts on a busy machine is silent for many seconds, and forwards all the while.
+REFUSALS, SILENCES = 2, 50
 log = logging.getLogger("cloud.balancers")
 
 
