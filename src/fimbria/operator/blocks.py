@@ -12,11 +12,11 @@ from fimbria.model.address import Prefix
 from fimbria.sources.k8s.client import ApiClient
 from fimbria.sources.k8s.errors import ApiError, Conflict, NotFound
 from fimbria.sources.k8s.resources import CILIUM_NODES
+from fimbria.sources.k8s.retries import Retries
 from fimbria.sources.k8s.types.cilium import CiliumNode
-from fimbria.tables.table import Table
+from fimbria.tables.table import Signal, Table
 
 log = logging.getLogger(__name__)
-RETRY: Final = 1.0
 BATCH: Final = 100  # nodes in one step: their blocks are read in a few milliseconds
 
 
@@ -29,30 +29,37 @@ class NodeBlockWriter:
     allocator: BlockAllocator
     _lacking: set[str] = field(default_factory=set)
     """Nodes that no block was free for."""
-    _freed: bool = False
+    _due: set[str] = field(default_factory=set)
+    _signal: Signal = field(default_factory=Signal)
+    _retries: Retries[str] = field(init=False)
     conflicts: int = 0
+
+    def __post_init__(self) -> None:
+        self._retries = Retries(lambda name: self._look_at({name}))
 
     async def run(self) -> None:
         """Follow the nodes until cancelled."""
-        subscription = self.nodes.subscribe()
+        subscription = self.nodes.subscribe(self._signal)
         await self.nodes.wait_synced()
         self.allocator.restore(await self._held())
-        pending = set(self.nodes)
+        self._look_at(set(self.nodes))
         while True:
-            failed = set()
-            for name in pending | subscription.drain():
+            await self._signal.wait()
+            self._signal.clear()
+            names, self._due = self._due | subscription.drain(), set()
+            for name in names:
                 await asyncio.sleep(0)  # thousands of nodes that need nothing must not stop the lease's renewal
                 try:
                     await self._node(name)
+                    self._retries.done(name)
                 except ApiError as error:
-                    log.warning("CiliumNode %s is not up to date: %s", name, error)
-                    failed.add(name)
-            pending = failed | self._lacking if self._freed else failed
-            self._freed = False
-            if pending:
-                await asyncio.sleep(RETRY)
-            else:
-                await subscription.wait()
+                    if self._retries.is_news(name, str(error)):
+                        log.warning("CiliumNode %s is not up to date: %s", name, error)
+                    self._retries.later(name)
+
+    def _look_at(self, names: set[str]) -> None:
+        self._due |= names
+        self._signal.set()
 
     async def _held(self) -> list[tuple[str, tuple[Prefix, ...]]]:
         """What nodes hold, oldest first. What changes meanwhile is looked at again as any change."""
@@ -65,7 +72,8 @@ class NodeBlockWriter:
 
     def _gone(self, name: str) -> None:
         self._lacking.discard(name)
-        self._freed |= self.allocator.release(name)
+        if self.allocator.release(name):
+            self._look_at(self._lacking)
 
     async def _node(self, name: str) -> None:
         node = self.nodes.get(name)

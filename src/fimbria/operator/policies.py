@@ -6,7 +6,6 @@ The agents act on the same conversion; the operator alone writes it down, so tha
 
 from __future__ import annotations
 
-import asyncio
 import logging
 import time
 from collections.abc import Callable, Iterable
@@ -21,13 +20,13 @@ from fimbria.sources.k8s.policies import Conversion, Vocabulary, network_policy
 from fimbria.sources.k8s.policies_cilium import cilium_policy
 from fimbria.sources.k8s.redirects import RedirectConversion
 from fimbria.sources.k8s.resources import NETWORK_POLICIES, Resource
+from fimbria.sources.k8s.retries import Retries
 from fimbria.sources.k8s.timestamps import to_time
 from fimbria.sources.k8s.types.meta import ObjectMeta
 from fimbria.sources.k8s.types.networking import NetworkPolicy
-from fimbria.tables.table import Table
+from fimbria.tables.table import Signal, Table
 
 log = logging.getLogger(__name__)
-RETRY: Final = 1.0
 MAX_MESSAGE: Final = 4096
 
 
@@ -72,26 +71,39 @@ class PolicyStatusWriter:
 
     async def run(self) -> None:
         """Follow one kind until cancelled."""
-        subscription = self.verdicts.subscribe()
-        pending: set[Any] = set()
+        signal = Signal()
+        subscription = self.verdicts.subscribe(signal)
+        due: set[Any] = set()
+
+        def again(key: Any) -> None:
+            due.add(key)
+            signal.set()
+
+        retries = Retries[Any](again)
         while True:
-            failed = set()
-            for key in pending | subscription.drain():
-                verdict = self.verdicts.get(key)
-                if verdict is None or verdict.current == verdict.wanted:
-                    continue
-                try:
-                    await self._write(verdict)
-                except NotFound:
-                    continue
-                except ApiError as error:
-                    log.warning("status of %s %s is not up to date: %s", self.resource.kind, verdict.name, error)
-                    failed.add(key)
-            pending = failed
-            if pending:
-                await asyncio.sleep(RETRY)
-            else:
-                await subscription.wait()
+            await signal.wait()
+            signal.clear()
+            keys = due | subscription.drain()
+            due.clear()
+            for key in keys:
+                await self._policy(key, retries)
+
+    async def _policy(self, key: Any, retries: Retries[Any]) -> None:
+        verdict = self.verdicts.get(key)
+        if verdict is None or verdict.current == verdict.wanted:
+            retries.done(key)
+            return
+        try:
+            await self._write(verdict)
+        except NotFound:
+            pass
+        except ApiError as error:
+            if retries.is_news(key, str(error)):
+                name = f"{verdict.namespace}/{verdict.name}" if verdict.namespace else verdict.name
+                log.warning("status of %s %s is not up to date: %s", self.resource.kind, name, error)
+            retries.later(key)
+            return
+        retries.done(key)
 
     async def _write(self, verdict: Verdict) -> None:
         status, message = verdict.wanted

@@ -25,6 +25,7 @@ from typing import Any, Final
 from fimbria.sources.k8s.client import ApiClient
 from fimbria.sources.k8s.errors import ApiError, Conflict, Invalid, NotFound
 from fimbria.sources.k8s.resources import NODES
+from fimbria.sources.k8s.retries import Retries
 from fimbria.sources.k8s.timestamps import to_time
 from fimbria.sources.k8s.types.core import Node, Pod
 from fimbria.sources.k8s.types.meta import Condition
@@ -34,7 +35,7 @@ log = logging.getLogger(__name__)
 AGENT_PODS: Final = "k8s-app=fimbria"
 AGENTS: Final = ("apps", "DaemonSet", "fimbria")
 GRACE: Final = 60.0
-RETRY: Final = 1.0
+RACES: Final = 3  # refusals in a row that are no news: somebody else wrote the object meanwhile
 EFFECT: Final = "NoSchedule"
 NETWORK: Final = "NetworkUnavailable"
 REASON: Final = "FimbriaIsUp"
@@ -139,21 +140,32 @@ class TaintKeeper:
     _ready_at: dict[str, float] = field(default_factory=dict)
     _wake_at: dict[str, float] = field(default_factory=dict)
     _nodes_of: dict[tuple[str, str], str] = field(default_factory=dict)
+    _due: set[str] = field(default_factory=set)
+    _signal: Signal = field(default_factory=Signal)
+    _retries: Retries[str] = field(init=False)
+
+    def __post_init__(self) -> None:
+        self._retries = Retries(self._again)
+
+    def _again(self, name: str) -> None:
+        self._due.add(name)
+        self._signal.set()
 
     async def run(self) -> None:
         """Until cancelled."""
-        signal = Signal()
+        signal = self._signal
         nodes, pods = self.nodes.subscribe(signal), self.pods.subscribe(signal)
         await self.nodes.wait_synced()
         await self.pods.wait_synced()
-        pending = set(self.nodes)
+        self._due.update(self.nodes)
         while True:
             signal.clear()
-            pending |= nodes.drain() | self._nodes(pods.drain())
-            pending |= {name for name, at in self._wake_at.items() if at <= self.clock()}
-            pending = {name for name in pending if not await self._node(name)}
+            names, self._due = self._due | nodes.drain() | self._nodes(pods.drain()), set()
+            names |= {name for name, at in self._wake_at.items() if at <= self.clock()}
+            for name in names:
+                await self._node(name)
             due = min(self._wake_at.values(), default=None)
-            pause = RETRY if pending else None if due is None else max(due - self.clock(), 0.0)
+            pause = None if due is None else max(due - self.clock(), 0.0)
             try:
                 async with asyncio.timeout(pause):  # wait_for may forget a cancellation (Python 3.11)
                     await signal.wait()
@@ -171,13 +183,14 @@ class TaintKeeper:
             found.update(n for n in (before, pod.node if pod else None) if n)
         return found
 
-    async def _node(self, name: str) -> bool:
-        """Do what a node needs; False if it has to be tried again."""
+    async def _node(self, name: str) -> None:
+        """Do what a node needs."""
         self._wake_at.pop(name, None)
         node = self.nodes.get(name)
         if node is None:
             self._ready_at.pop(name, None)
-            return True
+            self._retries.done(name)
+            return
         ready = [p.ready for p in (self.pods[k] for k in self.pods.by("node", name))]
         now = self.clock()
         if any(ready) or not ready:
@@ -188,13 +201,18 @@ class TaintKeeper:
         try:
             await self._write(name, node, decision)
         except NotFound:
-            return True
-        except (Conflict, Invalid):
-            return False  # it is another object by now
+            self._retries.done(name)
         except ApiError as error:
+            self._refused(name, error)
+        else:
+            self._retries.done(name)
+
+    def _refused(self, name: str, error: ApiError) -> None:
+        # A test of a JSON patch that fails is 422 as well.
+        raced = isinstance(error, (Conflict, Invalid)) and self._retries.attempts(name) < RACES
+        if not raced and self._retries.is_news(name, str(error)):
             log.warning("Node %s is not up to date: %s", name, error)
-            return False
-        return True
+        self._retries.later(name)
 
     async def _write(self, name: str, node: NodeState, decision: Decision) -> None:
         if decision.network:

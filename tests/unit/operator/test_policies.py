@@ -7,8 +7,10 @@ import msgspec
 import pytest
 
 from fimbria.model.labels import DEFAULT_FILTER
-from fimbria.operator.policies import Finding, NetworkPolicyEvents, inspect
+from fimbria.operator.policies import Finding, NetworkPolicyEvents, PolicyStatusWriter, Verdict, inspect
+from fimbria.sources.k8s.errors import Forbidden
 from fimbria.sources.k8s.policies import Vocabulary
+from fimbria.sources.k8s.resources import CILIUM_NETWORK_POLICIES
 from fimbria.sources.k8s.types.networking import NetworkPolicy
 from fimbria.tables.table import Table
 
@@ -63,5 +65,37 @@ async def test_each_problem_is_told_once_when_it_appears() -> None:
         assert await after(None) == []
         assert len(await after(policy("10.0.0.0/33"))) == 1
         assert len(await after(policy("10.0.0.0/33", uid="u2"))) == 1  # another object
+    finally:
+        task.cancel()
+
+
+async def test_refused_conditions_are_tried_later_and_later_and_said_once(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr("fimbria.sources.k8s.retries.RETRY", 0.001)
+    asked: dict[str, int] = {}
+    refused = {"a", "b"}
+
+    class Server:
+        async def patch_status(self, _resource: Any, name: str, _patch: Any, namespace: str) -> None:
+            asked[name] = asked.get(name, 0) + 1
+            if name in refused:
+                raise Forbidden(f"patch {namespace}/{name}", 403, text="no right")
+            verdicts.upsert(("ns", name), Verdict(name, "ns", (), ("True", "Policy validation succeeded")))
+
+    verdicts: Table[Any, Verdict] = Table("verdicts")
+    for name in "abc":
+        verdicts.upsert(("ns", name), Verdict(name, "ns", (), ("", "")))
+    task = asyncio.create_task(PolicyStatusWriter(Server(), CILIUM_NETWORK_POLICIES, verdicts).run())  # type: ignore[arg-type]
+    try:
+        async with asyncio.timeout(10):
+            while min(asked.get(n, 0) for n in "ab") < 4:  # noqa: ASYNC110
+                await asyncio.sleep(0.002)
+            warnings = [r.getMessage() for r in caplog.records if r.levelname == "WARNING"]
+            assert len(warnings) == 2 and any("CiliumNetworkPolicy ns/a is not up to date" in w for w in warnings)
+            assert asked["c"] == 1
+            refused.clear()
+            while any(v.current != v.wanted for v in verdicts.values()):  # noqa: ASYNC110
+                await asyncio.sleep(0.002)
     finally:
         task.cancel()

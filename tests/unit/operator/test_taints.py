@@ -153,7 +153,7 @@ async def until(check: Callable[[], bool]) -> None:
 
 
 async def test_a_node_from_its_first_moment_on(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("fimbria.operator.taints.RETRY", 0.01)
+    monkeypatch.setattr("fimbria.sources.k8s.retries.RETRY", 0.01)
     nodes: Table[str, NodeState] = Table("nodes")
     pods: Table[tuple[str, str], AgentPod] = Table("pods")
     pods.add_index("node", lambda p: (p.node,))
@@ -182,3 +182,30 @@ async def test_a_node_from_its_first_moment_on(monkeypatch: pytest.MonkeyPatch) 
     assert server.patches == 2 and [t.key for t in server.found.spec.taints or ()] == ["x", KEY]
     task.cancel()
     await asyncio.gather(task, return_exceptions=True)
+
+
+async def test_a_node_that_stays_refused_is_said_once(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """A webhook that denies looks like somebody else's write: only at first."""
+    monkeypatch.setattr("fimbria.sources.k8s.retries.RETRY", 0.001)
+    nodes: Table[str, NodeState] = Table("nodes")
+    pods: Table[tuple[str, str], AgentPod] = Table("pods")
+    pods.add_index("node", lambda p: (p.node,))
+    server = Server(node(KEY))
+    server.refuse = 6
+    nodes.upsert("a", node_state(server.found))
+    pods.upsert(("kube-system", "p"), AgentPod("a", True))
+    for table in (nodes, pods):
+        table.mark_synced()
+    task = asyncio.create_task(TaintKeeper(server, ALL, nodes, pods).run())  # type: ignore[arg-type]
+    try:
+        async with asyncio.timeout(10):
+            while not server.patches:  # noqa: ASYNC110
+                await asyncio.sleep(0.002)
+    finally:
+        task.cancel()
+    assert [r.getMessage() for r in caplog.records if r.levelname == "WARNING"] == [
+        "Node a is not up to date: patch: 422: the test operation failed"
+    ]
+    assert not server.refuse
