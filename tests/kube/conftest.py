@@ -187,7 +187,7 @@ class Embedded:
         env = os.environ | {"PYTHONPATH": str(SOURCE)}
         die = load("realserver").die_with_parent
         self._process = subprocess.Popen(command, stdout=log, stderr=log, env=env, preexec_fn=die)
-        deadline = time.monotonic() + 30
+        deadline = time.monotonic() + 60
         while not self.kubeconfig.exists():
             assert self._process.poll() is None and time.monotonic() < deadline, (self.folder / "log").read_text()
             time.sleep(0.02)

@@ -33,7 +33,7 @@ from pathlib import Path
 from types import ModuleType
 
 SERVICE_RANGES = "10.96.0.0/16,fd00:10:96::/112"
-READY_SECONDS = 90.0
+READY_SECONDS = 180.0
 # ServiceAccount wants accounts that only a controller-manager makes; TaintNodesByCondition taints every new node until
 # a controller-manager finds it ready.
 DISABLED_ADMISSION = "ServiceAccount,TaintNodesByCondition"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import shutil
 import subprocess
 import sys
 import time
@@ -75,6 +76,8 @@ CASES: dict[str, dict[str, Any]] = {
     "ipv6": V6,
     "privileged": {"securityContext": {"privileged": True}},
     "cleanup": {"cleanup": {"enabled": True}},
+    "strategies": {"updateStrategy": {"type": "OnDelete"}, "operator": {"updateStrategy": {"type": "Recreate"}}},
+    "no SELinux": {"securityContext": {"seLinuxOptions": None}},
 }
 
 
@@ -113,10 +116,9 @@ def helm(tools: Path, env: dict[str, str], *arguments: str, stdin: str = "", cod
     return done.stdout if code == 0 else done.stderr
 
 
-def render(tools: Path, env: dict[str, str], values: dict[str, Any], chart: Path = CHART) -> str:
+def render(tools: Path, env: dict[str, str], values: dict[str, Any], chart: Path = CHART, *words: str) -> str:
     told = yaml.safe_dump(values)
-    has = ("--api-versions", "admissionregistration.k8s.io/v1/ValidatingAdmissionPolicy")
-    return helm(tools, env, "template", "fimbria", str(chart), "-n", "kube-system", *has, "-f", "-", stdin=told)
+    return helm(tools, env, "template", "fimbria", str(chart), "-n", "kube-system", *words, "-f", "-", stdin=told)
 
 
 def objects(text: str) -> dict[tuple[str, str], dict[str, Any]]:
@@ -196,6 +198,54 @@ def test_a_package_is_the_folder(tools: Path, home: dict[str, str], tmp_path: Pa
     helm(tools, home, "package", str(CHART), "-d", str(tmp_path))
     (package,) = tmp_path.glob("fimbria-*.tgz")
     assert render(tools, home, {}, package) == render(tools, home, {})
+
+
+@pytest.mark.parametrize("version", ["1.30.0", "1.31.0", "1.36.3-gke.100"])
+def test_the_policy_is_there_without_a_server_to_ask(version: str, tools: Path, home: dict[str, str]) -> None:
+    made = objects(render(tools, home, {}, CHART, "--kube-version", version))
+    assert (f"{POLICY}Binding", "fimbria-agents") in made
+    rules = json.dumps(made[POLICY, "fimbria-agents"])
+    assert ("isCIDR" in rules) is (version != "1.30.0"), "the server doesn't know cidr() before 1.31"
+
+
+def test_a_cluster_without_policies_is_refused(tools: Path, home: dict[str, str]) -> None:
+    words = ("template", "f", str(CHART), "--kube-version", "1.29.9")
+    assert "chart requires kubeVersion: >= 1.30.0-0" in helm(tools, home, *words, code=1)
+
+
+@pytest.mark.parametrize(
+    ("version", "enabled", "said"),
+    [("1.30.5", True, "1.30.5 is too old for one rule"), ("1.31.0", True, ""), ("1.36.0", False, "is false: whoever")],
+)
+def test_notes_say_what_the_policy_lacks(
+    version: str, enabled: bool, said: str, tools: Path, home: dict[str, str], tmp_path: Path
+) -> None:
+    """Helm shows notes of a server's version only: here they are a manifest."""
+    chart = shutil.copytree(CHART, tmp_path / "chart")
+    text = (chart / "templates" / "NOTES.txt").read_text()
+    manifest = '{{ end }}\nkind: Notes\nmetadata: {name: notes}\ntext: {{ include "notes" . | toJson }}\n'
+    (chart / "templates" / "notes.yaml").write_text('{{ define "notes" }}' + text + manifest)
+    values = {"admissionPolicy": {"enabled": enabled}}
+    notes = objects(render(tools, home, values, chart, "--kube-version", version))["Notes", "notes"]["text"]
+    assert "Wait until every node has its agent" in notes
+    found = [text for text in ("is too old for one rule", "admissionPolicy.enabled is false") if text in notes]
+    assert len(found) == bool(said) and said in notes
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_selinux_lets_all_containers_of_a_node_work(case: str, tools: Path, home: dict[str, str]) -> None:
+    spec = objects(render(tools, home, CASES[case]))["DaemonSet", "fimbria"]["spec"]["template"]["spec"]
+    wanted = None if case == "no SELinux" else {"type": "spc_t", "level": "s0"}
+    assert spec["securityContext"].get("seLinuxOptions") == wanted
+    containers = [*spec.get("initContainers", []), *spec["containers"]]
+    assert not [c["name"] for c in containers if "seLinuxOptions" in c["securityContext"]], "these would win"
+
+
+def test_strategies_other_than_the_default(tools: Path, home: dict[str, str]) -> None:
+    """The API server refuses a Deployment that is recreated with the default's rollingUpdate, which Helm merges."""
+    made = objects(render(tools, home, CASES["strategies"]))
+    assert made["DaemonSet", "fimbria"]["spec"]["updateStrategy"] == {"type": "OnDelete"}
+    assert made["Deployment", "fimbria-operator"]["spec"]["strategy"] == {"type": "Recreate"}
 
 
 def test_lint(tools: Path, home: dict[str, str]) -> None:
