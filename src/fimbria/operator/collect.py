@@ -7,7 +7,9 @@ Rules
 2. CiliumEndpoints and CiliumNodes that have an owner are removed by Kubernetes' garbage collector when that is gone.
    Those without one are ours: looked at again in the next pass, and removed if by then a fresh read says that their
    pod or Node doesn't exist, and they are still what we saw (uid and resourceVersion).
-3. `rate` requests a second at most, all together; what is left over is done in the next pass.
+3. An object that can't be read or written (a webhook refuses it) holds up no other: it is said once, and again only
+   if the reason is another. Only what all requests would meet ends a pass: no answer, a busy server, a bad token.
+4. `rate` requests a second at most, all together; what is left over is done in the next pass.
 """
 
 from __future__ import annotations
@@ -17,6 +19,7 @@ import logging
 import time
 from collections.abc import Callable, Iterable, Iterator
 from collections.abc import Set as AbstractSet
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from typing import Any, Final
 
@@ -27,7 +30,7 @@ from fimbria.model.labels import Labels
 from fimbria.operator.endpoint_slices import Reported
 from fimbria.sources.k8s import resources, rows
 from fimbria.sources.k8s.client import ApiClient
-from fimbria.sources.k8s.errors import ApiError, Conflict, NotFound
+from fimbria.sources.k8s.errors import ApiError, Conflict, NotFound, TooMany, Unauthorized, Unavailable
 from fimbria.sources.k8s.pacing import TokenBucket
 from fimbria.sources.k8s.resources import Resource
 from fimbria.sources.k8s.rows import UNUSED_ANNOTATION
@@ -37,6 +40,7 @@ from fimbria.tables import ObjectKey
 from fimbria.tables.table import Table
 
 log = logging.getLogger(__name__)
+GENERAL: Final = (502, 503, 504)
 
 
 def existing(obj: CiliumIdentity) -> Existing:
@@ -70,6 +74,10 @@ class Collector:
     seconds: float = 0.0
     marked: int = 0
     _suspects: set[tuple[str, str, str]] = field(default_factory=set)
+    _refused: dict[str, str] = field(default_factory=dict)
+    """Why an object couldn't be dealt with in this pass."""
+    _told: dict[str, str] = field(default_factory=dict)
+    """The same of the pass before."""
 
     async def run(self) -> None:
         """Collect until cancelled."""
@@ -95,6 +103,23 @@ class Collector:
         bucket = TokenBucket(self.rate, max(1, int(self.rate)))
         await self._identities(bucket)
         await self._unowned(bucket)
+        self._told, self._refused = self._refused, {}
+
+    @contextmanager
+    def _by_itself(self, what: str) -> Iterator[None]:
+        """Rule 3 for one object. Raises ApiError for what isn't the object's fault."""
+        try:
+            yield
+        except (Conflict, NotFound):
+            log.debug("%s changed meanwhile", what)
+        except (Unavailable, TooMany, Unauthorized):
+            raise
+        except ApiError as error:
+            if error.status in GENERAL:
+                raise
+            if error.message not in (self._told.get(what), self._refused.get(what)):
+                log.warning("%s stays as it is: %s", what, error)
+            self._refused[what] = error.message
 
     def _room(self, known: Iterable[Existing]) -> None:
         before, self.warning = self.warning, nearly_exhausted(one.labels for one in known)
@@ -126,22 +151,18 @@ class Collector:
         patch: dict[str, Any] = {
             "metadata": {"resourceVersion": seen.version, "annotations": {UNUSED_ANNOTATION: value}}
         }
-        try:
+        with self._by_itself(f"identity {number}"):
             await self.client.patch(resources.CILIUM_IDENTITIES, str(number), patch)
-        except (Conflict, NotFound):
-            log.debug("identity %s changed meanwhile", number)
 
     async def _delete_identity(self, number: int, seen: Existing, bucket: TokenBucket) -> None:
         await self._turn(bucket)
         # Waiting for one's turn can take a while: what came to use it since must not be overlooked.
         if self.identities.get(number) != seen or number in self.wanted():
             return
-        try:
+        with self._by_itself(f"identity {number}"):
             await self.client.delete(resources.CILIUM_IDENTITIES, str(number), resource_version=seen.version)
             self._count("identities")
             log.info("identity %s was unused and is removed", number)
-        except (Conflict, NotFound):
-            log.debug("identity %s changed meanwhile", number)
 
     async def _unowned(self, bucket: TokenBucket) -> None:
         endpoints = (("ciliumendpoints", *key) for key, row in self.endpoints.items() if not row.owned)
@@ -153,23 +174,18 @@ class Collector:
     async def _check(self, suspects: Iterable[tuple[str, str, str]], bucket: TokenBucket) -> None:
         for plural, namespace, name in suspects:
             await self._turn(bucket)
-            ours, owners = _PAIRS[plural]
-            try:
-                found = await self.client.get(ours, name, namespace)
-            except NotFound:
-                continue
-            try:
-                await self.client.get(owners, name, namespace)
-                continue
-            except NotFound:
-                pass
-            meta = found.metadata
-            try:
-                await self.client.delete(ours, name, namespace, uid=meta.uid, resource_version=meta.resource_version)
-            except (Conflict, NotFound):
-                continue
-            self._count(plural)
-            log.info("%s is removed: its %s is gone", ours.describe(namespace, name), owners.kind)
+            with self._by_itself(_PAIRS[plural][0].describe(namespace, name)):
+                await self._remove_orphan(plural, namespace, name)
+
+    async def _remove_orphan(self, plural: str, namespace: str, name: str) -> None:
+        ours, owners = _PAIRS[plural]
+        meta = (await self.client.get(ours, name, namespace)).metadata
+        with suppress(NotFound):
+            await self.client.get(owners, name, namespace)
+            return
+        await self.client.delete(ours, name, namespace, uid=meta.uid, resource_version=meta.resource_version)
+        self._count(plural)
+        log.info("%s is removed: its %s is gone", ours.describe(namespace, name), owners.kind)
 
     def _count(self, kind: str) -> None:
         self.deletions[kind] = self.deletions.get(kind, 0) + 1

@@ -11,7 +11,7 @@ from fimbria.model.labels import Labels
 from fimbria.operator import collect
 from fimbria.operator.collect import Collector
 from fimbria.operator.endpoint_slices import Reported
-from fimbria.sources.k8s.errors import NotFound
+from fimbria.sources.k8s.errors import ApiError, Forbidden, Invalid, NotFound, Unavailable
 from fimbria.sources.k8s.rows import UNUSED_ANNOTATION
 from fimbria.sources.k8s.types.cilium import CiliumNode
 from fimbria.sources.k8s.types.meta import ApiObject
@@ -146,3 +146,43 @@ async def test_a_pass_over_many_objects_asks_for_nothing() -> None:
         world.server.identity(number)
     await world.passes(0, 60, 120)
     assert world.server.requests == 0
+
+
+async def test_an_object_that_is_refused_holds_up_no_other(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Of identities and of reports without an owner; said once for each reason; a server that is away ends the pass."""
+    world, patch, get, reason = World(), world_patch, world_get, ["denied by a webhook"]
+    errors: list[type[ApiError]] = [Invalid]
+
+    async def refuse_patch(kind: Any, name: str, body: Any) -> None:
+        if name == "300":
+            raise errors[0]("patch 300", 422, text=reason[0])
+        await patch(world.server, kind, name, body)
+
+    async def refuse_get(kind: Any, name: str, namespace: str = "") -> ApiObject:
+        if name == "a":
+            raise Forbidden("get a", 403, text="no")
+        return await get(world.server, kind, name, namespace)
+
+    monkeypatch.setattr(world.server, "patch", refuse_patch)
+    monkeypatch.setattr(world.server, "get", refuse_get)
+    for number in (300, 301, 302):
+        world.server.identity(number)
+    for name in "ab":
+        world.server.endpoints.upsert(("ns", name), Reported(999, False, b""))
+        world.server.objects.add(("ciliumendpoints", "ns", name))
+    gone = await world.passes(0, 1000, 2000, 3000)
+    assert ("ciliumendpoints", "ns", "b") in gone and ("ciliumendpoints", "ns", "a") not in gone
+    assert {("ciliumidentities", "", "301"), ("ciliumidentities", "", "302")} <= set(gone)
+    said = [r.getMessage() for r in caplog.records if r.levelname == "WARNING"]
+    assert len(said) == 2 and "identity 300" in said[0] and "ns/a" in said[1], said
+    reason[0] = "denied by another"
+    await world.passes(4000, 5000)
+    assert sum("denied by another" in r.getMessage() for r in caplog.records) == 1
+    errors[0] = Unavailable
+    with pytest.raises(Unavailable):
+        await world.passes(6000)
+
+
+world_patch, world_get = Server.patch, Server.get
