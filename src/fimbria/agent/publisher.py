@@ -32,8 +32,8 @@ from fimbria.model.protocol import protocol_name
 from fimbria.sources.k8s.client import ApiClient
 from fimbria.sources.k8s.errors import AlreadyExists, ApiError, Conflict, Forbidden, NotFound
 from fimbria.sources.k8s.events import EventRecorder
-from fimbria.sources.k8s.pacing import Backoff
 from fimbria.sources.k8s.resources import CILIUM_ENDPOINTS, PODS
+from fimbria.sources.k8s.retries import Retries
 from fimbria.sources.k8s.rows import NODE_ANNOTATION
 from fimbria.sources.k8s.types.cilium import CiliumEndpoint
 from fimbria.sources.k8s.types.meta import ObjectMeta
@@ -41,18 +41,7 @@ from fimbria.tables import ObjectKey, Tables
 
 log = logging.getLogger(__name__)
 WORKERS: Final = 8
-RETRY: Final = 1.0
-RETRY_MAX: Final = 30.0
 MOVES: Final = 5  # tries (16 to 31 s) after which a report of another node is in the way
-
-
-@dataclass(slots=True)
-class _Trouble:
-    """Of one object: why it isn't up to date, and when it is tried next."""
-
-    why: str = ""
-    pause: Backoff = field(default_factory=lambda: Backoff(RETRY, RETRY_MAX))
-    holder: str = ""  # the node whose report was in the way
 
 
 @dataclass(slots=True)
@@ -69,9 +58,14 @@ class Publisher:
     pending: set[ObjectKey] = field(default_factory=set)
     _known: dict[int, LocalEndpoint] = field(default_factory=dict)
     _busy: set[ObjectKey] = field(default_factory=set)
-    _troubles: dict[ObjectKey, _Trouble] = field(default_factory=dict)
+    _retries: Retries[ObjectKey] = field(init=False)
+    _holders: dict[ObjectKey, str] = field(default_factory=dict)
+    """Nodes whose report was in the way of ours."""
     _written: dict[ObjectKey, dict[str, Any]] = field(default_factory=dict)
     _wake: asyncio.Event = field(default_factory=asyncio.Event)
+
+    def __post_init__(self) -> None:
+        self._retries = Retries(lambda key: self._note([key]))
 
     async def run(self) -> None:
         """Publish until cancelled."""
@@ -100,7 +94,7 @@ class Publisher:
             for endpoint_id in endpoints.drain() | identities.drain():
                 self._changed(endpoint_id)
             for gone in [key for key in reports.drain() if key not in self.tables.remote_endpoints]:
-                if self._written.pop(gone, None) is not None or gone in self._troubles:
+                if self._written.pop(gone, None) is not None or gone in self._retries:
                     self._note([gone])
             self._note(pod for pod in pods.drain() if self.tables.endpoints.by("pod", pod))
 
@@ -132,7 +126,8 @@ class Publisher:
             self._busy.add(key)
             try:
                 await self._publish(key)
-                self._troubles.pop(key, None)
+                self._retries.done(key)
+                self._holders.pop(key, None)
             except ApiError as error:
                 self._refused(key, error, await self._holder(key) if isinstance(error, Forbidden) else "")
             finally:
@@ -147,20 +142,20 @@ class Publisher:
         return ""
 
     def _refused(self, key: ObjectKey, error: ApiError, holder: str) -> None:
-        trouble = self._troubles.setdefault(key, _Trouble())
+        before, attempts = self._holders.pop(key, ""), self._retries.attempts(key)
         if error.namespace_ends:
             log.debug("namespace %s ends, and with it the report of pod %s", *key)
-        elif not holder and trouble.holder:
-            log.debug("the report of node %s for pod %s/%s has just gone", trouble.holder, *key)
-        elif holder and trouble.pause.attempts < MOVES:
-            level = logging.DEBUG if trouble.pause.attempts else logging.INFO
+        elif not holder and before:
+            log.debug("the report of node %s for pod %s/%s has just gone", before, *key)
+        elif holder and attempts < MOVES:
+            level = logging.DEBUG if attempts else logging.INFO
             log.log(level, "pod %s/%s was on node %s; it is reported once that node's report is gone", *key, holder)
-        elif error.message != trouble.why:
-            trouble.why = error.message
+        elif self._retries.is_news(key, error.message):
             log.warning("CiliumEndpoint %s/%s is not up to date: %s", *key, error)
             self._tell(key, "NotReported", f"other nodes may not know this pod: {error}")
-        trouble.holder = holder
-        asyncio.get_running_loop().call_later(trouble.pause.next(), self._note, [key])
+        if holder:
+            self._holders[key] = holder
+        self._retries.later(key)
 
     def _tell(self, key: ObjectKey, reason: str, message: str) -> None:
         pod = self.tables.pods.get(key)

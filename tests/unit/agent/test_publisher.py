@@ -11,10 +11,10 @@ from typing import Any
 import msgspec
 import pytest
 
-from fimbria.agent import publisher as module
 from fimbria.agent.publisher import Publisher
 from fimbria.model.address import pack
 from fimbria.model.endpoint import EndpointIdentity, LocalEndpoint, Pod, RemoteEndpoint
+from fimbria.sources.k8s import retries as module
 from fimbria.sources.k8s.errors import AlreadyExists, Forbidden, NotFound
 from fimbria.sources.k8s.rows import NODE_ANNOTATION
 from fimbria.sources.k8s.types.cilium import CiliumEndpoint
