@@ -236,12 +236,21 @@ class Publisher:
             return True
 
     def _reported_here(self, found: CiliumEndpoint) -> bool:
-        """Whether a report is of this node, or of none."""
+        """Whether a report is of this node, or of none. One that can't be read is none that an agent wrote."""
         if wrote := _writer(found):
             return wrote == self.node
         networking = found.status.networking
-        addrs = [pack(ip) for pair in networking.addressing or () for ip in (pair.ipv4, pair.ipv6) if ip]
-        return not networking.node or self._ours(pack(networking.node), addrs)
+        if not networking.node:
+            return True
+        try:
+            addrs = [pack(ip) for pair in networking.addressing or () for ip in (pair.ipv4, pair.ipv6) if ip]
+            return self._ours(pack(networking.node), addrs)
+        except ValueError as error:
+            meta = found.metadata
+            log.warning(
+                "CiliumEndpoint %s/%s is left alone, for it can't be read: %s", meta.namespace, meta.name, error
+            )
+            return False
 
     async def _remove(self, key: ObjectKey) -> None:
         self._written.pop(key, None)

@@ -243,3 +243,31 @@ async def test_only_this_nodes_old_reports_are_removed() -> None:
         await until(lambda: len(server.deleted) == 2)
         await asyncio.sleep(0.05)
     assert set(server.deleted) == {"mine", "older"} and server.tries == 0
+
+
+@pytest.mark.parametrize("networking", [
+    {"node": "node-1.example", "addressing": []},
+    {"node": "192.0.2.1", "addressing": [{"ipv4": "pending"}]},
+])  # fmt: skip
+async def test_a_report_that_cannot_be_read_is_left_alone(
+    networking: dict[str, Any], caplog: pytest.LogCaptureFixture
+) -> None:
+    """Anybody who may write CiliumEndpoints may write such a one: it ends no agent, and others are still removed."""
+    server = Server()
+    for name, said in (("odd", networking), ("old", {"node": "192.0.2.1", "addressing": []})):
+        server.stored["ns", name] = {"metadata": {"name": name, "namespace": "ns"}, "status": {"networking": said}}
+    client: Any = server
+    tables = Tables()
+    tables.endpoints.add_index("pod", lambda e: ((e.namespace, e.pod),))
+    publisher = Publisher(client, tables, "here", NODE)
+    task = asyncio.create_task(publisher.run())
+    try:
+        await asyncio.sleep(0)
+        publisher._note([("ns", "odd"), ("ns", "old")])
+        for _ in range(20):
+            await asyncio.sleep(0)
+        assert not task.done() and server.deleted == ["old"] and ("ns", "odd") in server.stored
+        assert "CiliumEndpoint ns/odd is left alone" in caplog.text
+    finally:
+        task.cancel()
+        await asyncio.gather(task, return_exceptions=True)
