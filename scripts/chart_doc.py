@@ -68,6 +68,7 @@ OPAQUE: Final = (
     "podAnnotations",
     "annotations",
     "imagePullSecrets",
+    "seLinuxOptions",
 )
 LIMITS: Final = ("minimum", "maximum")
 PORT: Final = {"type": "integer", "minimum": 1, "maximum": 65535}

@@ -22,6 +22,11 @@ k8s-app: fimbria-operator
 {{- end -}}
 {{- end -}}
 
+{{/* Helm adds the default's rollingUpdate to other types, with which the API server refuses it. */}}
+{{- define "fimbria.strategy" -}}
+{{- if eq .type "RollingUpdate" -}}{{ toYaml . }}{{- else -}}{{ toYaml (omit . "rollingUpdate") }}{{- end -}}
+{{- end -}}
+
 {{/* How to reach the API server: these variables win over those that kubelet sets for the Service. */}}
 {{- define "fimbria.apiServer" -}}
 {{- if .Values.k8sServiceHost -}}
