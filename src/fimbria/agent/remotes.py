@@ -7,7 +7,9 @@ Rules
    as before.
 2. From pods to slices: the table is changed in one step. Who was known but is in no slice yet (its slice is written a
    moment after it) stays for up to `LINGER` seconds more.
-3. From slices to pods: what was known stays as it is until all CiliumEndpoints have been seen.
+3. From slices to pods: what was known stays as it is until all CiliumEndpoints have been seen, also while slices are
+   deleted. Every agent sees the cover go in the same instant, so the list is put off by a random time that grows with
+   what it costs, as informers do (sources/k8s/informer.py, rule 3). If the cover comes back before, nothing is listed.
 4. A server that doesn't know slices, or doesn't let us read them, is one without the operator's: rule 1.
 5. An endpoint in two slices (it moves, or two leaders overlapped for an instant): the younger CiliumEndpoint counts, of
    one and the same what the slice written last says, for slices are always written from what is known by then. Of two
@@ -20,6 +22,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import random as _random
 import time
 from collections.abc import Callable, Iterable
 from contextlib import suppress
@@ -27,7 +30,7 @@ from dataclasses import dataclass, field
 from typing import Any, Final
 
 from fimbria.model.endpoint import PodSlice, RemoteEndpoint
-from fimbria.sources.k8s.informer import Informer
+from fimbria.sources.k8s.informer import RELIST_MOST, RELIST_ROW, Informer
 from fimbria.sources.k8s.rows import COVER
 from fimbria.tables import ObjectKey, Tables
 
@@ -97,6 +100,7 @@ class RemoteEndpoints:
     informers: list[Informer[Any, Any, Any]]
     clock: Callable[[], float] = time.monotonic
     linger: float = LINGER
+    random: Callable[[], float] = _random.random
     covered: bool | None = None
     """Whether slices are followed; None before anything is known."""
     switches: int = 0
@@ -104,6 +108,8 @@ class RemoteEndpoints:
     _task: asyncio.Task[None] | None = None
     _informer: Informer[Any, Any, Any] | None = None
     _lingering: dict[ObjectKey, float] = field(default_factory=dict)
+    _list_at: float | None = None
+    """When to go from slices to pods; None if slices count, or pods are followed already."""
 
     def __post_init__(self) -> None:
         self._union = self._new_union()
@@ -127,20 +133,35 @@ class RemoteEndpoints:
     def _patience(self) -> float | None:
         if self.covered is None:
             return LOOK
+        if self._list_at is not None:
+            return max(0.0, self._list_at - self.clock())
         return max(0.0, min(self._lingering.values()) - self.clock()) if self._lingering else None
 
     async def _step(self, group: asyncio.TaskGroup, changed: Iterable[str]) -> None:
         slices = self.tables.pod_slices
         covered = slices.synced and COVER in slices
         if not covered:
-            if self.covered is not False and (slices.synced or self.slices.missing):
+            if self.covered is not False and (slices.synced or self.slices.missing) and self._may_list():
                 self._follow_pods(group)
-        elif self.covered:
+        elif self.covered and self._list_at is None:
             for name in changed:
                 self._union.put(name, slices.get(name) if name != COVER else None)
             self._expire()
         else:
             await self._follow_slices()
+
+    def _may_list(self) -> bool:
+        """Rule 3. An agent that has just started knows nobody yet and doesn't wait."""
+        if self.covered is None:
+            return True
+        now = self.clock()
+        if self._list_at is None:
+            delay = self.random() * min(len(self.tables.remote_endpoints) * RELIST_ROW, RELIST_MOST)
+            self._list_at = now + delay
+            log.info(
+                "slices don't hold everybody any more; what they said counts until pods are listed in %.1f s", delay
+            )
+        return now >= self._list_at
 
     def _follow_pods(self, group: asyncio.TaskGroup) -> None:
         log.info("following each pod's CiliumEndpoint: the operator fills no slices")
@@ -175,8 +196,8 @@ class RemoteEndpoints:
         )
 
     def _switched(self, covered: bool) -> None:
-        self.switches += self.covered is not None
-        self.covered = covered
+        self.switches += self.covered not in (None, covered)
+        self.covered, self._list_at = covered, None
 
     def _expire(self) -> None:
         now = self.clock()

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 
+from fimbria.agent import remotes
 from fimbria.agent.remotes import RemoteEndpoints, SliceUnion
 from fimbria.model.endpoint import PodSlice, RemoteEndpoint
 from fimbria.sources.k8s.rows import COVER
@@ -59,6 +60,7 @@ class Node:
         made: Any = self._reports
         listed: Any = self.slices
         self.remotes = RemoteEndpoints(self.tables, listed, made, self.informers, lambda: self.now)
+        self.remotes.random = lambda: 0.0
 
     def _reports(self) -> Follower:
         self.pods.append(Follower(self.tables.remote_endpoints, self.reported))
@@ -166,6 +168,57 @@ async def test_back_to_single_reports() -> None:
         node.tables.pod_slices.upsert("one", batch(9, a=endpoint(999)))
         await rest()
         assert node.seen["a"] == 300, "slices that don't cover count for nothing"
+
+
+async def waiting(node: Node, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The node has followed slices, then all of them went; its turn to list comes a minute later."""
+    monkeypatch.setattr(remotes, "RELIST_ROW", 60.0)
+    monkeypatch.setattr(remotes, "RELIST_MOST", 60.0)
+    node.remotes.random = lambda: 1.0
+    await rest()
+    node.tables.pod_slices.delete(COVER)
+    await rest()
+    node.tables.pod_slices.delete("one")
+    await rest()
+    assert not node.pods and node.seen == {"a": 300, "b": 301}
+
+
+async def test_agents_do_not_all_list_in_the_instant_in_which_slices_end(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The operator deletes slices meanwhile: whoever was known stays until this agent's own list is complete."""
+    node = Node()
+    node.slices.rows = {"one": batch(5, a=endpoint(300), b=endpoint(301)), COVER: batch(6, "")}
+    node.slices.go.set()
+    node.reported = {("ns", "a"): endpoint(300), ("ns", "new"): endpoint(302)}
+    async with running(node):
+        await waiting(node, monkeypatch)
+        node.now = 59.0
+        node.tables.pod_slices.upsert("late", batch(7, a=endpoint(999)))
+        await rest()
+        assert not node.pods and node.seen == {"a": 300, "b": 301}
+        node.now = 60.0
+        node.tables.pod_slices.delete("late")
+        await rest()
+        assert node.pods[0].running and node.seen == {"a": 300, "b": 301}
+        node.pods[0].go.set()
+        await rest()
+        assert node.seen == {"a": 300, "new": 302} and node.remotes.switches == 1
+
+
+async def test_a_cover_that_comes_back_in_time_costs_no_list(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Somebody deleted it by hand: the operator writes it again, and what slices say by then counts in one step."""
+    node = Node()
+    node.slices.rows = {"one": batch(5, a=endpoint(300), b=endpoint(301)), COVER: batch(6, "")}
+    node.slices.go.set()
+    async with running(node):
+        await waiting(node, monkeypatch)
+        node.tables.pod_slices.upsert("two", batch(8, a=endpoint(303)))
+        node.tables.pod_slices.upsert(COVER, batch(9, ""))
+        await rest()
+        assert node.seen == {"a": 303, "b": 301}, "who is in no slice yet lingers"
+        node.now = 31.0
+        node.tables.pod_slices.upsert("two", batch(10, a=endpoint(304)))
+        await rest()
+        assert node.seen == {"a": 304} and not node.pods and node.remotes.switches == 0
 
 
 async def test_a_server_without_the_kind() -> None:
