@@ -128,11 +128,12 @@ __noinline int nat_bind(struct packet *p)
 	if (found && !addr_equal(&found->addr, &p->source.addr))
 		found = NULL;
 	p->source.port = found ? found->port : 0;
-	nat_back_key(&back, out.proto, &p->backend, &p->source);
-	if (found && nat_back_is_ours(nat_find(&back), &out, p->service, e.used)) {
+	/* Now, or the collector takes the row that it found unused a moment ago. */
+	if (found)
 		nat_touch(found, e.used);
+	nat_back_key(&back, out.proto, &p->backend, &p->source);
+	if (found && nat_back_is_ours(nat_find(&back), &out, p->service, e.used))
 		return 0;
-	}
 	e.addr = out.saddr;
 	e.port = out.sport;
 	if (p->service) {
@@ -142,11 +143,8 @@ __noinline int nat_bind(struct packet *p)
 		e.frontend_port = out.dport;
 	}
 	/* The port that it had, if only the way back was forgotten: the other side knows no other. */
-	if (found && nat_take(&back, &out, &e)) {
-		/* Or the collector takes the row that it found unused a moment ago. */
-		nat_touch(found, e.used);
+	if (found && nat_take(&back, &out, &e))
 		return 0;
-	}
 	if (!nat_allocate(&back, &out, &e, addr_equal(&p->source.addr, &out.saddr)))
 		return DROP_NAT_NO_MAPPING;
 	p->source.port = back.dport;
