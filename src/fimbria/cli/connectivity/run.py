@@ -107,17 +107,21 @@ async def run(client: ApiClient, settings: Settings, say: Say, explain: Explain 
     """
     test = _Test(client, settings, say)
     nodes = await test.choose_nodes()
-    await test.create_namespace()
+    # Not to be cancelled between the server's yes and our hearing of it: who would remove it then?
+    created = asyncio.ensure_future(test.create_namespace())
     try:
+        await asyncio.shield(created)
         results: Sequence[Result] = await test.measure(nodes)
         if explain is not None and test.places is not None and not all(r.passed for r in results):
             say("asking the agents why")
             results = await explain(results, test.places)
         return Finished(nodes, tuple(results))
     finally:
-        if settings.keep:
+        await asyncio.wait([created])
+        ours = not created.cancelled() and created.exception() is None
+        if ours and settings.keep:
             say(f"kept: namespace {settings.namespace}")
-        else:
+        elif ours:
             await asyncio.shield(test.remove())
 
 
