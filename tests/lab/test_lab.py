@@ -10,6 +10,7 @@ import time
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -159,7 +160,14 @@ def test_down_without_the_state_directory(lab_name: str) -> None:
 
 
 def test_a_server_that_does_not_answer(lab_name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(cluster, "API_PATIENCE", 1.0)
+    wait_for = components.wait_for
+
+    def hurry_then(*args: Any) -> None:
+        """What leads to the server may take its time to start."""
+        wait_for(*args)
+        monkeypatch.setattr(cluster, "API_PATIENCE", 1.0)
+
+    monkeypatch.setattr(components, "wait_for", hurry_then)
     kubeconfig = tmp_path / "kubeconfig"
     kubeconfig.write_text(json.dumps({
         "apiVersion": "v1", "kind": "Config", "current-context": "c",
