@@ -100,7 +100,7 @@ class Learned:
         deleted = CounterMetricFamily("fimbria_map_gc_deleted", "Expired entries removed", labels=labels)
         lost = "Living entries lost because a table was full (estimate)"
         evicted = CounterMetricFamily("fimbria_map_evictions", lost, labels=labels)
-        busy = CounterMetricFamily("fimbria_map_gc_duration_seconds", "Time spent walking a table", labels=labels)
+        busy = CounterMetricFamily("fimbria_map_gc_duration_seconds", "CPU time spent walking a table", labels=labels)
         period = GaugeMetricFamily("fimbria_map_gc_interval_seconds", "Time between two walks", labels=labels)
         for name, collector in self.collectors.items():
             f = collector.figures

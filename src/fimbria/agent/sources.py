@@ -91,6 +91,9 @@ class Sources:
         """Bring one pod and its namespace into the tables without waiting for the watch."""
         try:
             pod = await self.client.get(resources.PODS, name, namespace)
+            # The watch, which only follows this node's pods, would never say that another's is gone.
+            if pod.spec.node_name != self.node:
+                return
             self.tables.pods.upsert((namespace, name), rows.pod(pod))
             if namespace not in self.tables.namespaces:
                 found = await self.client.get(resources.NAMESPACES, namespace)

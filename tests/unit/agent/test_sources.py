@@ -47,3 +47,20 @@ def test_one_object_says_a_few_things_at_most(sources: Sources, caplog: pytest.L
     assert row is not None
     assert len(row.warnings) == 100
     assert [r.getMessage()[:24] for r in caplog.records] == ["EndpointSlice shop/web-1"] * MAX_TOLD
+
+
+@pytest.mark.parametrize(("node", "known"), [("here", True), ("elsewhere", False)])
+async def test_only_pods_of_this_node_are_fetched(node: str, known: bool) -> None:
+    """Nobody would tell that another node's pod is gone: its row would stay."""
+
+    class Server:
+        async def get(self, resource: Any, name: str, namespace: str | None = None) -> Any:
+            if namespace is None:
+                return msgspec.convert({"metadata": {"name": name}}, core.Namespace)
+            made = {"metadata": {"namespace": namespace, "name": name, "uid": "1"}, "spec": {"nodeName": node}}
+            return msgspec.convert(made, core.Pod)
+
+    client: Any = Server()
+    sources = Sources(client, Tables(), "here", vocabulary("", "default"))
+    await sources.fetch_pod("shop", "web-0")
+    assert (("shop", "web-0") in sources.tables.pods) == known
