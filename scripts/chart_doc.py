@@ -43,7 +43,7 @@ $ helm install --namespace kube-system --set k8sServiceHost=192.0.2.10 \\
 ```
 
 Upgrades keep your values by `--reset-then-reuse-values`. `--reuse-values` would also keep the former chart's defaults,
-so that values that are new in this one are missing.
+so that values that are new in this one are missing: Helm says which (`missing property`), and changes nothing.
 
 Settings without a value of their own go into `extraConfig` (agents) and `operator.extraConfig`, by their names in
 [settings](settings.md) without the dashes; they are checked as well:
@@ -180,7 +180,11 @@ def schema() -> dict[str, Any]:
         at = tree
         *parents, name = value.path.split(".")
         for parent in parents:
-            at = at["properties"].setdefault(parent, _object())
+            if parent not in at["properties"]:
+                # A former chart's values (--reuse-values) lack what is new: better told so than by a template.
+                at["properties"][parent] = _object()
+                at.setdefault("required", []).append(parent)
+            at = at["properties"][parent]
         at["properties"][name] = {"description": value.text, **_shape(value)}
     tree["properties"]["global"] = {"description": "What Helm hands to a chart within another.", "type": "object"}
     return {"$schema": "http://json-schema.org/draft-07/schema#", **tree}

@@ -266,6 +266,8 @@ def test_rendering_is_deterministic(tools: Path, home: dict[str, str]) -> None:
         ({"extraConfig": {"conntrack-entries": -1}}, "minimum: got -1, want 0"),
         ({"operator": {"extraConfig": {"collect-interval": "often"}}}, "got string, want number"),
         ({"maglev": {"tableSize": 1000}}, "value must be one of"),
+        ({"admissionPolicy": None}, "missing property 'admissionPolicy'"),
+        ({"operator": {"podDisruptionBudget": None}}, "at '/operator': missing property 'podDisruptionBudget'"),
         ({"ipam": {"operator": {"clusterPoolIPv4PodCIDRList": ["10.0.0.0"]}}}, "does not match pattern"),
     ],
 )
