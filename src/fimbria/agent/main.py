@@ -54,6 +54,7 @@ from fimbria.decide.ipam import AddressPool
 from fimbria.kernel import probe
 from fimbria.kernel.grace import GracePeriod
 from fimbria.kernel.netlink import NetlinkSocket
+from fimbria.kernel.sweep import offsets
 from fimbria.learned import sizing
 from fimbria.model.address import Prefix, pack
 from fimbria.model.network import DeviceSet
@@ -188,7 +189,7 @@ def build(config: AgentConfig, client: ApiClient) -> Agent:
     netlink = NetlinkSocket()
     datapath = Datapath(
         Path(config.bpffs), dp.objects_folder(), _sizes(config), layouts.of_map, dp.arrays(config),
-        names=dp.objects(config),
+        names=dp.objects(config), expires={"conntrack": offsets(layouts.btf, "ct_entry")["expires"]},
     )  # fmt: skip
     words = vocabulary(config.label_filter, config.cluster_name)
     engine = Engine(

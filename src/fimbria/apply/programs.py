@@ -45,14 +45,17 @@ class Datapath:
         arrays: Mapping[str, int] | None = None,
         *,
         names: Sequence[str] = OBJECTS,
+        expires: Mapping[str, int] | None = None,
     ) -> None:
-        """`layout` gives a hash of the types in a map: part of its pin name. `names` are the objects to load."""
+        """`layout` gives a hash of the types in a map: part of its pin name. `names` are the objects to load. `expires`
+        says where in a learned map's value it stands when the row is over (`kernel.sweep`)."""
         self._root = bpffs / "fimbria"
         self._objects = objects
         self._sizes = sizes
         self._layout = layout
         self._arrays = arrays or {}
         self._names = names
+        self._expires = expires or {}
         self.maps: dict[str, Map] = {}
         self.programs: dict[str, Program] = {}
         self.program_ids: dict[int, str] = {}
@@ -96,7 +99,7 @@ class Datapath:
         for name in names:
             for old in self.former.get(name, ()):
                 try:
-                    copy_missing(old, self.maps[name])
+                    copy_missing(old, self.maps[name], self._expires.get(name))
                 except MapError as error:
                     log.warning("connections of a former version are lost: %s", error)
 

@@ -93,6 +93,7 @@ struct fim_groups {
     uint32_t offset, count; const uint32_t *numbers; const uint64_t *before; uint64_t other;
 };
 void fim_keep_expired(struct fim_rows *rows, const struct fim_groups *groups);
+void fim_keep_living(struct fim_rows *rows, uint64_t now);
 void fim_keep_numbers(struct fim_rows *rows, uint32_t offset, const uint32_t *numbers, uint32_t count);
 int fim_add(int fd, const struct fim_rows *rows);
 int fim_take(int fd, const struct fim_rows *rows, char *value, uint32_t *renewed);

@@ -8,6 +8,7 @@ and removal, it is put back at once (and one that a program has made anew meanwh
 from __future__ import annotations
 
 import errno
+import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Final
@@ -79,6 +80,12 @@ class Sweep:
         lib.fim_keep_expired(self.rows, held[0])
         return int(self.rows.count)
 
+    def keep_living(self, stamp: int, now: int) -> int:
+        """Leaves the rows with a stamp of `now` or later; returns how many."""
+        self.rows.stamp = stamp
+        lib.fim_keep_living(self.rows, now)
+        return int(self.rows.count)
+
     def keep_numbers(self, offset: int, numbers: Sequence[int]) -> int:
         """Leaves the rows whose value has one of the sorted `numbers` at an offset (32 bits); returns how many."""
         lib.fim_keep_numbers(self.rows, offset, ffi.new("uint32_t[]", numbers), len(numbers))
@@ -116,12 +123,15 @@ def count(bpf_map: Map) -> int:
     return total
 
 
-def copy_missing(old: Map, new: Map) -> int:
+def copy_missing(old: Map, new: Map, stamp: int | None = None) -> int:
     """Copies what a hash map lacks from another one of the same layout, whoever writes to both meanwhile; returns how
-    many rows. Blocks: 100,000 rows are 0.1 s. Raises MapError."""
+    many rows. Those whose `stamp`, if they have one, is over stay behind: they would push living ones out of a smaller
+    map. Blocks: 100,000 rows are 0.1 s. Raises MapError."""
     sweep, copied, last = Sweep(old), 0, False
     while not last:
         last = sweep.step()
+        if stamp is not None:
+            sweep.keep_living(stamp, time.clock_gettime_ns(time.CLOCK_MONOTONIC))
         copied += sweep.add_to(new)
     return copied
 

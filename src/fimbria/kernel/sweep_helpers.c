@@ -84,6 +84,17 @@ void fim_keep_expired(struct fim_rows *rows, const struct fim_groups *groups)
 	rows->count = kept;
 }
 
+// Leaves only the rows whose stamp is `now` or later.
+void fim_keep_living(struct fim_rows *rows, uint64_t now)
+{
+	uint32_t kept = 0;
+
+	for (uint32_t i = 0; i < rows->count; i++)
+		if (stamp_at(rows->values + (size_t)i * rows->value_size, rows->stamp) >= now)
+			keep(rows, kept++, i, 0);
+	rows->count = kept;
+}
+
 // Leaves only the rows whose 32-bit number at `offset` of the value is one of the sorted `numbers`.
 void fim_keep_numbers(struct fim_rows *rows, uint32_t offset, const uint32_t *numbers, uint32_t count)
 {

@@ -2,7 +2,8 @@
 
 import struct
 import subprocess
-from collections.abc import Iterator
+import time
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 import pytest
@@ -61,11 +62,13 @@ def test_another_table_size_is_another_map_next_to_the_old_one(bpffs: Path) -> N
     assert len(tables(bpffs)) == 1
 
 
-def version(bpffs: Path, entries: int) -> Datapath:
+def version(bpffs: Path, entries: int, expires: Mapping[str, int] | None = None) -> Datapath:
     """As an agent with this size of its tables of connections loads it."""
     config = AgentConfig(node_name="n")
     sizes = {**SMALL, "conntrack": entries, "nat": entries, "affinity": entries}
-    datapath = Datapath(bpffs, dp.objects_folder(), sizes, LAYOUTS.of_map, dp.arrays(config), names=("pod",))
+    datapath = Datapath(
+        bpffs, dp.objects_folder(), sizes, LAYOUTS.of_map, dp.arrays(config), names=("pod",), expires=expires
+    )
     datapath.load(dp.constants(config, DeviceSet(0, bytes(6), 0, (), 1500, 1450), (NO_ADDR,) * 2, (NO_ADDR,) * 2))
     return datapath
 
@@ -144,6 +147,18 @@ def test_without_places_tables_are_carried_over_at_once(bpffs: Path, monkeypatch
     new = version(bpffs, 2048)
     new.carry_over()
     assert {n: learned(new, n) for n in TABLES} == {n: {1: 10} for n in TABLES}
+
+
+def test_what_is_over_stays_behind(bpffs: Path) -> None:
+    """The stamp of these rows is their number."""
+    now = time.clock_gettime_ns(time.CLOCK_MONOTONIC)
+    former = version(bpffs, 4096)
+    for number, stamp in ((1, 10), (2, now + 3600 * 10**9), (3, now - 1)):
+        learn(former, number, stamp, ("conntrack",))
+    new = version(bpffs, 2048, expires={"conntrack": 0})
+    learn(new, 4, 40, ("conntrack",))
+    new.sweep()
+    assert set(learned(new, "conntrack")) == {2, 4}
 
 
 def test_more_rows_than_one_step_takes_are_carried_over(bpffs: Path) -> None:
