@@ -147,14 +147,17 @@ def _uid(pod: Pod) -> str:
 
 
 def _host_ports(pod: Pod) -> list[HostPort]:
-    """What kubelet passed for the pod's containers."""
+    """What kubelet passed for the pod's containers. Raises Unknown: the API server takes any text as an address."""
     sidecars = [c for c in pod.spec.init_containers or () if c.restart_policy == "Always"]
     ports = [p for c in (*(pod.spec.containers or ()), *sidecars) for p in c.ports or () if p.host_port]
-    return [
-        HostPort(p.host_port, p.container_port, WITH_PORTS[p.protocol], pack(p.host_ip) if p.host_ip else b"")
-        for p in ports
-        if p.protocol in WITH_PORTS
-    ]
+    try:
+        return [
+            HostPort(p.host_port, p.container_port, WITH_PORTS[p.protocol], pack(p.host_ip) if p.host_ip else b"")
+            for p in ports
+            if p.protocol in WITH_PORTS
+        ]
+    except ValueError as error:
+        raise Unknown(f"a host port of its containers: {error}") from None
 
 
 def namespaces(folder: Path) -> dict[bytes, str]:

@@ -66,6 +66,11 @@ def test_they_do_not(lost: Lost, found: CiliumEndpoint, said: str) -> None:
         agree(lost, found, pod(), "")
 
 
+def test_a_host_port_at_no_address() -> None:
+    with pytest.raises(Unknown, match=r"host port.*nowhere"):
+        agree(LOST, report(), pod(POD.replace(b"172.31.1.10", b"nowhere")), "")
+
+
 def test_whose_interfaces_are_looked_at() -> None:
     rows = {7: ROW}
     assert find([DEVICE], set(), rows) == [LOST]
