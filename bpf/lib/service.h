@@ -317,19 +317,30 @@ static __always_inline void affinity_key_of(struct affinity_key *key, const stru
 	key->by_namespace = !!(q->flags & QUERY_SOCKET);
 }
 
-/* The backend that the client had, if it may still have it. A second's difference in `used` is not worth a write. */
-static __always_inline bool service_remembered(struct service_query *q, const struct affinity_key *key, __u64 now)
+/* The backend that `kept` says, if the client may still have it. A second's difference in `used` is not worth a write. */
+static __always_inline bool service_remembered(struct service_query *q, struct affinity *kept, __u32 backend, __u64 now)
 {
-	struct affinity *kept = bpf_map_lookup_elem(&affinity, key);
-	struct member_key member = {.service = key->service};
+	struct member_key member = {.service = q->frontend.service, .backend = backend};
 
-	if (!kept || kept->used + q->frontend.affinity_seconds * NSEC_PER_SEC <= now)
+	if (kept->used + q->frontend.affinity_seconds * NSEC_PER_SEC <= now)
 		return false;
-	member.backend = kept->backend;
-	if (!bpf_map_lookup_elem(&service_members, &member) || !service_answer(q, member.backend))
+	if (!bpf_map_lookup_elem(&service_members, &member) || !service_answer(q, backend))
 		return false;
 	if (now > kept->used + NSEC_PER_SEC)
 		kept->used = now;
+	return true;
+}
+
+/* A client opens several connections at once, and each CPU that finds nothing to keep has chosen by now: the first one's
+ * choice counts. False: it was another's. `kept`: what no longer holds, of `before`. */
+static __always_inline bool service_remember_first(const struct affinity_key *key, struct affinity *kept, __u32 before,
+						   const struct affinity *now)
+{
+	if (!kept)
+		return !bpf_map_update_elem(&affinity, key, now, BPF_NOEXIST);
+	if (__sync_val_compare_and_swap(&kept->backend, before, now->backend) != before)
+		return false;
+	kept->used = now->used;
 	return true;
 }
 
@@ -339,12 +350,19 @@ static __always_inline bool service_choose_affine(struct service_query *q)
 	struct affinity_key key;
 
 	affinity_key_of(&key, q);
-	if (service_remembered(q, &key, now.used))
+	struct affinity *kept = bpf_map_lookup_elem(&affinity, &key);
+	__u32 before = kept ? *(volatile __u32 *)&kept->backend : 0;
+
+	if (kept && service_remembered(q, kept, before, now.used))
 		return true;
 	if (!service_choose_anew(q))
 		return false;
 	now.backend = q->backend;
-	bpf_map_update_elem(&affinity, &key, &now, BPF_ANY);
+	if (!service_remember_first(&key, kept, before, &now)) {
+		kept = bpf_map_lookup_elem(&affinity, &key);
+		if (kept)
+			service_remembered(q, kept, *(volatile __u32 *)&kept->backend, now.used);
+	}
 	return true;
 }
 
