@@ -27,16 +27,29 @@ static __always_inline bool is_for_router(const struct packet *p)
 	return p->flags & (PACKET_PORTS | PACKET_ERROR) && is_router(&p->t.daddr, is_v6(p));
 }
 
+static __always_inline void hairpin_note(struct packet *p, struct ct_entry *e, bool reply, __u64 now)
+{
+	ct_note_tcp(p, e, reply);
+	ct_extend(e, now + ct_lifetime(p->t.proto, e->flags));
+}
+
+/* Does the entry say who is called, and go on? */
+static __always_inline bool hairpin_goes_on(const struct packet *p, const struct ct_entry *e)
+{
+	return !ct_starts_anew(p, e) && e->service == p->service && e->frontend_port == p->frontend.port &&
+	       !(e->flags & CT_BOUND) == !(p->flags & PACKET_BOUND) && addr_equal(&e->frontend, &p->frontend.addr);
+}
+
 /* Remembers whom the pod called, for its own answers. The packet is already addressed to the backend. */
 __noinline int hairpin_remember(struct packet *p, struct endpoint *ep)
 {
 	struct ct_key key = {.scope = CT_SCOPE_HAIRPIN};
-	struct ct_entry e = {.flags = CT_OPENED_EGRESS | CT_SEEN_REPLY};
+	struct ct_entry fresh = {.flags = CT_OPENED_EGRESS | CT_SEEN_REPLY};
 
 	if (!p || !ep)
 		return DROP_CT_CANNOT_CREATE;
-	if (p->flags & PACKET_BOUND)
-		e.flags |= CT_BOUND;
+	__u64 now = coarse_now();
+
 	router_addr(&key.remote, is_v6(p));
 	if (addr_is_zero(&key.remote))
 		return DROP_CT_CANNOT_CREATE;
@@ -44,12 +57,20 @@ __noinline int hairpin_remember(struct packet *p, struct endpoint *ep)
 	key.local_port = p->t.dport;
 	key.remote_port = p->t.sport;
 	key.proto = p->t.proto;
-	e.expires = coarse_now() + ct_lifetime(p->t.proto, e.flags);
-	e.endpoint = ep->id;
-	e.service = p->service;
-	e.frontend = p->frontend.addr;
-	e.frontend_port = p->frontend.port;
-	return bpf_map_update_elem(&conntrack, &key, &e, BPF_ANY) ? DROP_CT_MAP_INSERTION_FAILED : 0;
+	struct ct_entry *e = ct_lookup(&key, ep->id, now);
+
+	if (e && hairpin_goes_on(p, e)) {
+		hairpin_note(p, e, false, now);
+		return 0;
+	}
+	if (p->flags & PACKET_BOUND)
+		fresh.flags |= CT_BOUND;
+	fresh.endpoint = ep->id;
+	fresh.service = p->service;
+	fresh.frontend = p->frontend.addr;
+	fresh.frontend_port = p->frontend.port;
+	hairpin_note(p, &fresh, false, now);
+	return bpf_map_update_elem(&conntrack, &key, &fresh, BPF_ANY) ? DROP_CT_MAP_INSERTION_FAILED : 0;
 }
 
 /* The call: comes from the gateway now. Returns 0 or the reason to drop. */
@@ -81,10 +102,13 @@ __noinline int hairpin_back(struct __sk_buff *skb, struct packet *p, struct endp
 		ct_key_of(&key, &p->inner, DIRECTION_INGRESS, CT_SCOPE_HAIRPIN);
 	else
 		ct_key_of(&key, &p->t, DIRECTION_EGRESS, CT_SCOPE_HAIRPIN);
-	struct ct_entry *e = ct_lookup(&key, ep->id, coarse_now());
+	__u64 now = coarse_now();
+	struct ct_entry *e = ct_lookup(&key, ep->id, now);
 
 	if (!e)
 		return HAIRPIN_NONE;
+	if (!error)
+		hairpin_note(p, e, true, now);
 	p->service = e->service;
 	p->frontend.addr = e->frontend;
 	p->frontend.port = e->frontend_port;

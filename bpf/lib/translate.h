@@ -36,8 +36,39 @@ static __always_inline bool service_keeps_established(const struct packet *p)
 	return p->t.proto == IPPROTO_TCP && !tcp_attempt(p);
 }
 
+/* How the pod's own connection with the backend is known, unless it has another port there. */
+static __always_inline void service_backend_key(struct ct_key *key, const struct packet *p, const struct end *to)
+{
+	key->local = p->t.saddr;
+	key->remote = to->addr;
+	key->local_port = p->t.sport;
+	key->remote_port = to->port;
+	key->proto = p->t.proto;
+	key->scope = CT_SCOPE_CONNECTION;
+	key->pad = 0;
+	if (addr_equal(&key->local, &key->remote)) {
+		key->scope = CT_SCOPE_HAIRPIN;
+		key->local_port = to->port;
+		key->remote_port = p->t.sport;
+		router_addr(&key->remote, is_v6(p));
+	}
+}
+
+/* Has the backend closed its side? `key` is the caller's to spare. */
+static __always_inline bool service_has_answered_end(const struct packet *p, const struct service_query *q,
+						     struct ct_key *key, __u64 now)
+{
+	if (p->flags & PACKET_BOUND)
+		return false;
+	service_backend_key(key, p, &q->to);
+	const struct ct_entry *e = ct_lookup(key, q->endpoint, now);
+
+	return e && e->flags & (CT_FIN_REPLY | CT_RST);
+}
+
 /* The backend of a connection that addressed a service earlier, in q->to. A fresh attempt after its end chooses anew. */
-static __always_inline bool service_goes_on(struct packet *p, struct ct_entry *e, struct service_query *q, __u64 now)
+static __always_inline bool service_goes_on(struct packet *p, struct ct_entry *e, struct service_query *q,
+					    struct ct_key *key, __u64 now)
 {
 	bool attempt = tcp_attempt(p);
 
@@ -54,6 +85,8 @@ static __always_inline bool service_goes_on(struct packet *p, struct ct_entry *e
 	else if (p->tcp_flags & TCP_FIN)
 		e->flags |= CT_FIN_FORWARD;
 	/* Only the connection's own entry sees replies: this one may outlive it, but not the reverse. */
+	if (e->flags & CT_FIN_FORWARD && !(e->flags & CT_FIN_REPLY) && service_has_answered_end(p, q, key, now))
+		e->flags |= CT_FIN_REPLY;
 	ct_extend(e, now + (attempt ? CT_TCP_SYN_NS : ct_lifetime(p->t.proto, e->flags | CT_SEEN_REPLY)));
 	return true;
 }
@@ -62,21 +95,11 @@ static __always_inline bool service_goes_on(struct packet *p, struct ct_entry *e
  * through another frontend? Then it gets another port on the way. */
 __noinline int service_collides(struct packet *p, struct service_query *q)
 {
-	struct ct_key key = {.scope = CT_SCOPE_CONNECTION};
+	struct ct_key key;
 
 	if (!p || !q)
 		return false;
-	key.local = p->t.saddr;
-	key.remote = q->to.addr;
-	key.local_port = p->t.sport;
-	key.remote_port = q->to.port;
-	key.proto = p->t.proto;
-	if (addr_equal(&key.local, &key.remote)) {
-		key.scope = CT_SCOPE_HAIRPIN;
-		key.local_port = q->to.port;
-		key.remote_port = p->t.sport;
-		router_addr(&key.remote, is_v6(p));
-	}
+	service_backend_key(&key, p, &q->to);
 	const struct ct_entry *e = ct_lookup(&key, q->endpoint, coarse_now());
 
 	if (!e || e->flags & CT_RST || (e->flags & CT_FIN_FORWARD && e->flags & CT_FIN_REPLY))
@@ -124,7 +147,7 @@ __noinline int service_known(struct packet *p, struct service_query *q, bool fou
 
 	if (!e)
 		return KNOWN_NOT;
-	return found && service_goes_on(p, e, q, now) ? KNOWN_BACKEND : KNOWN_LOST;
+	return found && service_goes_on(p, e, q, &key, now) ? KNOWN_BACKEND : KNOWN_LOST;
 }
 
 /* Finds the backend for a packet: p->backend; p->service is 0 if it is for no service. Returns 0 or the reason to drop. */

@@ -1,6 +1,7 @@
 """Services by packet: there and back, errors included, and an answer when there is nobody."""
 
 import struct
+import time
 
 import pytest
 from datapath import (
@@ -447,15 +448,41 @@ def test_one_port_directly_and_through_a_service(dp: Datapath, family: int) -> N
 
 
 @pytest.mark.parametrize("family", [4, 6])
-def test_the_port_is_free_again_after_the_first_connection(dp: Datapath, family: int) -> None:
+@pytest.mark.parametrize("backend", ["b", "a"], ids=["another", "itself"])
+def test_the_port_is_free_again_after_the_first_connection(dp: Datapath, family: int, backend: str) -> None:
     w = Wire(family)
-    twins(dp, w)
-    first, second = (Call(dp, w, name) for name in ("front", "twin"))
+    twins(dp, w, backend)
+    first, second = (Call(dp, w, name, backend=backend) for name in ("front", "twin"))
     first.send()
     first.answered()
     first.send("FA")
     first.answered("FA")
     assert second.send() == 40000
+
+
+CLOSED_BY = {
+    "the-client": ["send FA", "answered FA", "send A"],
+    "the-server": ["answered FA", "send FA", "answered A"],
+    "half": ["send FA", "answered A", "answered A", "send A"],
+}
+
+
+@pytest.mark.parametrize("family", [4, 6])
+@pytest.mark.parametrize("backend", ["b", "a"], ids=["another", "itself"])
+@pytest.mark.parametrize("end", CLOSED_BY)
+def test_a_closed_connection_is_soon_forgotten(dp: Datapath, family: int, backend: str, end: str) -> None:
+    """All that is known of it: else every call through a service would leave a row for eight hours."""
+    w = Wire(family)
+    twins(dp, w, backend)
+    call = Call(dp, w, "front", backend=backend)
+    for step in ("send S", "answered SA", "send A", *CLOSED_BY[end]):
+        side, flags = step.split()
+        (call.send if side == "send" else call.answered)(flags)
+    now = time.clock_gettime_ns(time.CLOCK_MONOTONIC)
+    left = {k.scope: (e.expires - now) / 1e9 for k, e in dp.items("conntrack") if k.local == w.packed("a")}
+    assert left.keys() == {1, 2 if backend == "a" else 0}
+    for seconds in left.values():
+        assert 28700 < seconds < 28801 if end == "half" else 8 < seconds < 10.1, left
 
 
 @pytest.mark.parametrize("family", [4, 6])
